@@ -1,0 +1,119 @@
+"""``hestia``: finds the verb, runs it, and turns every error into one clear message and a documented exit status.
+
+0 done   2 bad usage, configuration or input, nothing written   3 verification failed   4 stopped by a guard
+130 Ctrl-C, 143 SIGTERM: saved, continue with --resume          1 anything else
+"""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import sys
+from collections.abc import Sequence
+
+import click
+
+from .. import __version__, progress
+from ..errors import HestiaError, nearest
+
+VERBS = {
+    "demo": "the bundled model and text, the whole way, in a few minutes",
+    "quantize": "calibrate, plan, train, freeze, export, verify, evaluate, report: the main job",
+    "calibrate": "measure which tensors matter",
+    "plan": "decide which weights become low-bit, and check that the target can hold them",
+    "train": "train, freeze and score by a plan",
+    "export": "write a run's model in a file format",
+    "verify": "compare a written file with the run it comes from",
+    "eval": "score a model on text or tasks",
+    "compare": "runs side by side",
+    "report": "write a run's report.html and model card again",
+    "recipes": "list the recipes, or show one",
+}
+
+_VARIADIC = ("--data", "--eval-data", "--target", "--to", "--skip", "--tasks")
+
+
+class Verbs(click.Group):
+    """Loads a verb's module when it is used, so that ``hestia --help`` imports nothing heavy."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(VERBS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in VERBS:
+            return None
+        module = importlib.import_module(f".{cmd_name}", __package__)
+        return module.command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args and args[0] not in VERBS:
+            raise click.UsageError(f"unknown command {args[0]!r}: {nearest(args[0], VERBS)}")
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(VERBS.items()))
+
+
+@click.group(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="hestia")
+def cli() -> None:
+    """Turn a pretrained language model into a verified ternary one."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit status."""
+    arguments = spread(list(sys.argv[1:] if argv is None else argv))
+    progress.enable()
+    try:
+        status = cli.main(args=arguments, prog_name="hestia", standalone_mode=False)
+        return status if isinstance(status, int) else 0
+    except click.exceptions.Abort:
+        return _fail("interrupted", 130)
+    except click.ClickException as error:
+        error.show()
+        return 2
+    except HestiaError as error:
+        return _fail(str(error), error.exit_status)
+    except KeyboardInterrupt:
+        return _fail("interrupted before training had anything to save", 130)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        return _fail(f"the disk is full ({error}); earlier checkpoints are intact", 1)
+
+
+def spread(arguments: list[str]) -> list[str]:
+    """``--data a b`` as ``--data a --data b``: several values after one option, as people write them.
+
+    >>> spread(["quantize", "m", "--data", "a", "b", "--out", "r"])
+    ['quantize', 'm', '--data', 'a', '--data', 'b', '--out', 'r']
+    """
+    out: list[str] = []
+    current: str | None = None
+    taken = 0
+    for argument in arguments:
+        if argument.startswith("-"):
+            current, taken = (argument, 0) if argument in _VARIADIC else (None, 0)
+        elif current is not None:
+            taken += 1
+            if taken > 1:
+                out.append(current)
+        out.append(argument)
+    return out
+
+
+def _fail(message: str, status: int) -> int:
+    print(f"hestia: {message}", file=sys.stderr)
+    return status
+
+
+def run() -> None:
+    """The console script."""
+    sys.exit(main())
+
+
+if __name__ == "__main__":
+    run()

@@ -1,0 +1,39 @@
+"""``hestia quantize MODEL --data PATH... --out RUN``: the main job."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .shared import config_option, job_options, json_option, options_from, resume_option, show
+
+
+@click.command(name="quantize")
+@click.argument("model", required=False)
+@job_options()
+@config_option
+@resume_option
+@json_option
+def command(model: str | None, config: str | None, resume: bool, as_json: bool, **typed: Any) -> None:
+    """Calibrate, plan, train, freeze, export, verify, evaluate and report, from MODEL (a folder or hub id) to --out."""
+    from ..pipeline import quantize
+
+    options = options_from(config, {"model": model, **typed})
+    record = quantize(options, resume=resume)
+    show(record, as_json, summary(Path(options.out)))
+
+
+def summary(run: Path) -> str:
+    """The honest table and where everything lies."""
+    from ..report.records import RunRecord
+    from ..report.tables import headline
+
+    record = RunRecord.load(run)
+    lines = [headline(record), ""]
+    for export in record.exports:
+        verified = "verified" if export.verify is not None and export.verify.codes_equal else "NOT VERIFIED"
+        lines.append(f"{export.target}: {run / export.path}  ({verified})")
+    lines.append(f"report: {run / 'report.html'}")
+    return "\n".join(lines)

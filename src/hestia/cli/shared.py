@@ -1,0 +1,102 @@
+"""What the verbs share: command-line options made from ``Options``, and printing results."""
+
+from __future__ import annotations
+
+import json
+import types
+import typing
+from collections.abc import Callable, Iterable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from ..errors import ConfigError
+from ..options import Options, load_config
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+DATA = ("data", "eval_data", "separator", "joiner", "held_out_share", "seq_len", "seed")
+MACHINE = ("device", "threads", "trust_remote_code")
+
+
+def job_options(names: Iterable[str] | None = None, leave_out: Iterable[str] = ()) -> Callable[[F], F]:
+    """Add an option for every named field of ``Options`` (all without ``names``), with the field's help text.
+
+    Nothing is filled in for an option that was not typed, so that ``--config`` can.
+    """
+    hints = typing.get_type_hints(Options)
+    wanted = None if names is None else set(names)
+    left_out = {"model", *leave_out}
+
+    def decorate(function: F) -> F:
+        for item in reversed(fields(Options)):
+            if item.name in left_out or (wanted is not None and item.name not in wanted):
+                continue
+            function = _option(item.name, hints[item.name], item.default, str(item.metadata["help"]))(function)
+        return function
+
+    return decorate
+
+
+def _option(name: str, hint: Any, default: Any, text: str) -> Callable[[F], F]:
+    flag = "--option" if name == "options" else f"--{name.replace('_', '-')}"
+    kinds = [
+        k for k in (typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)) if k is not type(None)
+    ]
+    kind = kinds[0]
+    if kind is bool:
+        return click.option(flag, name, is_flag=True, default=None, help=text)
+    shown = "" if default in (None, "", ()) or name == "options" else f"  [default: {_shown(default)}]"
+    if typing.get_origin(kind) is not None:
+        metavar = "KEY=VALUE" if name == "options" else None
+        return click.option(flag, name, multiple=True, default=None, metavar=metavar, help=text + shown)
+    click_type = kind if kind in (int, float) else str
+    return click.option(flag, name, type=click_type, default=None, help=text + shown)
+
+
+def _shown(default: Any) -> str:
+    return " ".join(map(str, default)) if isinstance(default, tuple) else str(default)
+
+
+def options_from(config: str | None, typed: dict[str, Any]) -> Options:
+    """The options: what was typed, over the configuration file, over the defaults.
+
+    Raises:
+        ConfigError: an unknown key or a bad value.
+    """
+    values = load_config(Path(config)) if config else {}
+    for key, value in typed.items():
+        if value is None or value == ():
+            continue
+        values[key] = recipe_options(value) if key == "options" else value
+    return Options(**values)
+
+
+def recipe_options(pairs: Iterable[str]) -> dict[str, Any]:
+    """``("alpha=0", "centred=true")`` as values: JSON where it parses, text otherwise.
+
+    Raises:
+        ConfigError: a pair without an equals sign.
+    """
+    out: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, text = pair.partition("=")
+        if not equals:
+            raise ConfigError(f"--option wants KEY=VALUE, got {pair!r}")
+        try:
+            out[key.strip()] = json.loads(text)
+        except json.JSONDecodeError:
+            out[key.strip()] = text
+    return out
+
+
+def show(record: dict[str, Any], as_json: bool, text: str) -> None:
+    """The result on standard output: one JSON object, or text for people."""
+    click.echo(json.dumps(record, ensure_ascii=False) if as_json else text)
+
+
+json_option = click.option("--json", "as_json", is_flag=True, help="print the result as one JSON object")
+config_option = click.option("--config", metavar="FILE", help="YAML file with the same keys as these options")
+resume_option = click.option("--resume", is_flag=True, help="continue the run in --out, or start it where none is")

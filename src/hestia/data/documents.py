@@ -1,0 +1,170 @@
+"""Documents: one text or one chat each, whatever the file they came in."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConfigError
+from .sources import Source, lines, resolve
+
+AUTO = "auto"
+_END_MARK = re.compile(r"<\|end\w*\|>")
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text, or one chat; the other is None.
+
+    Attributes:
+        text: the text, without line breaks at its ends.
+        messages: the turns of a chat, each with a ``role``.
+        source: file and line (or row) it came from.
+    """
+
+    text: str | None
+    messages: tuple[Mapping[str, Any], ...] | None
+    source: str
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the content; documents with equal digests are identical."""
+        content = self.text if self.messages is None else json.dumps(self.messages, sort_keys=True, default=str)
+        assert content is not None
+        return hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def read_documents(sources: Sequence[str | Path], *, separator: str = AUTO) -> Iterator[Document]:
+    """The documents of all ``sources``, in order; documents without any text are left out.
+
+    A .txt file is cut at every line that equals ``separator``; with ``auto`` at every line that is exactly an end mark
+    such as ``<|endofdoc|>`` (``<\\|end\\w*\\|>``). Without such a line the file is one document. A row with both
+    ``messages`` and ``text`` is a chat.
+
+    Raises:
+        ConfigError: a source is missing, empty, not UTF-8, holds a NUL, a bad JSON line, or a row without
+            ``text`` or ``messages``; file and line are given.
+    """
+    found: set[str] = set()
+    for source in [resolve(given) for given in sources]:
+        yield from documents_of(source, separator=separator, found=found)
+
+
+def documents_of(source: Source, *, separator: str, found: set[str]) -> Iterator[Document]:
+    """The documents of one source; every separator line met is added to ``found``.
+
+    Raises:
+        ConfigError: as ``read_documents``.
+    """
+    if "\n" in separator or "\r" in separator:
+        raise ConfigError(
+            f"separator {separator!r}: a separator is one whole line, without line breaks ('' cuts at empty lines)"
+        )
+    empty = True
+    for document in _read(source, separator, found):
+        if document.messages is not None or (document.text and not document.text.isspace()):
+            empty = False
+            yield document
+    if empty:
+        raise ConfigError(f"{source.given}: holds no text; give a file with text in it")
+
+
+def _read(source: Source, separator: str, found: set[str]) -> Iterator[Document]:
+    if source.kind == "text":
+        assert source.path is not None
+        yield from _cut(source.path, separator, found)
+        return
+    if source.kind == "jsonl":
+        assert source.path is not None
+        yield from (_from_row(row, f"{source.path}:{number}") for number, row in _json_rows(source.path))
+        return
+    from . import tables  # imported late: it brings in `datasets`, which plain text does not need
+
+    if source.kind == "hub":
+        rows = tables.hub_rows(source.name, source.split)
+    elif source.kind == "parquet":
+        assert source.path is not None
+        rows = tables.parquet_rows(source.path)
+    else:
+        assert source.path is not None
+        rows = tables.saved_rows(source.path, source.split)
+    yield from (_from_row(row, f"{source.given}, row {number}") for number, row in rows)
+
+
+def _cut(path: Path, separator: str, found: set[str]) -> Iterator[Document]:
+    held: list[str] = []
+    start = 1
+    for number, line in lines(path):
+        if line == separator if separator != AUTO else _is_end_mark(line):
+            found.add(line)
+            yield Document("\n".join(held).strip("\n"), None, f"{path}:{start}")
+            held = []
+            start = number + 1
+        else:
+            held.append(line)
+    yield Document("\n".join(held).strip("\n"), None, f"{path}:{start}")
+
+
+def _is_end_mark(line: str) -> bool:
+    return line.startswith("<|end") and _END_MARK.fullmatch(line) is not None
+
+
+def _json_rows(path: Path) -> Iterator[tuple[int, Any]]:
+    for number, line in lines(path):
+        if not line or line.isspace():
+            continue
+        try:
+            yield number, json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ConfigError(
+                f"{path}:{number}: not JSON ({error.msg} at column {error.colno}); each line must be one JSON object"
+            ) from None
+        except (RecursionError, ValueError) as error:  # nested too deep; an integer of thousands of digits
+            raise ConfigError(f"{path}:{number}: JSON that cannot be read ({error})") from None
+
+
+def _from_row(row: Any, where: str) -> Document:
+    if not isinstance(row, Mapping):
+        raise ConfigError(f"{where}: expected an object with 'text' or 'messages', got {type(row).__name__}")
+    messages = row.get("messages")
+    if messages is not None:
+        return Document(None, _checked_messages(messages, where), where)
+    text = row.get("text")
+    if isinstance(text, str):
+        return Document(checked_text(text, where).strip("\r\n"), None, where)
+    if "text" in row:
+        raise ConfigError(f"{where}: 'text' must be a string, got {'null' if text is None else type(text).__name__}")
+    raise ConfigError(f"{where}: neither 'text' nor 'messages'; the keys are {', '.join(map(repr, row)) or 'none'}")
+
+
+def _checked_messages(messages: Any, where: str) -> tuple[Mapping[str, Any], ...]:
+    if not isinstance(messages, (list, tuple)) or not messages:
+        raise ConfigError(f"{where}: 'messages' must be a list of at least one turn, got {messages!r:.60}")
+    for position, message in enumerate(messages):
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+            raise ConfigError(
+                f"{where}: messages[{position}] must be an object with 'role' and 'content', got {message!r:.60}"
+            )
+    # Columns of a table hold every key any row has; a key without value is the same as no key.
+    return tuple({k: v for k, v in message.items() if v is not None} for message in messages)
+
+
+def checked_text(text: str, where: str) -> str:
+    """``text`` itself.
+
+    Raises:
+        ConfigError: it holds a NUL, or half of a surrogate pair, which no tokenizer can read.
+    """
+    nul = text.find("\0")
+    if nul >= 0:
+        raise ConfigError(f"{where}: holds a NUL at character {nul}; remove it")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ConfigError(f"{where}: is not valid Unicode at character {error.start} ({error.reason})") from None
+    return text

@@ -1,0 +1,164 @@
+"""From documents to rows of token ids: tokenize, join, cut.
+
+stream = [BOS] doc_1 [EOS] [BOS] doc_2 [EOS] ...        which of the two marks is written is the joiner's choice
+rows   = stream[: B*T].reshape(B, T)                    the partial last row is dropped
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ..errors import ConfigError
+from ..progress import track
+from .chat import chat_tokens
+from .documents import Document
+from .tokenizer import Joiner, Tokenizer
+
+# Encodings take some 150 bytes a token while they are in flight; a batch of this many characters stays below 200 MB.
+_BATCH_CHARACTERS = 2_000_000
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The tokens of one document, its joiners included.
+
+    Attributes:
+        ids: int32 [N].
+        counts: bool [N], True where the token is a target; None where all are.
+    """
+
+    ids: NDArray[np.int32]
+    counts: NDArray[np.bool_] | None = None
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, part: slice) -> Piece:
+        return Piece(self.ids[part], None if self.counts is None else self.counts[part])
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Rows of token ids, B rows of T tokens.
+
+    Attributes:
+        input_ids: int64 [B, T].
+        loss_mask: bool [B, T], True where the token is a target that counts: every token of a text, the assistant's
+            turns of a chat. Nothing predicts position 0 of a row, so what the mask holds there changes no loss.
+    """
+
+    input_ids: Tensor
+    loss_mask: Tensor
+
+    def __len__(self) -> int:
+        return self.input_ids.shape[0]
+
+    def __getitem__(self, rows: slice) -> Blocks:
+        """Some of the rows, as blocks again."""
+        return Blocks(self.input_ids[rows], self.loss_mask[rows])
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in all rows, B * T."""
+        return self.input_ids.numel()
+
+
+def tokenize(
+    documents: Sequence[Document], tokenizer: Tokenizer, joiner: Joiner, *, enough: int | None = None
+) -> list[Piece]:
+    """The pieces of ``documents``, in order; stops early once ``enough`` tokens are there.
+
+    Raises:
+        ConfigError: a chat that the tokenizer's template cannot render.
+    """
+    pieces: list[Piece] = []
+    tokens = 0
+    batches = list(_batches(documents, enough))
+    for batch in track(batches, "tokenizing", total=len(batches)):
+        texts = [document.text for document in batch if document.messages is None]
+        encoded: Iterator[Sequence[int]] = iter(())
+        if texts:
+            encoded = iter(
+                tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+            )
+        for document in batch:
+            if document.messages is None:
+                piece = _joined(next(encoded), joiner)
+            else:
+                ids, counts = chat_tokens(tokenizer, document.messages, document.source)
+                piece = _joined_chat(ids, counts, joiner)
+            pieces.append(piece)
+            tokens += len(piece)
+            if enough is not None and tokens >= enough:
+                return pieces
+    return pieces
+
+
+def pack(pieces: Sequence[Piece], seq_len: int, *, what: str, limit: int | None = None) -> Blocks:
+    """Join ``pieces`` and cut them into rows of ``seq_len`` tokens, at most ``limit`` tokens in all.
+
+    Raises:
+        ConfigError: less than one row, or no target in any; ``what`` names the text.
+    """
+    tokens = sum(map(len, pieces))
+    rows = tokens // seq_len
+    if rows == 0:
+        raise too_short(what, tokens, seq_len, seq_len)
+    if limit is not None:
+        rows = min(rows, max(1, limit // seq_len))
+    stream = torch.from_numpy(np.concatenate([piece.ids for piece in pieces])[: rows * seq_len]).long()
+    counts = np.concatenate(
+        [np.ones(len(piece), dtype=np.bool_) if piece.counts is None else piece.counts for piece in pieces]
+    )
+    mask = torch.from_numpy(counts[: rows * seq_len]).view(rows, seq_len)
+    if not mask[:, 1:].any():
+        raise ConfigError(f"{what}: no token to learn from; chats need at least one turn with the role 'assistant'")
+    return Blocks(stream.view(rows, seq_len), mask)
+
+
+def too_short(what: str, tokens: int, needed: int, seq_len: int) -> ConfigError:
+    """The error for a text that does not fill its blocks."""
+    return ConfigError(
+        f"{what}: {tokens:,} tokens, at least {needed:,} are needed with --seq-len {seq_len}; "
+        f"give more text or a smaller --seq-len"
+    )
+
+
+def _batches(documents: Sequence[Document], enough: int | None) -> Iterator[list[Document]]:
+    # With a token limit, small batches keep what is tokenized in vain below a fraction of it.
+    most = _BATCH_CHARACTERS if enough is None else min(_BATCH_CHARACTERS, max(1, enough))
+    batch: list[Document] = []
+    characters = 0
+    for document in documents:
+        batch.append(document)
+        characters += len(document.text) if document.text is not None else _chat_characters(document.messages or ())
+        if characters >= most:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+def _chat_characters(messages: Sequence[Mapping[str, Any]]) -> int:
+    return sum(len(str(message.get("content", ""))) for message in messages)
+
+
+def _joined(ids: Sequence[int], joiner: Joiner) -> Piece:
+    front = [] if joiner.before is None else [joiner.before]
+    back = [] if joiner.after is None else [joiner.after]
+    return Piece(np.asarray([*front, *ids, *back], dtype=np.int32))
+
+
+def _joined_chat(ids: Sequence[int], counts: Sequence[bool], joiner: Joiner) -> Piece:
+    """Joiners beside a chat are not the assistant's, so they do not count; what the template wrote is not doubled."""
+    front = [] if joiner.before is None or ids[:1] == [joiner.before] else [joiner.before]
+    back = [] if joiner.after is None or ids[-1:] == [joiner.after] else [joiner.after]
+    mask = [False] * len(front) + list(counts) + [False] * len(back)
+    return Piece(np.asarray([*front, *ids, *back], dtype=np.int32), np.asarray(mask, dtype=np.bool_))

@@ -1,0 +1,197 @@
+"""What ``--data`` names: files, saved data sets and hub ids; where they are, what is in them, line by line.
+
+    name                                    kind
+    a.txt, a.txt.gz, a.txt.xz               text     cut into documents by separator lines
+    a.jsonl, a.jsonl.gz, a.jsonl.xz         jsonl    one object a line: ``text`` or ``messages``
+    a.parquet                               parquet  a ``text`` or a ``messages`` column
+    folder, folder:split                    saved    written by ``Dataset.save_to_disk``
+    owner/name, owner/name:split            hub      downloaded by ``datasets``; split ``train`` unless named
+
+What exists on disk always wins over the hub.
+"""
+
+from __future__ import annotations
+
+import difflib
+import gzip
+import lzma
+import re
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Literal, cast
+
+from ..errors import ConfigError
+from ..files import sha256
+
+Kind = Literal["text", "jsonl", "parquet", "saved", "hub"]
+
+_SUFFIXES: dict[str, Kind] = {
+    ".txt": "text",
+    ".txt.gz": "text",
+    ".txt.xz": "text",
+    ".jsonl": "jsonl",
+    ".jsonl.gz": "jsonl",
+    ".jsonl.xz": "jsonl",
+    ".parquet": "parquet",
+}
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_SAVED_MARKS = ("dataset_dict.json", "dataset_info.json")
+
+
+@dataclass(frozen=True)
+class Source:
+    """One thing to read.
+
+    Attributes:
+        given: what the user wrote.
+        kind: how it is read.
+        path: the file or folder; None for a hub id.
+        split: part of a saved or hub data set; None where the user named none.
+    """
+
+    given: str
+    kind: Kind
+    path: Path | None
+    split: str | None = None
+
+    @property
+    def name(self) -> str:
+        """The path or hub id, without the split."""
+        return self.given if self.split is None else self.given.rpartition(":")[0]
+
+
+def resolve(given: str | Path) -> Source:
+    """Find out what ``given`` names.
+
+    Raises:
+        ConfigError: nothing of that name, a kind of file that is not read, or a folder that is no saved data set.
+    """
+    text = str(given)
+    path = Path(text)
+    if path.is_file():
+        return Source(text, _kind_of(path), path)
+    if path.is_dir():
+        return _saved(text, path, None)
+    if path.exists():
+        raise ConfigError(f"{text}: neither a regular file nor a folder; copy the text into a .txt file first")
+    name, split = text, None
+    if ":" in text:
+        name, _, split = text.rpartition(":")
+    if split and Path(name).is_dir():
+        return _saved(text, Path(name), split)
+    near = _near(path)
+    if _HUB_ID.fullmatch(name) and not _looks_like_a_file(Path(name)) and (split or not near):
+        return Source(text, "hub", None, split)
+    where = path.parent if path.parent.is_dir() else None
+    if near:
+        hint = f"did you mean {path.parent / near}?"
+    elif where is None:
+        hint = f"the folder {path.parent} does not exist either"
+    else:
+        hint = f"the folder {where.resolve()} holds no such name"
+    raise ConfigError(f"{text}: no such file or folder; {hint}")
+
+
+def fingerprint(source: Source) -> list[dict[str, Any]]:
+    """What pins the content of a source: path, bytes and SHA-256 of each file; of a hub data set its commit.
+
+    Raises:
+        ConfigError: a file cannot be read, or the hub not be reached.
+    """
+    if source.kind == "hub":
+        from . import tables  # imported late: it brings in `datasets`, which plain text does not need
+
+        return [tables.hub_fingerprint(source.name, source.split)]
+    assert source.path is not None
+    files = sorted(p for p in source.path.rglob("*") if p.is_file()) if source.path.is_dir() else [source.path]
+    try:
+        return [{"path": str(file), "bytes": file.stat().st_size, "sha256": sha256(file)} for file in files]
+    except OSError as error:
+        raise ConfigError(f"{source.given}: cannot be read ({error})") from None
+
+
+def lines(path: Path) -> Iterator[tuple[int, str]]:
+    """The lines of a UTF-8 file, unpacked if its name says so: (1-based number, line without its line break).
+
+    Both ``\\n`` and ``\\r\\n`` end a line; a byte-order mark at the start is dropped. One line is in memory at a time.
+
+    Raises:
+        ConfigError: unreadable, damaged archive, invalid UTF-8 or a NUL byte; the byte position is given.
+    """
+    offset = 0
+    unpacked = " of the unpacked text" if path.suffix in {".gz", ".xz"} else ""
+    try:
+        with _open(path) as handle:
+            for number, raw in enumerate(handle, start=1):
+                nul = raw.find(b"\0")
+                if nul >= 0:
+                    raise ConfigError(
+                        f"{path}: line {number} holds a NUL byte at byte {offset + nul}{unpacked}; "
+                        f"this is no UTF-8 text (a binary file, or UTF-16?); convert it to UTF-8"
+                    )
+                try:
+                    line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
+                except UnicodeDecodeError as error:
+                    # The codec counts from behind a byte-order mark, so take the position from the bytes themselves.
+                    at = offset + _first_bad_byte(raw, error.start)
+                    raise ConfigError(
+                        f"{path}: line {number} is not UTF-8: bad byte at byte {at}{unpacked} ({error.reason}); "
+                        f"convert the file, for example with: iconv -f latin1 -t utf-8"
+                    ) from None
+                offset += len(raw)
+                yield number, line.removesuffix("\n").removesuffix("\r")
+    except (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error) as error:
+        raise ConfigError(f"{path}: a damaged or truncated archive ({error})") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error})") from None
+
+
+def _open(path: Path) -> IO[bytes]:
+    if path.suffix == ".gz":
+        return cast("IO[bytes]", gzip.open(path, "rb"))
+    if path.suffix == ".xz":
+        return cast("IO[bytes]", lzma.open(path, "rb"))
+    return open(path, "rb")
+
+
+def _first_bad_byte(raw: bytes, fallback: int) -> int:
+    try:
+        raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        return error.start
+    return fallback
+
+
+def _kind_of(path: Path) -> Kind:
+    for suffix, kind in _SUFFIXES.items():
+        if path.name.lower().endswith(suffix):
+            return kind
+    raise ConfigError(
+        f"{path}: unknown kind of file; read are {', '.join(_SUFFIXES)} (rename plain UTF-8 text to .txt)"
+    )
+
+
+def _looks_like_a_file(path: Path) -> bool:
+    """Whether a name that is not on disk was meant as a path: a known suffix, or a folder that exists."""
+    known = any(path.name.lower().endswith(suffix) for suffix in _SUFFIXES)
+    return known or (len(path.parts) > 1 and path.parent.is_dir())
+
+
+def _near(path: Path) -> str | None:
+    try:
+        names = [entry.name for entry in path.parent.iterdir()]
+    except OSError:
+        return None
+    close = difflib.get_close_matches(path.name, names, n=1)
+    return close[0] if close else None
+
+
+def _saved(given: str, path: Path, split: str | None) -> Source:
+    if not any((path / mark).is_file() for mark in _SAVED_MARKS):
+        raise ConfigError(
+            f"{given}: a folder, but not a saved data set (no {' or '.join(_SAVED_MARKS)}); "
+            f"name the files in it, for example {path}/*.txt"
+        )
+    return Source(given, "saved", path, split)

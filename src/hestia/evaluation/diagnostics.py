@@ -1,0 +1,93 @@
+"""What happened to the weights, and what the model says now: the material of the report's pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..data import Blocks
+from ..nn import quantized_modules
+from ..quant import Quantizer
+from ..quant.grouping import to_groups
+
+SHOWN_TENSORS = 8
+_EDGES = 81
+_RANGE = 4.0
+
+
+@torch.no_grad()
+def histograms(model: nn.Module, before: Mapping[str, Tensor]) -> dict[str, Any]:
+    """diagnostics.json without its samples: latent weights in units of their scale, before and after, and codes.
+
+    Args:
+        model: converted, before freezing.
+        before: module path -> weight before training, fp32.
+    """
+    modules = dict(quantized_modules(model))
+    shown = set(list(modules)[:: max(1, -(-len(modules) // SHOWN_TENSORS))])
+    record: dict[str, Any] = {"schema": 1, "histograms": {}, "codes": {}, "samples": []}
+    for path, module in modules.items():
+        old, new = module.quantizer.codes(before[path]), module.codes()
+        record["codes"][path] = {
+            "zero_share": float((new.codes == 0).float().mean()),
+            "flipped_share": float((new.codes != old.codes.to(new.codes.device)).float().mean()),
+        }
+        if path in shown:
+            edges, counts_before = _histogram(module.quantizer, before[path])
+            record["histograms"][path] = {
+                "edges": edges,
+                "before": counts_before,
+                "after": _histogram(module.quantizer, module.weight)[1],
+            }
+    return record
+
+
+def _histogram(quantizer: Quantizer, weight: Tensor) -> tuple[list[float], list[int]]:
+    w = to_groups(weight.detach().float().cpu(), quantizer.spec.group_size)
+    z = (w / quantizer.scales(w).step).flatten().clamp(-_RANGE, _RANGE)
+    edges = torch.linspace(-_RANGE, _RANGE, _EDGES)
+    counts = torch.histogram(z, edges).hist
+    return [round(float(e), 6) for e in edges], [int(c) for c in counts]
+
+
+@torch.no_grad()
+def continuations(
+    parent: PreTrainedModel,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    blocks: Blocks,
+    *,
+    count: int = 4,
+    prompt_tokens: int = 24,
+    new_tokens: int = 48,
+) -> list[dict[str, str]]:
+    """Greedy continuations of the same held-out prompts by parent and quantized model."""
+    samples: list[dict[str, str]] = []
+    rows = range(0, len(blocks), max(1, len(blocks) // count))
+    for row in list(rows)[:count]:
+        prompt = blocks.input_ids[row, :prompt_tokens].long().unsqueeze(0)
+        texts = [
+            tokenizer.decode(greedy(candidate, prompt, new_tokens)[prompt.shape[1] :], skip_special_tokens=True)
+            for candidate in (parent, model)
+        ]
+        shown = tokenizer.decode(prompt[0], skip_special_tokens=True)
+        samples.append({"prompt": str(shown), "parent": str(texts[0]), "quantized": str(texts[1])})
+    return samples
+
+
+@torch.no_grad()
+def greedy(model: PreTrainedModel, prompt: Tensor, new_tokens: int) -> list[int]:
+    """Token ids of ``prompt`` [1, T] followed by ``new_tokens`` greedy ones."""
+    ids = prompt.to(next(model.parameters()).device)
+    cache = None
+    fed = ids
+    for _ in range(new_tokens):
+        output = model(input_ids=fed, past_key_values=cache, use_cache=True)
+        cache = output.past_key_values
+        fed = output.logits[:, -1:].argmax(dim=-1)
+        ids = torch.cat([ids, fed], dim=1)
+    return ids[0].tolist()

@@ -1,0 +1,47 @@
+"""From a frozen model to files that engines load, and the proof that they hold it.
+
+    frozen.py       the frozen model on disk: what everything here reads
+    huggingface.py  a compressed-tensors folder for transformers, vLLM and llama.cpp's converter
+    packing.py      the block layouts of GGUF
+    gguf.py         a .gguf file for llama.cpp and what is built on it
+    llama_cpp.py    the door to llama-cpp-python, where it is installed
+    verify.py       reads a written file back, compares it with the frozen model, and runs it
+
+``hestia.export.verify.verify`` is not repeated here: a package cannot have a function and a module of one name.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from .. import targets
+from .frozen import FrozenModel, save_codes
+
+__all__ = ["FrozenModel", "export_model", "save_codes"]
+
+
+def export_model(frozen: FrozenModel, target: str, path: Path, *, fallback: bool = False) -> dict[str, Any]:
+    """Write the frozen model to ``path`` in the file format ``target``, ``hf`` or ``gguf:tq2_0``.
+
+    Args:
+        frozen: the run's frozen model.
+        target: a name of ``hestia.targets.TARGETS``.
+        path: the folder (hf) or file (gguf) to create.
+        fallback: let single tensors that the format's own type cannot hold be stored as another exact type.
+
+    Returns:
+        ``{"target", "path", "bytes", ...}``; the exporter adds what it knows.
+
+    Raises:
+        ConfigError: there is no such target.
+        ExportError: the format cannot hold the model exactly, or ``path`` is taken; nothing was written.
+    """
+    chosen = targets.target(target)
+    if chosen.container == "hf":
+        from .huggingface import export_hf
+
+        return export_hf(frozen, path, fallback=fallback)
+    from .gguf import export_gguf
+
+    return export_gguf(frozen, chosen, path, fallback=fallback)

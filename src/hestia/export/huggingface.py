@@ -1,0 +1,369 @@
+"""The frozen model as a Hugging Face folder: compressed-tensors ``pack-quantized``, two bits a weight, no remote code.
+
+``AutoModelForCausalLM.from_pretrained(PATH)`` loads it (with compressed-tensors installed), and so do vLLM and
+llama.cpp's converter. For a quantized linear ``X`` of shape ``[O, I]`` the tensor ``X.weight`` becomes
+
+    X.weight_packed  int32 [O, ceil(I / 16)]   code + 2, sixteen consecutive inputs a word, least significant bits
+                                               first, the last word of a row filled with zero bits
+    X.weight_scale   [O, I / G] or [O, 1]      in the dtype of the dense weight; loaders multiply in this dtype
+    X.weight_shape   int64 [2]                 O, I
+
+and every other tensor and file is the parent's, byte for byte. The layout was read in compressed-tensors 0.20, whose
+own unpacking is the second opinion in the tests; nothing of it is called here.
+
+The whole model has one config group, because llama.cpp's converter and transformers' ``dequantize=True`` take no
+more. ``choose_scheme`` picks it: ``group`` with the scales repeated wherever a common group length divides every row,
+since that is what most engines load, else ``channel``, one scale a row.
+
+This file and ``loading.py`` are the doors to transformers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from ..errors import ExportError, VerifyError
+from ..files import sha256, write_text
+from .frozen import FrozenModel
+
+CODES = (-2, 1)  # what two bits hold, signed
+_GROUPS = (256, 128, 64, 32)  # powers of two that GPU kernels have; 256 costs 1/16 bit a weight in bf16
+_SHARD_BYTES = 4_000_000_000
+_DTYPE_NAMES = {
+    torch.bool: "BOOL",
+    torch.uint8: "U8",
+    torch.int8: "I8",
+    torch.int16: "I16",
+    torch.int32: "I32",
+    torch.int64: "I64",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float32: "F32",
+    torch.float64: "F64",
+}
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How the scales of all quantized tensors are laid out.
+
+    Attributes:
+        strategy: "group" (``[O, I / group_size]``) or "channel" (``[O, 1]``).
+        group_size: consecutive inputs a stored scale serves; None for "channel".
+    """
+
+    strategy: str
+    group_size: int | None = None
+
+    def columns(self, in_features: int) -> int:
+        """Stored scales a row."""
+        return 1 if self.group_size is None else in_features // self.group_size
+
+
+def export_hf(
+    frozen: FrozenModel, path: Path, *, fallback: bool = False, max_shard_bytes: int = _SHARD_BYTES
+) -> dict[str, Any]:
+    """Write the frozen model as a compressed-tensors folder; the folder appears whole or not at all.
+
+    One tensor at a time is in memory, whatever the size of the model.
+
+    Args:
+        frozen: the run's frozen model.
+        path: the folder to create; an empty one may be there.
+        fallback: accepted for symmetry with the other exporters; there is one storage type and nothing to fall back to.
+        max_shard_bytes: split the weights into files of about this size.
+
+    Returns:
+        ``{"target", "path", "bytes", "sha256", "quantized_bytes", "files"}``: bytes of the whole folder and of the
+        quantized tensors alone (scales and shapes included), and the SHA-256 of every file. ``sha256`` is that of the
+        listing, what ``LC_ALL=C sha256sum * | sha256sum`` prints inside the folder.
+
+    Raises:
+        ExportError: the folder is not empty, or the format cannot hold a tensor exactly; nothing was written.
+    """
+    del fallback
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ExportError(f"{path}: already exists and is not an empty folder; remove it or write to another path")
+    scheme = choose_scheme(frozen)
+    config = {**frozen.config, "quantization_config": quantization_config(frozen, scheme)}
+    entries = _entries(frozen, scheme)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.mkdir(parents=True)
+    try:
+        _write_shards(temporary, entries, max_shard_bytes)
+        write_text(temporary / "config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+        for source in companions(frozen.folder):
+            copy = temporary / source.relative_to(frozen.folder)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, copy)
+        os.replace(temporary, path)  # takes the place of an empty folder too
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    files = sorted((f for f in path.rglob("*") if f.is_file()), key=lambda f: f.relative_to(path).as_posix())
+    hashes = {f.relative_to(path).as_posix(): sha256(f) for f in files}
+    return {
+        "target": "hf",
+        "path": str(path),
+        "bytes": sum(f.stat().st_size for f in files),
+        "sha256": _listing_hash(hashes),
+        "quantized_bytes": sum(e.nbytes for e in entries if e.packed),
+        "files": hashes,
+    }
+
+
+def companions(folder: Path) -> list[Path]:
+    """The files beside the weights and config.json: tokenizer, chat template, generation config, licence."""
+
+    written = (".safetensors", ".safetensors.index.json")
+    files = (f for f in folder.rglob("*") if f.is_file() and not f.name.endswith(written))
+    return sorted(f for f in files if f != folder / "config.json")
+
+
+# --- the scheme and the configuration ------------------------------------------------------------------------------
+
+
+def choose_scheme(frozen: FrozenModel) -> Scheme:
+    """One scheme that stores every scale of the model exactly, by repetition and never by rounding.
+
+    With ``n`` the greatest common divisor of all group lengths (a row counts as its width): ``group`` of the longest
+    of 256, 128, 64, 32 that divides ``n``; else ``channel`` if every tensor has one scale a row (or one in all), as in
+    rows of 64 and 172; else ``group`` of ``n`` itself.
+    """
+    lengths: set[int] = set()
+    finer_than_rows = False
+    for name in frozen.quantized:
+        weight = frozen.codes(name)
+        whole = not isinstance(weight.group_size, int) or weight.group_size == weight.shape[1]
+        finer_than_rows |= not whole
+        lengths.add(weight.shape[1] if whole else int(weight.group_size))
+    common = math.gcd(*lengths)
+    for group in _GROUPS:
+        if common % group == 0:
+            return Scheme("group", group)
+    return Scheme("group", common) if finer_than_rows else Scheme("channel")
+
+
+def quantization_config(frozen: FrozenModel, scheme: Scheme) -> dict[str, Any]:
+    """The ``quantization_config`` of config.json.
+
+    The one config group targets every ``Linear``; ``ignore`` names each linear that was kept, in the model's order.
+
+    Raises:
+        ExportError: a quantized module is not an ``nn.Linear``, or transformers cannot build the model without remote
+            code.
+    """
+    if "quantization_config" in frozen.config:
+        raise ExportError(f"{frozen.folder / 'config.json'}: the model is already quantized by another method")
+    linears = _linears(frozen.folder)
+    for name in frozen.quantized:
+        if name not in linears:
+            raise ExportError(f"{name}: not an nn.Linear of this architecture, pack-quantized stores no other kind")
+    weights: dict[str, Any] = {
+        "num_bits": 2,
+        "type": "int",
+        "symmetric": True,
+        "strategy": scheme.strategy,
+        "group_size": scheme.group_size,
+        "dynamic": False,
+        "observer": "minmax",
+    }
+    group = {"targets": ["Linear"], "weights": weights, "input_activations": None, "output_activations": None}
+    quantized = set(frozen.quantized)
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": group},
+        "ignore": [name for name in linears if name not in quantized],
+    }
+
+
+def _linears(folder: Path) -> list[str]:
+    """The module paths of all ``nn.Linear`` of the architecture; no weight is allocated."""
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ExportError(f"{folder}: transformers cannot build this model without remote code ({error})") from None
+    return [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+
+
+# --- the tensors ---------------------------------------------------------------------------------------------------
+
+
+def pack_codes(codes_OI: Tensor) -> Tensor:
+    """Sixteen codes a word: int8 ``[O, I]`` in -2..1 to int32 ``[O, ceil(I / 16)]``.
+
+        word[o, k] = sum over j < 16 of (code[o, 16 k + j] + 2) * 4**j,   missing codes count 0
+
+    >>> pack_codes(torch.tensor([[-2, -1, 0, 1]], dtype=torch.int8))
+    tensor([[228]], dtype=torch.int32)
+    """
+    rows, columns = codes_OI.shape
+    words = (columns + 15) // 16
+    unsigned = torch.zeros(rows, words * 16, dtype=torch.uint8)
+    unsigned[:, :columns] = (codes_OI + 2).to(torch.uint8)
+    quads = unsigned.reshape(rows, words * 4, 4)
+    packed = quads[..., 0] | quads[..., 1] << 2 | quads[..., 2] << 4 | quads[..., 3] << 6
+    return packed.view(torch.int32)  # four bytes a word, the first the least significant
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """One tensor to be written: known by shape before ``read`` touches its data."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    read: Callable[[], Tensor]
+    packed: bool = False  # part of a quantized weight
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def _entries(frozen: FrozenModel, scheme: Scheme) -> list[_Entry]:
+    """Every tensor of the file, in the order of the dense one; data is read when an entry is written."""
+    quantized = {f"{name}.weight": name for name in frozen.quantized}
+    names = set(frozen.names())
+    for tensor, name in quantized.items():
+        if tensor not in names:
+            raise ExportError(f"{name}: {frozen.run} has codes but no tensor {tensor!r} for it")
+    entries: list[_Entry] = []
+    for name in frozen.names():
+        if name in quantized:
+            entries += _packed_entries(frozen, quantized[name], scheme)
+            continue
+        dense = frozen.tensor(name)
+        if dense.dtype not in _DTYPE_NAMES:
+            raise ExportError(f"{name}: dtype {dense.dtype} is not supported, convert the parent to bf16 first")
+        entries.append(_Entry(name, dense.dtype, tuple(dense.shape), lambda name=name: frozen.tensor(name)))
+    return entries
+
+
+def _packed_entries(frozen: FrozenModel, path: str, scheme: Scheme) -> Iterator[_Entry]:
+    """The three tensors of one quantized linear, after checking that two bits and the scale's dtype are exact."""
+    weight, dense = frozen.codes(path), frozen.tensor(f"{path}.weight")
+    dtype, (rows, columns) = dense.dtype, weight.shape
+    low, high = int(weight.codes.min()), int(weight.codes.max())
+    if low < CODES[0] or high > CODES[1]:
+        raise ExportError(f"{path}: levels {low}..{high}, two signed bits hold {CODES[0]}..{CODES[1]}")
+    if not torch.equal(weight.scales.to(dtype).float(), weight.scales):
+        raise ExportError(f"{path}: a scale is not exact in {dtype}; freeze the model again to snap the scales")
+    if dense.shape != weight.codes.shape or not torch.equal(weight.dense(dtype), dense):
+        raise ExportError(f"{path}: the dense weight in {frozen.folder} is not codes * scales; freeze the model again")
+
+    def words() -> Tensor:
+        return pack_codes(frozen.codes(path).codes)
+
+    def scales() -> Tensor:
+        return frozen.codes(path).block_scales(scheme.group_size or columns).to(dtype)
+
+    def shape() -> Tensor:
+        return torch.tensor([rows, columns])
+
+    yield _Entry(f"{path}.weight_packed", torch.int32, (rows, (columns + 15) // 16), words, packed=True)
+    yield _Entry(f"{path}.weight_scale", dtype, (rows, scheme.columns(columns)), scales, packed=True)
+    yield _Entry(f"{path}.weight_shape", torch.int64, (2,), shape, packed=True)
+
+
+# --- safetensors, streamed -----------------------------------------------------------------------------------------
+
+
+def _write_shards(folder: Path, entries: list[_Entry], max_bytes: int) -> None:
+    """model.safetensors, or numbered shards of at most ``max_bytes`` (unless one tensor is larger) and their index."""
+    shards: list[list[_Entry]] = [[]]
+    for entry in entries:
+        if shards[-1] and sum(e.nbytes for e in shards[-1]) + entry.nbytes > max_bytes:
+            shards.append([])
+        shards[-1].append(entry)
+    if len(shards) == 1:
+        _write_safetensors(folder / "model.safetensors", shards[0])
+        return
+    weight_map: dict[str, str] = {}
+    for number, shard in enumerate(shards, start=1):
+        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        _write_safetensors(folder / name, shard)
+        weight_map.update({entry.name: name for entry in shard})
+    index = {"metadata": {"total_size": sum(e.nbytes for e in entries)}, "weight_map": weight_map}
+    write_text(folder / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
+
+
+def _write_safetensors(path: Path, entries: list[_Entry]) -> None:
+    """One safetensors file: an eight-byte length, a JSON header, then the tensors' bytes without gaps.
+
+    The library's own writer wants all tensors of a file in memory at once. Wide numbers come first and the header is
+    padded to eight bytes, so every tensor is aligned to its own width when the file is mapped.
+    """
+    ordered = sorted(entries, key=lambda e: -e.dtype.itemsize)
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for entry in ordered:
+        end = offset + entry.nbytes
+        header[entry.name] = {
+            "dtype": _DTYPE_NAMES[entry.dtype],
+            "shape": list(entry.shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as handle:
+        handle.write(len(text).to_bytes(8, "little"))
+        handle.write(text)
+        for entry in ordered:
+            _write_tensor(handle, entry)
+        handle.flush()
+        os.fsync(handle.fileno())
+
+
+def _write_tensor(handle: BinaryIO, entry: _Entry) -> None:
+    tensor = entry.read()
+    assert tensor.dtype == entry.dtype and tuple(tensor.shape) == entry.shape, entry.name
+    handle.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+
+def _listing_hash(hashes: dict[str, str]) -> str:
+    return hashlib.sha256("".join(f"{digest}  {name}\n" for name, digest in hashes.items()).encode()).hexdigest()
+
+
+# --- and back ------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def logits(folder: Path, token_ids: Tensor) -> Tensor:
+    """Logits ``[B, T, V]`` in fp32 of a Hugging Face folder, dense or packed, loaded as any user would load it.
+
+    Args:
+        folder: what ``AutoModelForCausalLM.from_pretrained`` takes; no remote code, nothing is downloaded.
+        token_ids: int64 ``[B, T]``.
+
+    Raises:
+        VerifyError: transformers cannot load or run it.
+    """
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, trust_remote_code=False, local_files_only=True
+        )
+        return model.eval()(input_ids=token_ids).logits.float()
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+        raise VerifyError(f"{folder}: transformers cannot load and run it ({_first_line(error)})") from None
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,191 @@
+"""The smaller jobs that single verbs run, and what they share with the main job."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from . import curvature, loading, recipes
+from .data import Blocks, TokenizedText, epoch_order, pack_all, prepare, read_documents
+from .errors import ConfigError
+from .evaluation import Logits, hestia_protocol_perplexity, model_logits, run_tasks, score
+from .export.frozen import MODEL_FOLDER
+from .nn import select
+from .options import Options, count
+from .planner import plan as make_plan
+from .plans import Plan
+
+
+def plan_model(options: Options) -> Plan:
+    """``hestia plan``: the plan of a model from its configuration alone.
+
+    Raises:
+        ConfigError, PlanError: see ``hestia.planner.plan``.
+    """
+    source = loading.resolve(options.model)
+    config = loading.load_config(source, trust_remote_code=options.trust_remote_code)
+    return make_plan(
+        loading.empty_model(source, config, trust_remote_code=options.trust_remote_code),
+        recipes.get(options.recipe, **options.options),
+        options.target,
+        options.sensitivity,
+        bits=options.bits,
+        group_size=options.group(),
+        skip=options.skip,
+        fallback=options.fallback,
+        allow_partial=options.allow_partial,
+    )
+
+
+def calibrate_model(options: Options) -> curvature.Sensitivity:
+    """``hestia calibrate``: the curvature of every quantizable tensor of a model.
+
+    Raises:
+        ConfigError, CalibrationError: bad input, or a tensor that the text does not reach.
+    """
+    choose_device(options)
+    source = loading.resolve(options.model)
+    config = loading.load_config(source, trust_remote_code=options.trust_remote_code)
+    tokenizer = loading.load_tokenizer(source, trust_remote_code=options.trust_remote_code)
+    text = prepare_text(options, tokenizer, longest_block(config, options), None)
+    model = loading.load_model(source, trust_remote_code=options.trust_remote_code)
+    paths = list(select(model, options.skip).candidates)
+    return calibrate_on(model, paths, text.train, options, loading.fingerprint(source, config))
+
+
+def evaluate_model(
+    options: Options,
+    *,
+    against: str | None = None,
+    tasks: Sequence[str] = (),
+    tasks_dir: str | None = None,
+    limit: int | None = None,
+    protocol: str | None = None,
+) -> dict[str, Any]:
+    """``hestia eval``: NLL on text, KL to a parent, lm-eval tasks.
+
+    Args:
+        options: model (folder, hub id or run), data and machine.
+        against: the parent for KL and top-1 agreement.
+        tasks: lm-eval task names, or names of .jsonl files in ``tasks_dir``.
+        tasks_dir: folder of local tasks.
+        limit: items a task.
+        protocol: "hestia" for the paper's packing of documents.
+
+    Raises:
+        ConfigError: bad input, or neither data nor tasks.
+    """
+    if not options.data and not tasks:
+        raise ConfigError("nothing to evaluate on: give --data, --tasks or both")
+    device = choose_device(options)
+    run = Path(options.model)
+    source = loading.resolve(str(run / MODEL_FOLDER) if (run / MODEL_FOLDER).is_dir() else options.model)
+    config = loading.load_config(source, trust_remote_code=options.trust_remote_code)
+    tokenizer = loading.load_tokenizer(source, trust_remote_code=options.trust_remote_code)
+    model: Any = loading.load_model(source, trust_remote_code=options.trust_remote_code)
+    model.to(device)
+    seq_len = longest_block(config, options)
+    record: dict[str, Any] = {"model": options.model}
+    if options.data and protocol == "hestia":
+        record |= _paper_protocol(model_logits(model), options, tokenizer, min(2048, seq_len))
+    elif options.data:
+        blocks = all_blocks(options, tokenizer, seq_len)
+        parent: Logits | None = None
+        if against is not None:
+            parent_model: Any = loading.load_model(loading.resolve(against))
+            parent = model_logits(parent_model.to(device))
+        record |= score(model_logits(model), blocks, parent=parent).to_json()
+    if tasks:
+        folder = Path(tasks_dir) if tasks_dir else None
+        record["tasks"] = run_tasks(model, tokenizer, tasks, data_dir=folder, limit=limit)
+    return record
+
+
+def _paper_protocol(
+    logits: Logits, options: Options, tokenizer: PreTrainedTokenizerBase, longest: int
+) -> dict[str, Any]:
+    documents = (d.text for d in read_documents(options.data, separator=options.separator) if d.text is not None)
+    lines = (line for text in documents for line in text.splitlines() if line.strip())
+    ids = (tokenizer(line, add_special_tokens=False)["input_ids"] for line in lines)
+    adds_bos = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]  # type: ignore[index]
+    if not isinstance(tokenizer.eos_token_id, int):
+        raise ConfigError("--protocol hestia needs a tokenizer with an EOS token")
+    bos = tokenizer.bos_token_id if adds_bos and isinstance(tokenizer.bos_token_id, int) else None
+    result = hestia_protocol_perplexity(logits, ids, eos=tokenizer.eos_token_id, bos=bos, max_len=longest)  # type: ignore[arg-type]
+    return {**result.score.to_json(), "documents": result.documents, "dropped": result.dropped}
+
+
+def choose_device(options: Options) -> torch.device:
+    """The device asked for; threads are set here too.
+
+    Raises:
+        ConfigError: CUDA asked for where there is none.
+    """
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda: this torch sees no CUDA device")
+    use_cuda = options.device == "cuda" or (options.device == "auto" and torch.cuda.is_available())
+    return torch.device("cuda" if use_cuda else "cpu")
+
+
+def prepare_text(
+    options: Options, tokenizer: PreTrainedTokenizerBase, seq_len: int, cache: Path | None
+) -> TokenizedText:
+    """Training and held-out blocks as the options ask for."""
+    return prepare(
+        options.data,
+        options.eval_data or None,
+        tokenizer,
+        seq_len=seq_len,
+        joiner=options.joiner,  # type: ignore[arg-type]
+        separator=options.separator,
+        held_out_share=options.held_out_share,
+        seed=options.seed,
+        cache=cache,
+    )
+
+
+def all_blocks(options: Options, tokenizer: PreTrainedTokenizerBase, seq_len: int) -> Blocks:
+    """Every block of ``--data``, up to ``--eval-tokens``; nothing is held out."""
+    text = pack_all(
+        options.data,
+        tokenizer,
+        seq_len=seq_len,
+        joiner=options.joiner,  # type: ignore[arg-type]
+        separator=options.separator,
+    )
+    return text[: max(1, count(options.eval_tokens, "eval_tokens") // seq_len)]
+
+
+def longest_block(config: Any, options: Options) -> int:
+    """Tokens a block: ``--seq-len``, or the model's maximum, 1024 at most.
+
+    Raises:
+        ConfigError: more than the model has positions for.
+    """
+    longest = int(getattr(config.get_text_config(), "max_position_embeddings", 1024) or 1024)
+    chosen = options.seq_len or min(1024, longest)
+    if chosen > longest:
+        raise ConfigError(f"--seq-len {chosen} is longer than the model's {longest} positions")
+    return chosen
+
+
+def calibrate_on(
+    model: PreTrainedModel,
+    paths: Sequence[str] | Plan,
+    blocks: Blocks,
+    options: Options,
+    fingerprint: Mapping[str, Any],
+) -> curvature.Sensitivity:
+    """Curvature of the named tensors (or all that a plan quantizes) on ``--calibrate`` blocks drawn by seed."""
+    names = list(paths.layers) if isinstance(paths, Plan) else list(paths)
+    weights = {path: model.get_parameter(f"{path}.weight") for path in names}
+    rows = epoch_order(len(blocks), options.seed, 0)[: options.calibrate]
+    return curvature.calibrate(
+        model, weights, blocks.input_ids[rows].long(), seed=options.seed, fingerprint=fingerprint
+    )

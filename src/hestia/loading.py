@@ -1,0 +1,234 @@
+"""Model and tokenizer in: the one door to transformers below training and the exporters.
+
+Weights are read from safetensors only, code that a model folder may carry is never run unless asked for, and a hub id
+is resolved to a commit first, so that a run records exactly what it started from.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from .errors import ConfigError
+
+_CLIENT_ERROR: type[Exception] = HfHubHTTPError.__bases__[
+    0
+]  # of whichever HTTP client this version of the hub library uses
+
+transformers.utils.logging.set_verbosity_error()
+transformers.utils.logging.disable_progress_bar()
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model comes from.
+
+    Attributes:
+        name: what the user typed.
+        location: local folder or hub id that transformers reads.
+        commit: hub commit; None for a local folder.
+    """
+
+    name: str
+    location: str
+    commit: str | None = None
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the model lies in a local folder."""
+        return self.commit is None
+
+
+def resolve(name: str) -> Source:
+    """Find a model by local folder or hub id; hub ids are pinned to their current commit.
+
+    Raises:
+        ConfigError: neither a folder with a config.json nor a reachable hub model; a folder with weights in a format
+            other than safetensors; a truncated or damaged safetensors file.
+    """
+    folder = Path(name)
+    if folder.is_dir():
+        _check_folder(folder)
+        return Source(name=name, location=str(folder))
+    if folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise ConfigError(f"{name}: no such model folder")
+    try:
+        commit = HfApi().model_info(name, timeout=20).sha
+    except HFValidationError:
+        raise ConfigError(f"{name}: no such model folder, and not a hub id (owner/name)") from None
+    except (HfHubHTTPError, _CLIENT_ERROR, OSError, RuntimeError) as error:
+        first = str(error).strip().splitlines()[:1]
+        raise ConfigError(
+            f"{name}: no such local folder, and the hub could not be asked ({type(error).__name__}: {''.join(first)})"
+        ) from None
+    return Source(name=name, location=name, commit=commit)
+
+
+def _check_folder(folder: Path) -> None:
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"{folder}: no config.json; is this a Hugging Face model folder?")
+    weights = sorted(folder.glob("*.safetensors"))
+    if not weights:
+        pickled = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
+        found = f" It holds {', '.join(pickled)}, and pickled weights can run code." if pickled else ""
+        raise ConfigError(f"{folder}: no .safetensors weights.{found} Convert the checkpoint to safetensors first")
+    for path in weights:
+        try:
+            with safe_open(path, framework="pt") as handle:
+                handle.keys()
+        except (SafetensorError, OSError) as error:
+            raise ConfigError(f"{path}: damaged or truncated safetensors file ({error})") from None
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError):
+            raise ConfigError(f"{index}: damaged index") from None
+        missing = sorted(named - {p.name for p in weights})
+        if missing:
+            raise ConfigError(f"{folder}: the index names {', '.join(missing)}, which are not there")
+
+
+def load_config(source: Source, *, trust_remote_code: bool = False) -> Any:
+    """The model's configuration.
+
+    Raises:
+        ConfigError: it is damaged, or its architecture needs code from the model folder.
+    """
+    return _read(source, "config.json", AutoConfig.from_pretrained, trust_remote_code=trust_remote_code)
+
+
+def load_model(source: Source, *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The model in fp32 and eval mode, on the CPU; ``parent_dtype`` tells what it was stored in.
+
+    Raises:
+        ConfigError: damaged files, weights that are missing for the configured architecture, remote code needed.
+    """
+    loaded = _read(
+        source,
+        "model weights",
+        AutoModelForCausalLM.from_pretrained,
+        dtype=torch.float32,
+        use_safetensors=True,
+        output_loading_info=True,
+        trust_remote_code=trust_remote_code,
+    )
+    model, info = loaded
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ConfigError(f"{source.name}: the checkpoint lacks {len(missing)} weights, the first is {missing[0]}")
+    mismatched = sorted(map(str, info.get("mismatched_keys", ())))
+    if mismatched:
+        raise ConfigError(f"{source.name}: weights of another shape than in config.json, first {mismatched[0]}")
+    model.eval()
+    return model
+
+
+def empty_model(source: Source, config: Any, *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The model's modules on the meta device: every shape, no weight.
+
+    Raises:
+        ConfigError: transformers has no causal language model for this configuration.
+    """
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+        raise ConfigError(f"{source.name}: not a causal language model ({str(error).splitlines()[0]})") from None
+
+
+def load_tokenizer(source: Source, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The model's tokenizer.
+
+    Raises:
+        ConfigError: there is none, or it is damaged.
+    """
+    if source.is_local:
+        folder = Path(source.location)
+        files = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "vocab.txt")
+        if not any((folder / name).is_file() for name in files):
+            raise ConfigError(f"{source.name}: no tokenizer in the folder (looked for {', '.join(files)})")
+    return _read(source, "tokenizer", AutoTokenizer.from_pretrained, trust_remote_code=trust_remote_code)
+
+
+def parent_dtype(source: Source, config: Any) -> torch.dtype:
+    """The dtype the checkpoint is stored in, to which a frozen model returns."""
+    dtype = getattr(config, "dtype", None)
+    if isinstance(dtype, str):
+        dtype = getattr(torch, dtype, None)
+    if dtype is None and source.is_local:
+        dtype = _first_float_dtype(Path(source.location))
+    return dtype if dtype in (torch.float32, torch.float16, torch.bfloat16) else torch.float32
+
+
+def _first_float_dtype(folder: Path) -> torch.dtype | None:
+    names = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as handle:
+            for name in handle.keys():  # noqa: SIM118 - not a mapping
+                found = names.get(handle.get_slice(name).get_dtype())
+                if found is not None:
+                    return found
+    return None
+
+
+def cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:
+    """Cast every floating parameter of a frozen model to ``dtype``, in place (buffers keep theirs)."""
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+
+
+COPIED = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "spiece.model",
+    "chat_template*",
+    "generation_config.json",
+)
+"""Files of a parent that its frozen child carries byte for byte."""
+
+
+def save(model: PreTrainedModel, source: Source, folder: Path) -> None:
+    """Write a frozen model as a Hugging Face folder: own weights and config, the parent's tokenizer files verbatim."""
+    model.save_pretrained(folder)
+    parent = Path(source.location)
+    if not source.is_local:
+        parent = Path(snapshot_download(source.location, revision=source.commit, allow_patterns=list(COPIED)))
+    for pattern in COPIED:
+        for path in sorted(parent.glob(pattern)):
+            if path.is_file():
+                shutil.copyfile(path, folder / path.name)
+
+
+def fingerprint(source: Source, config: Any) -> dict[str, Any]:
+    """What a run records of its parent: name, commit, architecture, shape."""
+    keys = ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")
+    shape = {k: getattr(config, k) for k in keys if hasattr(config, k)}
+    name = Path(source.name).resolve().name if source.is_local else source.name
+    return {"name": name, "commit": source.commit, **shape}
+
+
+def _read(source: Source, what: str, reader: Any, **options: Any) -> Any:
+    try:
+        return reader(source.location, revision=source.commit or "main", **options)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
+        lines = [line for line in str(error).strip().splitlines() if line.strip()]
+        message = lines[0] if lines else type(error).__name__
+        if "trust_remote_code" in str(error):
+            message = "it needs code from the model folder; hestia runs none unless you pass --trust-remote-code"
+        raise ConfigError(f"{source.name}: cannot read the {what}: {message}") from None

@@ -1,0 +1,97 @@
+"""In and out: ``apply`` a plan to a model, ``freeze`` it to integers, or ``restore`` it as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from ..errors import GuardError, PlanError
+from ..plans import Plan
+from ..quant import QuantizedTensor
+from .knobs import KNOBS_NAME, Knobs
+from .linear import QuantLinear
+
+
+def quantized_modules(model: nn.Module) -> Iterator[tuple[str, QuantLinear]]:
+    """(module path, layer) of every quantized layer, in the order of the model."""
+    for path, module in model.named_modules():
+        if isinstance(module, QuantLinear):
+            yield path, module
+
+
+def apply(model: nn.Module, plan: Plan) -> nn.Module:
+    """Replace the plan's linear layers by ``QuantLinear``, in place; the Parameters stay the same objects.
+
+    Latent weights become fp32 (a bf16 latent swallows small updates); everything else keeps its dtype. State-dict keys
+    do not change. Pressure starts at the schedule's t = 0.
+
+    Raises:
+        PlanError: the plan names a layer that the model lacks, of another shape or kind, or the model is already
+            converted; nothing is changed then.
+    """
+    found = dict(model.named_modules())
+    if any(isinstance(module, QuantLinear) for module in found.values()):
+        raise PlanError("the model is already converted; hestia.restore(model) first")
+    for path, layer in plan.layers.items():
+        module = found.get(path)
+        if module is None:
+            raise PlanError(f"{path}: the plan names it, the model has no such module; was it made for another model?")
+        if not isinstance(module, nn.Linear):
+            raise PlanError(f"{path}: the plan wants an nn.Linear, the model has {type(module).__name__}")
+        shape = (module.out_features, module.in_features)
+        if shape != layer.shape:
+            raise PlanError(f"{path}: the plan says {layer.shape}, the model has {shape}")
+    schedule = plan.schedule
+    knobs = Knobs(schedule.pressure(0.0), schedule.base_temperature(0.0))
+    knobs.to(next(model.parameters()).device)
+    model.add_module(KNOBS_NAME, knobs)
+    for path, layer in plan.layers.items():
+        linear = found[path]
+        assert isinstance(linear, nn.Linear)
+        quantized = QuantLinear(linear, layer.spec, knobs, layer.temperature_factor)
+        quantized.weight.data = quantized.weight.data.float()
+        _replace(model, path, quantized)
+    return model
+
+
+def restore(model: nn.Module) -> nn.Module:
+    """Undo ``apply``: plain linear layers with the latent weights, in the parent's dtype; Parameters stay the same."""
+    for path, module in list(quantized_modules(model)):
+        module.weight.data = module.weight.data.to(module.parent_dtype)
+        _replace(model, path, module.unquantized())
+    _drop_knobs(model)
+    return model
+
+
+@torch.no_grad()
+def freeze(model: nn.Module) -> dict[str, QuantizedTensor]:
+    """Replace every quantized layer by a plain one that holds ``codes * scales``, in place, and return the codes.
+
+    The weights return to the parent's dtype, which holds them exactly: snapped scales are bf16 and fp16 numbers, and
+    codes of up to two bits only change sign and exponent.
+
+    Raises:
+        GuardError: a latent weight is NaN or infinite; the tensor is named and nothing is changed.
+    """
+    for path, module in quantized_modules(model):
+        if not bool(torch.isfinite(module.weight).all()):
+            raise GuardError(f"{path}: the weight holds NaN or infinity and cannot be frozen")
+    frozen: dict[str, QuantizedTensor] = {}
+    for path, module in list(quantized_modules(model)):
+        frozen[path] = tensor = module.codes()
+        module.weight.data = tensor.dense(module.parent_dtype)
+        _replace(model, path, module.unquantized())
+    _drop_knobs(model)
+    return frozen
+
+
+def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, module)
+
+
+def _drop_knobs(model: nn.Module) -> None:
+    if hasattr(model, KNOBS_NAME):
+        delattr(model, KNOBS_NAME)

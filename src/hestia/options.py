@@ -1,0 +1,206 @@
+"""The options of the main job, in one place: the command line, run.yaml and the Python function share them.
+
+Each field is a key of ``--config`` files and an option of ``hestia quantize``; its metadata is the help text.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from .errors import ConfigError, nearest
+
+
+def _option(default: Any, text: str, **extra: Any) -> Any:
+    if isinstance(default, (list, dict)):
+        raise TypeError("options are immutable")
+    return field(default=default, metadata={"help": text, **extra})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Everything ``hestia quantize`` can be told.
+
+    Raises:
+        ConfigError: a value out of range; the option is named.
+    """
+
+    model: str = _option("", "local folder or hub id of the parent model")
+    data: tuple[str, ...] = _option((), "training text: files, saved data sets or hub ids")
+    eval_data: tuple[str, ...] = _option((), "held-out text; without it a part of --data is held out")
+    out: str = _option("", "the run's folder")
+    target: tuple[str, ...] = _option(("hf",), "file format (repeatable); the first is the one the plan is made for")
+    recipe: str = _option("hestia", "how to quantize; see `hestia recipes`")
+    options: Mapping[str, Any] = field(
+        default_factory=dict, metadata={"help": "option of the recipe as KEY=VALUE (repeatable)"}
+    )
+    bits: float = _option(1.58, "bits a weight: 1, 1.58 or 2")
+    group_size: str = _option("row", "weights that share a scale: a number, row or tensor")
+    skip: tuple[str, ...] = _option((), "shell pattern of module paths to keep (repeatable)")
+    fallback: bool = _option(False, "let single tensors use another exact type of the target format")
+    allow_partial: bool = _option(False, "accept a plan that quantizes under half of the non-embedding weights")
+    tokens: str = _option("2M", "tokens to train on, such as 600k or 2M")
+    steps: int | None = _option(None, "optimizer steps, instead of --tokens")
+    seq_len: int | None = _option(None, "tokens a block; default min(1024, the model's maximum)")
+    batch_size: int | None = _option(None, "blocks a step; default such that at least 300 steps fit, 16 at most")
+    accumulation: int = _option(1, "micro-batches a step")
+    lr: str = _option("auto", "peak learning rate, or auto: a pilot of four rates")
+    warmup: float = _option(0.05, "share of the run that warms up the learning rate")
+    lr_decay: float = _option(0.2, "share of the run over which the learning rate decays at the end")
+    lr_final: float = _option(0.1, "learning rate at the end, as a share of the peak")
+    second_stage: float | None = _option(None, "share of the run after which a second, lower rate holds")
+    second_factor: float = _option(0.5, "the second stage's rate, as a share of the peak")
+    weight_decay: float = _option(0.01, "AdamW's weight decay on matrices")
+    clip: float = _option(1.0, "gradient norm limit")
+    embeddings: str = _option("train", "train or freeze the embeddings (and a tied head)")
+    calibrate: int = _option(64, "sequences of the curvature estimate; 0 ignores curvature")
+    sensitivity: str | None = _option(None, "use this sensitivity.json instead of calibrating")
+    separator: str = _option("auto", "line that separates documents in .txt files")
+    joiner: str = _option("auto", "join documents by bos, eos or both; auto asks the tokenizer")
+    held_out_share: float = _option(0.05, "share of --data held out when there is no --eval-data")
+    eval_tokens: str = _option("131072", "most held-out tokens to score")
+    precision: str = _option("auto", "bf16 (autocast over fp32 weights), fp32, or auto")
+    gradient_checkpointing: bool = _option(False, "recompute activations to save memory")
+    compile: bool = _option(False, "run the model through torch.compile")
+    save_every: int | None = _option(None, "steps between checkpoints; default a fifth of the run")
+    log_every: int | None = _option(None, "steps between log lines; default a fiftieth of the run")
+    report_to: tuple[str, ...] = _option((), "the Trainer's loggers, such as tensorboard (repeatable)")
+    seed: int = _option(0, "order of the data, probes, every random draw")
+    device: str = _option("auto", "cpu, cuda or auto")
+    threads: int | None = _option(None, "CPU threads")
+    trust_remote_code: bool = _option(False, "run code that the model folder carries")
+
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            object.__setattr__(self, item.name, _coerce(item.name, getattr(self, item.name), _HINTS[item.name]))
+        _choice("embeddings", self.embeddings, ("train", "freeze"))
+        _choice("precision", self.precision, ("auto", "bf16", "fp32"))
+        _choice("joiner", self.joiner, ("auto", "bos", "eos", "both"))
+        _choice("device", self.device, ("auto", "cpu", "cuda"))
+        for name in ("accumulation", "batch_size", "steps", "seq_len", "threads", "save_every", "log_every"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+        if self.calibrate < 0 or self.calibrate == 1:
+            raise ConfigError(f"--calibrate needs at least 2 sequences (or 0 for none), got {self.calibrate}")
+        if not 0.0 < self.held_out_share < 1.0:
+            raise ConfigError(f"--held-out-share must lie between 0 and 1, got {self.held_out_share}")
+        for name in ("tokens", "eval_tokens"):
+            count(getattr(self, name), name)
+        self.group()
+        self.learning_rate()
+
+    def group(self) -> Any:
+        """The group size as the quantizer wants it.
+
+        Raises:
+            ConfigError: neither a number, row nor tensor.
+        """
+        if self.group_size in ("row", "tensor"):
+            return self.group_size
+        if self.group_size.isdigit() and int(self.group_size) > 0:
+            return int(self.group_size)
+        raise ConfigError(f"--group-size must be a positive number, row or tensor, got {self.group_size!r}")
+
+    def learning_rate(self) -> float | None:
+        """The peak rate, or None for auto.
+
+        Raises:
+            ConfigError: neither a positive number nor auto.
+        """
+        if self.lr == "auto":
+            return None
+        try:
+            rate = float(self.lr)
+        except ValueError:
+            rate = 0.0
+        if not 0.0 < rate < 10.0:
+            raise ConfigError(f"--lr must be auto or a positive number, got {self.lr!r}")
+        return rate
+
+    def to_yaml(self) -> str:
+        """run.yaml: every option, so that ``--config run.yaml`` repeats the run."""
+        record = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+        return yaml.safe_dump(record, sort_keys=False, allow_unicode=True)
+
+
+_HINTS = typing.get_type_hints(Options)
+
+
+def load_config(path: Path) -> dict[str, Any]:
+    """The options in a YAML file.
+
+    Raises:
+        ConfigError: unreadable, not a mapping, or with an unknown key; the nearest valid key is named.
+    """
+    try:
+        record = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such configuration file") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: not readable as YAML ({str(error).splitlines()[0]})") from None
+    if not isinstance(record, dict):
+        raise ConfigError(f"{path}: expected options as key: value, got {type(record).__name__}")
+    return {_known(str(key), str(path)): value for key, value in record.items()}
+
+
+def _known(key: str, where: str) -> str:
+    name = key.replace("-", "_")
+    if name not in _HINTS:
+        raise ConfigError(f"{where}: unknown option {key!r}: {nearest(name, _HINTS)}")
+    return name
+
+
+def count(text: str, name: str) -> int:
+    """A number of tokens as people write it.
+
+    >>> count("600k", "tokens"), count("2M", "tokens"), count("1.5b", "tokens"), count("4096", "tokens")
+    (600000, 2000000, 1500000000, 4096)
+    """
+    units = {"k": 10**3, "m": 10**6, "b": 10**9}
+    lowered = text.strip().lower().replace(",", "").replace("_", "")
+    factor = units.get(lowered[-1:], 1)
+    try:
+        value = round(float(lowered.rstrip("kmb")) * factor)
+    except (ValueError, OverflowError):
+        value = 0
+    if value < 1:
+        raise ConfigError(f"--{name.replace('_', '-')} must be a positive number such as 600k or 2M, got {text!r}")
+    return value
+
+
+def _choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ConfigError(f"--{name} {value!r}: {nearest(value, allowed)}")
+
+
+def _coerce(name: str, value: Any, hint: Any) -> Any:
+    """``value`` as the declared type; lists become tuples, numbers written as text are read."""
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if value is None and type(None) in options:
+        return None
+    kind = next(option for option in options if option is not type(None))
+    if typing.get_origin(kind) is tuple:
+        items = (value,) if isinstance(value, (str, Path)) else value
+        if isinstance(items, (list, tuple)) and all(isinstance(item, (str, Path)) for item in items):
+            return tuple(str(item) for item in items)
+    elif kind is bool or isinstance(value, bool):
+        if kind is bool and isinstance(value, bool):
+            return value
+    elif kind is int and isinstance(value, int):
+        return value
+    elif kind is float and isinstance(value, (int, float)):
+        return float(value)
+    elif kind is str and isinstance(value, (str, int, float, Path)):
+        return str(value)
+    elif typing.get_origin(kind) is not None and isinstance(value, Mapping):
+        return {str(key): item for key, item in value.items()}
+    wanted = getattr(kind, "__name__", str(kind))
+    raise ConfigError(f"--{name.replace('_', '-')} wants a {wanted}, got {value!r}")

@@ -1,0 +1,482 @@
+"""The main job as one Python function, and the stages that the command line's verbs run one by one.
+
+    quantize = prepare data, plan, calibrate, plan again, [pilot], train, freeze, score, export, verify, report
+
+Every stage leaves its artefact in the run's folder; with ``resume`` a stage whose artefact is there is not repeated.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+
+from . import curvature, loading, nn, recipes
+from .data import Blocks, TokenizedText
+from .errors import ConfigError
+from .evaluation import Score, model_logits, paired_difference, score
+from .evaluation.diagnostics import continuations, histograms
+from .export import FrozenModel, export_model, save_codes
+from .export.frozen import CODES_FILE, MODEL_FOLDER
+from .export.verify import require_ok, verify
+from .files import read_json, replacing_folder, sha256, write_json, write_text
+from .jobs import calibrate_on, choose_device, longest_block, prepare_text
+from .options import Options, count, load_config
+from .planner import plan as make_plan
+from .plans import Plan
+from .progress import announce as say
+from .provenance import command_line, machine, versions
+from .report.html import write_report
+from .report.model_card import write_model_card
+from .schedules import LearningRateSchedule
+from .training import HestiaTrainer, TrainConfig, checkpoints, pilot
+
+OPTIONS_FILE, PLAN_FILE, SENSITIVITY_FILE = "run.yaml", "plan.json", "sensitivity.json"
+SCORES_FILE, REPORT_FILE, DIAGNOSTICS_FILE = "scores.json", "report.json", "diagnostics.json"
+EXPORTS_FOLDER, CACHE_FOLDER = "exports", "cache"
+TUNING_BLOCKS = 32
+"""Training blocks set aside for the logged hard loss and the learning-rate pilot; the held-out text is scored once."""
+
+
+def quantize(options: Options, *, resume: bool = False, plan: Plan | None = None) -> dict[str, Any]:
+    """From a pretrained checkpoint to verified low-bit files.
+
+    Args:
+        options: what to do; see ``Options``.
+        resume: continue the run in ``options.out``, or start it where none is.
+        plan: use this plan instead of making one (``hestia train``).
+
+    Returns:
+        The record that report.json holds.
+
+    Raises:
+        ConfigError, PlanError: bad input; nothing was written.
+        GuardError, Interrupted: training was stopped; the last good checkpoint is kept.
+        VerifyError: an exported file differs from the frozen model.
+    """
+    return Run(options, resume=resume, plan=plan).execute()
+
+
+@dataclass
+class _Clock:
+    """Seconds spent by stage."""
+
+    seconds: dict[str, float]
+
+    def measure(self, stage: str, work: Callable[[], Any]) -> Any:
+        """Run ``work`` and add its time to ``stage``."""
+        started = time.perf_counter()
+        try:
+            return work()
+        finally:
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - started
+
+
+class Run:
+    """One run: options, folder, and the stages in order.
+
+    Args:
+        options: what to do.
+        resume: continue where an earlier call stopped.
+        plan: a plan made beforehand.
+    """
+
+    def __init__(self, options: Options, *, resume: bool = False, plan: Plan | None = None) -> None:
+        for name, value in (("MODEL", options.model), ("--data", options.data), ("--out", options.out)):
+            if not value:
+                raise ConfigError(f"{name} is missing; see `hestia quantize --help`")
+        self.options, self.resume, self.given_plan = options, resume, plan
+        self.folder = Path(options.out)
+        self.clock = _Clock({})
+        self.started = datetime.now(UTC)
+        self.device = choose_device(options)
+        self.baselines: list[dict[str, Any]] = []
+        self.source = loading.resolve(options.model)
+        self.config = loading.load_config(self.source, trust_remote_code=options.trust_remote_code)
+
+    # --- the stages --------------------------------------------------------------------------------------------------
+
+    def execute(self) -> dict[str, Any]:
+        """All stages, then the record of report.json."""
+        set_seed(self.options.seed)
+        self._check_folder()
+        started = time.perf_counter()
+        plan = self._plan_without_curvature()
+        text = self.text
+        self._open_folder()
+        say(f"{len(text.train):,} training blocks, {len(text.held_out):,} held-out blocks of {self.seq_len} tokens")
+        plan = self._plan(plan)
+        frozen = self._frozen(plan)
+        scores = self._scores(plan)
+        exports = [self._export(name, frozen) for name in plan.targets]
+        self.clock.seconds["total"] = time.perf_counter() - started
+        return self._report(plan, scores, exports)
+
+    def _check_folder(self) -> None:
+        """Refuse a folder that holds something else; nothing is written yet."""
+        recorded = self.folder / OPTIONS_FILE
+        if recorded.is_file():
+            before = Options(**load_config(recorded))
+            ignored = {"threads", "device", "report_to", "log_every"}
+            differing = [
+                f"{item.name} is {getattr(before, item.name)!r} there and {getattr(self.options, item.name)!r} here"
+                for item in dataclasses.fields(Options)
+                if item.name not in ignored and getattr(before, item.name) != getattr(self.options, item.name)
+            ]
+            if differing:
+                raise ConfigError(f"{self.folder} holds a different run: {'; '.join(differing)}. Choose another --out")
+            if not self.resume:
+                raise ConfigError(f"{self.folder} already holds this run; continue it with --resume")
+        elif self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
+            raise ConfigError(f"{self.folder} exists and is not a run of hestia; choose another --out")
+
+    def _open_folder(self) -> None:
+        """The first write: the options, after everything that can be refused has been checked."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_text(self.folder / OPTIONS_FILE, self.options.to_yaml())
+
+    def _plan_without_curvature(self) -> Plan:
+        """The plan before calibration: refuses at once what could not be exported at the end."""
+        if self.given_plan is not None:
+            return self.given_plan
+        o = self.options
+        return make_plan(
+            loading.empty_model(self.source, self.config, trust_remote_code=o.trust_remote_code),
+            recipes.get(o.recipe, **o.options),
+            o.target,
+            bits=o.bits,
+            group_size=o.group(),
+            skip=o.skip,
+            fallback=o.fallback,
+            allow_partial=o.allow_partial,
+        )
+
+    def _plan(self, plan: Plan) -> Plan:
+        path = self.folder / PLAN_FILE
+        if self.resume and path.is_file():
+            return Plan.load(path)
+        if self.given_plan is None and plan.trains:
+            sensitivity = self._sensitivity(plan)
+            if sensitivity is not None:
+                traces = {p: t.geometric_mean for p, t in sensitivity.tensors.items()}
+                recipe = recipes.get(self.options.recipe, **self.options.options)
+                missing = [p for p in plan.layers if p not in traces]
+                if missing:
+                    raise ConfigError(f"the sensitivity lacks {missing[0]} and {len(missing) - 1} other tensors")
+                plan = plan.with_factors(recipe.temperature_factors({p: traces[p] for p in plan.layers}))
+        plan.save(path)
+        return plan
+
+    def _sensitivity(self, plan: Plan) -> curvature.Sensitivity | None:
+        path = self.folder / SENSITIVITY_FILE
+        given = Path(self.options.sensitivity) if self.options.sensitivity else path
+        if self.options.sensitivity or (self.resume and path.is_file()):
+            sensitivity = curvature.Sensitivity.load(given)
+        elif self.options.calibrate == 0:
+            return None
+        else:
+            model = self._load_model()
+            sensitivity = self.clock.measure(
+                "calibrate",
+                lambda: calibrate_on(
+                    model, plan, self.training, self.options, loading.fingerprint(self.source, self.config)
+                ),
+            )
+        sensitivity.save(path)
+        return sensitivity
+
+    def _frozen(self, plan: Plan) -> FrozenModel:
+        if not (self.resume and (self.folder / CODES_FILE).is_file()):
+            self._train_and_freeze(plan)
+        return FrozenModel(self.folder)
+
+    def _train_and_freeze(self, plan: Plan) -> None:
+        model = nn.apply(self._load_model(), plan)
+        before = {path: module.weight.detach().cpu().clone() for path, module in nn.quantized_modules(model)}
+        if plan.trains:
+            checkpoint = checkpoints.newest(self.folder / "checkpoints") if self.resume else None
+            config = self._train_config(plan)
+            trainer = self._trainer(model, plan, config, f"training {plan.recipe['name']}")
+            self.clock.measure("train", lambda: trainer.fit(checkpoint))
+        write_json(self.folder / DIAGNOSTICS_FILE, histograms(model, before))
+        codes = nn.freeze(model)
+        loading.cast_parameters(model, loading.parent_dtype(self.source, self.config))
+        with replacing_folder(self.folder / MODEL_FOLDER) as temporary:
+            loading.save(model, self.source, temporary)
+        save_codes(self.folder / CODES_FILE, codes)
+
+    def _train_config(self, plan: Plan) -> TrainConfig:
+        o, path = self.options, self.folder / "training.json"
+        if self.resume and path.is_file():
+            rate = float(read_json(path)["learning_rate"])
+        else:
+            rate = o.learning_rate() or self._pilot(plan)
+            write_json(path, {"learning_rate": rate, "steps": self.steps, "batch_size": self.batch_size})
+        return self._config_for(rate, self.steps, save=True)
+
+    def _config_for(self, rate: float, steps: int, *, save: bool) -> TrainConfig:
+        o = self.options
+        return TrainConfig(
+            steps=steps,
+            batch_size=self.batch_size,
+            accumulation=o.accumulation,
+            learning_rate=rate,
+            schedule=LearningRateSchedule(
+                warmup=o.warmup,
+                decay=o.lr_decay,
+                final=o.lr_final,
+                second_stage=o.second_stage,
+                second_factor=o.second_factor,
+            ),
+            weight_decay=o.weight_decay,
+            clip=o.clip,
+            train_embeddings=o.embeddings == "train",
+            bf16=self.bf16,
+            gradient_checkpointing=o.gradient_checkpointing,
+            compile=o.compile,
+            seed=o.seed,
+            log_every=(o.log_every or max(1, steps // 50)) if save else 0,
+            eval_every=max(1, steps // 10) if save else 0,
+            save_every=(o.save_every or max(1, steps // 5)) if save else 0,
+            report_to=o.report_to if save else (),
+        )
+
+    def _pilot(self, plan: Plan) -> float:
+        steps = max(12, round(0.03 * self.steps))
+        say(f"learning-rate pilot: four rates, {steps} steps each")
+
+        def trial(rate: float) -> float:
+            model = nn.apply(self._load_model(), plan)
+            trainer = self._trainer(model, plan, self._config_for(rate, steps, save=False), f"pilot at {rate:g}")
+            trainer.fit()
+            return score(model_logits(model), self.tuning, description="pilot loss").nll
+
+        width = int(getattr(self.config.get_text_config(), "hidden_size", 1024))
+        rate = self.clock.measure("pilot", lambda: pilot.choose(trial, pilot.rates(width), self.folder / "log.jsonl"))
+        say(f"learning rate {rate:g}")
+        return rate
+
+    def _trainer(self, model: Any, plan: Plan, config: TrainConfig, description: str) -> HestiaTrainer:
+        return HestiaTrainer(
+            model,
+            plan=plan,
+            config=config,
+            train=self.training,
+            held_out=self.tuning,
+            folder=self.folder,
+            description=description,
+        )
+
+    def _scores(self, plan: Plan) -> dict[str, Any]:
+        """Parent, round-to-nearest and frozen model on the same held-out blocks."""
+        path = self.folder / SCORES_FILE
+        if self.resume and path.is_file():
+            return read_json(path)
+        blocks = self.scored
+        parent = self._load_model().to(self.device)
+        of_parent = score(model_logits(parent), blocks, description="scoring the parent")
+        rounded = nn.apply(self._load_model(), round_to_nearest_twin(plan)).to(self.device)
+        of_rounded = self._score_against(parent, rounded, blocks, "scoring round-to-nearest")
+        del rounded
+        frozen = loading.load_model(loading.Source(str(self.folder), str(self.folder / MODEL_FOLDER))).to(self.device)
+        of_frozen = self._score_against(parent, frozen, blocks, "scoring the frozen model")
+        difference = paired_difference(of_frozen.block_nll.tolist(), of_rounded.block_nll.tolist())
+        diagnostics = read_json(self.folder / DIAGNOSTICS_FILE)
+        diagnostics["samples"] = continuations(parent, frozen, self.tokenizer, blocks)
+        write_json(self.folder / DIAGNOSTICS_FILE, diagnostics)
+        record = {
+            "parent": of_parent.to_json(),
+            "round_to_nearest": of_rounded.to_json(),
+            "quantized": of_frozen.to_json(),
+            "quantized_minus_round_to_nearest": {
+                "mean": difference.mean,
+                "low": difference.low,
+                "high": difference.high,
+            },
+            "blocks": len(blocks),
+        }
+        write_json(path, record)
+        return record
+
+    def _score_against(self, parent: PreTrainedModel, model: Any, blocks: Blocks, description: str) -> Score:
+        return score(model_logits(model), blocks, parent=model_logits(parent), description=description)
+
+    def _export(self, name: str, frozen: FrozenModel) -> dict[str, Any]:
+        path = self.folder / EXPORTS_FOLDER / name.replace(":", "-")
+        if name != "hf":
+            path = path.with_suffix(".gguf")
+        return self.clock.measure("export", lambda: export_and_verify(frozen, name, path, self.options.fallback))
+
+    # --- what the stages share ---------------------------------------------------------------------------------------
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The parent's tokenizer."""
+        return loading.load_tokenizer(self.source, trust_remote_code=self.options.trust_remote_code)
+
+    @cached_property
+    def seq_len(self) -> int:
+        """Tokens a block."""
+        return longest_block(self.config, self.options)
+
+    @cached_property
+    def text(self) -> TokenizedText:
+        """Training and held-out blocks; tokenized once and cached in the run."""
+        return prepare_text(self.options, self.tokenizer, self.seq_len, self._cache())
+
+    def _cache(self) -> Path | None:
+        return self.folder / CACHE_FOLDER if (self.folder / OPTIONS_FILE).is_file() else None
+
+    @cached_property
+    def training(self) -> Blocks:
+        """The training blocks without the tuning blocks."""
+        blocks = self.text.train
+        kept = len(blocks) - self._tuning_count()
+        return blocks[:kept]
+
+    @cached_property
+    def tuning(self) -> Blocks:
+        """The last training blocks: logged hard loss and pilot, never trained on, never reported."""
+        blocks = self.text.train
+        kept = len(blocks) - self._tuning_count()
+        return blocks[kept:]
+
+    def _tuning_count(self) -> int:
+        blocks = len(self.text.train)
+        if blocks < 2:
+            raise ConfigError(
+                f"the training text fills {blocks} block of {self.seq_len} tokens; at least 2 are needed: "
+                "give more --data or a smaller --seq-len"
+            )
+        return max(1, min(TUNING_BLOCKS, blocks // 20))
+
+    @cached_property
+    def scored(self) -> Blocks:
+        """The held-out blocks that the report scores."""
+        most = max(1, count(self.options.eval_tokens, "eval_tokens") // self.seq_len)
+        return self.text.held_out[:most]
+
+    @cached_property
+    def batch_size(self) -> int:
+        """Blocks a step: the user's, or as many as leave at least 300 steps, 16 at most."""
+        if self.options.batch_size is not None:
+            size = self.options.batch_size
+        else:
+            tokens = count(self.options.tokens, "tokens")
+            size = max(1, min(16, tokens // (300 * self.seq_len)))
+            size = max(self.options.accumulation, size - size % self.options.accumulation)
+        if size % self.options.accumulation:
+            raise ConfigError(f"--accumulation {self.options.accumulation} does not divide --batch-size {size}")
+        return size
+
+    @cached_property
+    def steps(self) -> int:
+        """Optimizer steps."""
+        tokens = count(self.options.tokens, "tokens")
+        return self.options.steps or max(1, tokens // (self.batch_size * self.seq_len))
+
+    @property
+    def bf16(self) -> bool:
+        """Whether training runs under bf16 autocast; auto says yes from a million weights on."""
+        if self.options.precision != "auto":
+            return self.options.precision == "bf16"
+        width = int(getattr(self.config.get_text_config(), "hidden_size", 1024))
+        return width >= 128 or self.device.type == "cuda"
+
+    def _load_model(self) -> PreTrainedModel:
+        return loading.load_model(self.source, trust_remote_code=self.options.trust_remote_code)
+
+    # --- the report --------------------------------------------------------------------------------------------------
+
+    def _report(self, plan: Plan, scores: dict[str, Any], exports: list[dict[str, Any]]) -> dict[str, Any]:
+        training = read_json(self.folder / "training.json") if (self.folder / "training.json").is_file() else {}
+        tokens = self.steps * self.batch_size * self.seq_len if plan.trains else 0
+        seconds = self.clock.seconds
+        record: dict[str, Any] = {
+            "schema": 1,
+            "recipe": plan.recipe["name"],
+            "recipe_options": {k: v for k, v in plan.recipe.items() if k != "name"},
+            "target": plan.targets[0],
+            "seed": self.options.seed,
+            "tokens": tokens,
+            "learning_rate": training.get("learning_rate"),
+            "nll": {kind: scores[kind]["nll"] for kind in ("parent", "round_to_nearest", "quantized")},
+            "kl_to_parent": scores["quantized"]["kl_to_parent"],
+            "top1_agreement": scores["quantized"]["top1_agreement"],
+            "bits_per_weight": {
+                "quantized_layers": plan.bits_per_weight(plan.targets[0]),
+                "whole_model": 8.0 * exports[0]["bytes"] / (plan.quantized_weights + plan.kept_weights),
+            },
+            "weights": {"quantized": plan.quantized_weights, "kept": plan.kept_weights},
+            "seconds": {
+                "calibrate": seconds.get("calibrate", 0.0),
+                "pilot": seconds.get("pilot", 0.0),
+                "train": seconds.get("train", 0.0),
+                "export": seconds.get("export", 0.0),
+                "total": seconds.get("total", 0.0),
+            },
+            "tokens_per_second": tokens / seconds["train"] if seconds.get("train") else None,
+            "exports": exports,
+            "baselines": self.baselines,
+            "scores": scores,
+            "nll_interval": {"quantized_minus_round_to_nearest": scores["quantized_minus_round_to_nearest"]},
+            "steps": self.steps if plan.trains else 0,
+            "batch_size": self.batch_size,
+            "seq_len": self.seq_len,
+            "model": loading.fingerprint(self.source, self.config),
+            "parent_dtype": str(loading.parent_dtype(self.source, self.config)).removeprefix("torch."),
+            "data": self.text.record,
+            "command": command_line(),
+            "versions": versions(),
+            "machine": machine(self.device),
+            "started": self.started.isoformat(timespec="seconds"),
+        }
+        write_json(self.folder / REPORT_FILE, record)
+        write_report(self.folder)
+        write_model_card(self.folder)
+        return record
+
+
+def round_to_nearest_twin(plan: Plan) -> Plan:
+    """The plan that rounds the same tensors with the same grids and groups, without training."""
+    recipe = recipes.get("round_to_nearest")
+    scale = recipe.spec_for(1.58, "row").scale
+    layers = {
+        path: dataclasses.replace(layer, spec=dataclasses.replace(layer.spec, scale=scale), temperature_factor=1.0)
+        for path, layer in plan.layers.items()
+    }
+    return dataclasses.replace(plan, recipe=recipe.to_json(), trains=False, schedule=recipe.schedule(), layers=layers)
+
+
+def export_and_verify(frozen: FrozenModel, target: str, path: Path, fallback: bool) -> dict[str, Any]:
+    """Write one file, read it back, compare, and return its entry of report.json.
+
+    Raises:
+        ExportError: the format cannot hold the model exactly; nothing was written.
+        VerifyError: the written file differs from the frozen model.
+    """
+    if path.is_dir():
+        shutil.rmtree(path)  # an earlier attempt of this very run
+    say(f"exporting {target}")
+    entry = export_model(frozen, target, path, fallback=fallback)
+    result = verify(path, frozen.run, target=target)
+    require_ok(result)
+    return {**entry, "path": os.path.relpath(path, frozen.run), "sha256": digest(path), "verify": result.to_json()}
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file; of a folder, over the names and hashes of its files."""
+    if path.is_file():
+        return sha256(path)
+    listing = "".join(f"{p.relative_to(path)} {sha256(p)}\n" for p in sorted(path.rglob("*")) if p.is_file())
+    return hashlib.sha256(listing.encode()).hexdigest()

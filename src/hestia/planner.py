@@ -1,0 +1,112 @@
+"""model + recipe + target + sensitivity -> Plan; refuses before any training what could not be delivered after it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from . import recipes
+from .curvature import Sensitivity
+from .errors import PlanError
+from .nn.select import select
+from .plans import LayerPlan, Plan
+from .quant import GroupSize
+from .quant.grouping import group_shape
+from .recipes import Recipe
+from .targets import target as find_target
+
+SMALLEST_COVERAGE = 0.5
+
+
+def plan(
+    model: nn.Module,
+    recipe: str | Recipe = "hestia",
+    target: str | Sequence[str] = "hf",
+    sensitivity: str | Path | Sensitivity | Mapping[str, float] | None = None,
+    *,
+    bits: float = 1.58,
+    group_size: GroupSize = "row",
+    skip: Sequence[str] = (),
+    fallback: bool = False,
+    allow_partial: bool = False,
+    options: Mapping[str, Any] | None = None,
+) -> Plan:
+    """Decide for every parameter of the model whether and how it becomes low-bit.
+
+    Args:
+        model: a transformers causal LM (weights may be on the meta device).
+        recipe: a recipe or its name.
+        target: file format or formats that must hold the result exactly.
+        sensitivity: a sensitivity.json, its object, or module path -> curvature; None ignores curvature.
+        bits: 1, 1.58 or 2, as far as the recipe does them.
+        group_size: weights that share a scale: an int, "row" or "tensor".
+        skip: shell patterns of module paths to keep.
+        fallback: let single tensors use another exact storage type of the target.
+        allow_partial: accept a plan that leaves more than half of the non-embedding weights as they are.
+        options: options of a recipe given by name.
+
+    Raises:
+        ConfigError: an unknown recipe, option, target or width.
+        PlanError: a tensor that group size or target cannot hold, a pattern that matches nothing, a sensitivity of
+            another model, or too few quantizable weights.
+    """
+    chosen = recipe if isinstance(recipe, Recipe) else recipes.get(recipe, **(options or {}))
+    spec = chosen.spec_for(bits, group_size)
+    targets = [find_target(name) for name in ([target] if isinstance(target, str) else target)]
+    selection = select(model, skip)
+    coverage = selection.coverage()
+    if not selection.candidates or (coverage < SMALLEST_COVERAGE and not allow_partial):
+        raise PlanError(
+            f"only {100 * coverage:.0f} % of the non-embedding weights could become low-bit. "
+            + " ".join(f"{warning}." for warning in selection.warnings)
+            + " Allow it with --allow-partial."
+        )
+    layers: dict[str, LayerPlan] = {}
+    problems: list[str] = []
+    for path, linear in selection.candidates.items():
+        shape = (linear.out_features, linear.in_features)
+        try:
+            group_shape(shape, group_size)
+            stored = {t.name: t.storage(spec.grid, group_size, shape, fallback=fallback).name for t in targets}
+        except ValueError as error:
+            problems.append(f"{path}: {error}")
+            continue
+        layers[path] = LayerPlan(spec=spec, shape=shape, stored=stored)
+    if problems:
+        raise PlanError(_summary(problems))
+    result = Plan(
+        recipe=chosen.to_json(),
+        trains=chosen.trains,
+        targets=tuple(t.name for t in targets),
+        schedule=chosen.schedule(),
+        layers=layers,
+        kept=selection.kept,
+        warnings=selection.warnings,
+    )
+    traces = _traces(sensitivity)
+    if traces is None:
+        return result
+    missing = [path for path in layers if path not in traces]
+    if missing:
+        raise PlanError(
+            f"the sensitivity lacks {len(missing)} of {len(layers)} tensors, the first is {missing[0]}: "
+            "was it calibrated on another model?"
+        )
+    return result.with_factors(chosen.temperature_factors({path: traces[path] for path in layers}))
+
+
+def _traces(sensitivity: str | Path | Sensitivity | Mapping[str, float] | None) -> Mapping[str, float] | None:
+    """The geometric mean over sequences: the one whose interval is trustworthy (see ``curvature``)."""
+    if isinstance(sensitivity, (str, Path)):
+        sensitivity = Sensitivity.load(Path(sensitivity))
+    if isinstance(sensitivity, Sensitivity):
+        return {path: tensor.geometric_mean for path, tensor in sensitivity.tensors.items()}
+    return sensitivity
+
+
+def _summary(problems: list[str], most: int = 6) -> str:
+    rest = [f"... and {len(problems) - most} more tensors like these"] if len(problems) > most else []
+    return "\n".join(["this plan cannot be exported exactly:", *(f"  {p}" for p in problems[:most] + rest)])

@@ -1,0 +1,192 @@
+"""Plan: who gets quantized, how, and why the rest is kept. Read it before spending a GPU-hour."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from .errors import ConfigError, PlanError
+from .files import read_json, write_json
+from .quant.spec import QuantSpec
+from .schedules import KnobSchedule
+from .targets import target
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerPlan:
+    """One quantized weight matrix.
+
+    Attributes:
+        spec: its quantizer.
+        shape: (out_features, in_features).
+        temperature_factor: exp(alpha (s_i - c)); multiplies the base temperature.
+        stored: storage type of each target, ``{"gguf:tq2_0": "TQ2_0"}``.
+    """
+
+    spec: QuantSpec
+    shape: tuple[int, int]
+    temperature_factor: float = 1.0
+    stored: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def weights(self) -> int:
+        """Number of weights in the matrix."""
+        return self.shape[0] * self.shape[1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kept:
+    """One parameter that stays as it is, and why."""
+
+    reason: str
+    weights: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Module path -> LayerPlan, parameter name -> Kept, and the schedule that moves the knobs.
+
+    Attributes:
+        recipe: name and options of the recipe that made it, ``{"name": "hestia", "alpha": 0.4}``.
+        trains: False for recipes that only round.
+        targets: the file formats it was checked against.
+        schedule: pressure and temperature over training.
+        layers: the quantized weights, in the order of the model.
+        kept: every other parameter, in the order of the model.
+        warnings: sentences about large weights that hestia cannot quantize; shown with the table.
+    """
+
+    recipe: Mapping[str, Any]
+    trains: bool
+    targets: tuple[str, ...]
+    schedule: KnobSchedule
+    layers: Mapping[str, LayerPlan]
+    kept: Mapping[str, Kept]
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def quantized_weights(self) -> int:
+        """Number of weights that become low-bit."""
+        return sum(layer.weights for layer in self.layers.values())
+
+    @property
+    def kept_weights(self) -> int:
+        """Number of parameters that stay."""
+        return sum(kept.weights for kept in self.kept.values())
+
+    def bits_per_weight(self, target_name: str) -> float:
+        """Stored bits a quantized weight in ``target_name``, scales and padding included."""
+        chosen = target(target_name)
+        types = {t.name: t for t in chosen.types}
+        total = sum(
+            types[layer.stored[target_name]].stored_bytes(layer.shape, layer.spec.group_size)
+            for layer in self.layers.values()
+        )
+        return 8.0 * total / max(1, self.quantized_weights)
+
+    def save(self, path: Path) -> None:
+        """Write plan.json atomically."""
+        write_json(path, self.to_json())
+
+    @classmethod
+    def load(cls, path: Path) -> Plan:
+        """Read plan.json.
+
+        Raises:
+            ConfigError: not a plan, or one of another schema.
+            PlanError: a plan with a bad value; the layer is named.
+        """
+        return cls.from_json(read_json(path, schema=SCHEMA), where=str(path))
+
+    def to_json(self) -> dict[str, Any]:
+        """The JSON object of plan.json."""
+        return {
+            "schema": SCHEMA,
+            "recipe": dict(self.recipe),
+            "trains": self.trains,
+            "targets": list(self.targets),
+            "schedule": self.schedule.to_json(),
+            "layers": {
+                path: {
+                    "shape": list(layer.shape),
+                    "temperature_factor": layer.temperature_factor,
+                    "stored": dict(layer.stored),
+                    **layer.spec.to_json(),
+                }
+                for path, layer in self.layers.items()
+            },
+            "kept": {name: {"reason": kept.reason, "weights": kept.weights} for name, kept in self.kept.items()},
+            "warnings": list(self.warnings),
+        }
+
+    @classmethod
+    def from_json(cls, record: dict[str, Any], where: str = "plan") -> Plan:
+        """The inverse of ``to_json``.
+
+        Raises:
+            PlanError: a missing or bad value; the place is named.
+        """
+        place = where
+        try:
+            layers: dict[str, LayerPlan] = {}
+            for path, entry in record["layers"].items():
+                place = f"{where}: {path}"
+                rows, columns = (int(n) for n in entry["shape"])
+                factor = float(entry["temperature_factor"])
+                if not 0.0 < factor < 1e6:
+                    raise PlanError(f"temperature_factor must be positive and finite, got {factor}")
+                layers[path] = LayerPlan(
+                    spec=QuantSpec.from_json(entry),
+                    shape=(rows, columns),
+                    temperature_factor=factor,
+                    stored=dict(entry["stored"]),
+                )
+            place = where
+            return cls(
+                recipe=dict(record["recipe"]),
+                trains=bool(record["trains"]),
+                targets=tuple(target(name).name for name in record["targets"]),
+                schedule=KnobSchedule(**record["schedule"]),
+                layers=layers,
+                kept={k: Kept(reason=str(v["reason"]), weights=int(v["weights"])) for k, v in record["kept"].items()},
+                warnings=tuple(map(str, record["warnings"])),
+            )
+        except KeyError as error:
+            raise PlanError(f"{place}: missing key {error}") from None
+        except (ConfigError, TypeError, ValueError, AttributeError) as error:
+            raise PlanError(f"{place}: {error}") from None
+
+    def with_factors(self, factors: Mapping[str, float]) -> Plan:
+        """The same plan with other temperature factors; tensors not named get 1."""
+        layers = {p: replace(layer, temperature_factor=factors.get(p, 1.0)) for p, layer in self.layers.items()}
+        return replace(self, layers=layers)
+
+    def table(self) -> str:
+        """The plan for people: one line a quantized tensor, then the kept ones by reason."""
+        width = max((len(path) for path in self.layers), default=10)
+        lines = [f"{'tensor':<{width}}  {'shape':>13}  {'grid':<8} {'group':<7} {'tau x':>6}  stored as"]
+        for path, layer in self.layers.items():
+            shape = f"{layer.shape[0]} x {layer.shape[1]}"
+            stored = ", ".join(dict.fromkeys(layer.stored.values())) or "-"
+            lines.append(
+                f"{path:<{width}}  {shape:>13}  {layer.spec.grid.name:<8} {layer.spec.group_size!s:<7} "
+                f"{layer.temperature_factor:>6.3f}  {stored}"
+            )
+        reasons: dict[str, tuple[int, int]] = {}
+        for kept in self.kept.values():
+            count, weights = reasons.get(kept.reason, (0, 0))
+            reasons[kept.reason] = (count + 1, weights + kept.weights)
+        lines.append("")
+        for reason, (count, weights) in reasons.items():
+            lines.append(f"kept: {reason:<44} {count:>5} tensors {weights:>14,} weights")
+        total = self.quantized_weights + self.kept_weights
+        share = 100.0 * self.quantized_weights / max(1, total)
+        lines.append(f"quantized: {self.quantized_weights:,} of {total:,} weights ({share:.1f} %)")
+        for name in self.targets:
+            lines.append(f"{name}: {self.bits_per_weight(name):.4f} bits a quantized weight, scales included")
+        lines += [f"WARNING: {warning}" for warning in self.warnings]
+        return "\n".join(lines)

@@ -1,0 +1,56 @@
+"""Families of small frozen dataclasses (scale rules, estimators) that name themselves and travel as JSON."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any, ClassVar, Self
+
+from ..errors import ConfigError, nearest
+
+
+@dataclass(frozen=True)
+class Member:
+    """A frozen value with a ``name``, registered in its ``family`` when its class is defined."""
+
+    family: ClassVar[str]
+    name: ClassVar[str]
+    _registry: ClassVar[dict[str, dict[str, type[Member]]]] = {}
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "name" in cls.__dict__:
+            Member._registry.setdefault(cls.family, {})[cls.name] = cls
+
+    @classmethod
+    def names(cls) -> list[str]:
+        """The names of all members of this family."""
+        return sorted(Member._registry.get(cls.family, {}))
+
+    @classmethod
+    def make(cls, name: str, **options: Any) -> Self:
+        """The member called ``name`` with the given options.
+
+        Raises:
+            ConfigError: an unknown name or option; the nearest valid one is named.
+        """
+        members = Member._registry.get(cls.family, {})
+        if name not in members:
+            raise ConfigError(f"unknown {cls.family} {name!r}: {nearest(str(name), members)}")
+        kind = members[name]
+        allowed = {f.name for f in fields(kind)}
+        for key in options:
+            if key not in allowed:
+                raise ConfigError(f"{cls.family} {name!r} has no option {key!r}: {nearest(key, allowed)}")
+        member = kind(**options)
+        assert isinstance(member, cls)
+        return member
+
+    def to_json(self) -> dict[str, Any]:
+        """``{"name": ..., option: value, ...}``."""
+        return {"name": self.name, **asdict(self)}
+
+    @classmethod
+    def from_json(cls, record: dict[str, Any]) -> Self:
+        """The inverse of ``to_json``."""
+        options = {str(k): v for k, v in record.items() if k != "name"}
+        return cls.make(record.get("name", ""), **options)

@@ -1,0 +1,160 @@
+"""The equation, once:
+
+    w_hat = (1 - lambda) w  +  lambda * level * Q_tau(w / step; C)
+
+``Quantizer.fake`` trains with it, ``Quantizer.codes`` freezes it. Everything that training, evaluation, export and
+the report know about a quantized weight comes from this file.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .codes import QuantizedTensor
+from .estimators import Estimator
+from .grids import Grid
+from .grouping import GroupSize, to_groups
+from .scales import ScaleRule, Scales, snap
+from .spec import QuantSpec
+
+
+class _Relax(torch.autograd.Function):
+    """(1 - p) w + p * level * Q(w / step), with the estimator's own gradient.
+
+    Backward recomputes the gain from ``w``, which autograd holds anyway as a parameter: no weight-sized tensor is
+    saved beside it. Step, level, pressure and temperature are constants of the backward pass.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        w: Tensor,
+        step: Tensor,
+        level: Tensor,
+        pressure: Tensor,
+        temperature: Tensor,
+        grid: Grid,
+        estimator: Estimator,
+    ) -> Tensor:
+        ctx.save_for_backward(w, step, level, pressure, temperature)
+        ctx.grid, ctx.estimator = grid, estimator
+        q = estimator.value(w / step, grid, temperature)
+        return (1.0 - pressure) * w + pressure * level * q
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        w, step, level, pressure, temperature = ctx.saved_tensors
+        gain = ctx.estimator.gain(w / step, ctx.grid, temperature)
+        if gain is not None:
+            chain = pressure * level / step if ctx.estimator.differentiates_value else pressure
+            grad = grad * ((1.0 - pressure) + chain * gain)
+        return grad, None, None, None, None, None, None
+
+
+class Quantizer:
+    """One weight's quantizer: a pure function of the weight, the pressure and the temperature.
+
+    Args:
+        spec: the grid, groups, scale rule and estimator.
+    """
+
+    def __init__(self, spec: QuantSpec) -> None:
+        self.spec = spec
+
+    def scales(self, w_RGN: Tensor) -> Scales:
+        """Detached step and level of every group, ``[R, G, 1]``."""
+        return self.spec.scale(w_RGN.detach(), self.spec.grid)
+
+    def fake(self, w_OI: Tensor, pressure: Tensor, temperature: Tensor) -> Tensor:
+        """w_hat for training, differentiable in ``w_OI``; same shape and dtype.
+
+        Args:
+            w_OI: latent weight; bf16 and fp16 are computed in fp32.
+            pressure: 0-d, 0 (the weight itself, bit for bit) to 1 (quantized).
+            temperature: 0-d, 0 (hard) or more.
+        """
+        w = to_groups(w_OI if w_OI.dtype in (torch.float32, torch.float64) else w_OI.float(), self.spec.group_size)
+        step, level = self.scales(w)
+        out = _Relax.apply(
+            w, step, level, pressure.to(w.dtype), temperature.to(w.dtype), self.spec.grid, self.spec.estimator
+        )
+        assert isinstance(out, Tensor)
+        return out.reshape(w_OI.shape).to(w_OI.dtype)
+
+    @torch.no_grad()
+    def gain(self, w_OI: Tensor, temperature: Tensor) -> Tensor | None:
+        """The surrogate's own gain ``[R, G, N]`` at every weight, without pressure; None where it is 1 everywhere."""
+        w = to_groups(w_OI.detach().float(), self.spec.group_size)
+        z = w / self.scales(w).step
+        return self.spec.estimator.gain(z, self.spec.grid, temperature.to(z.dtype))
+
+    @torch.no_grad()
+    def codes(self, w_OI: Tensor) -> QuantizedTensor:
+        """The frozen weight: ``codes = Q(w / step)``, ``scales = snap(level)``; ties and codes as in training.
+
+        The codes use the unsnapped step, so snapping changes the scales alone, by 0.4 % at most.
+        """
+        w = to_groups(w_OI.detach().float(), self.spec.group_size)
+        step, level = self.scales(w)
+        unit = self.spec.grid.unit
+        codes = (self.spec.grid.round(w / step) / unit).to(torch.int8)
+        scales = snap(level * unit).squeeze(-1)
+        return QuantizedTensor(codes.reshape(w_OI.shape), scales, self.spec.group_size)
+
+    @torch.no_grad()
+    def hard(self, w_OI: Tensor) -> Tensor:
+        """``codes(w).dense()`` without the int8 detour: what evaluation computes and export stores."""
+        w = to_groups(w_OI.detach().float(), self.spec.group_size)
+        step, level = self.scales(w)
+        unit = self.spec.grid.unit
+        return (self.spec.grid.round(w / step) / unit * snap(level * unit)).reshape(w_OI.shape)
+
+
+def fake_quantize(
+    w: Tensor,
+    *,
+    levels: list[float] | tuple[float, ...] = (-1, 0, 1),
+    group_size: GroupSize = "row",
+    scale: str | ScaleRule = "absmean",
+    estimator: str | Estimator = "softmax",
+    temperature: float | Tensor = 0.0,
+    pressure: float | Tensor = 1.0,
+) -> Tensor:
+    """The differentiable quantizer as one function: ``(1 - pressure) w + pressure s Q_tau(w / s; levels)``.
+
+    The same code that ``QuantLinear`` runs.
+
+    Args:
+        w: weight ``[out_features, in_features]`` (a vector counts as one row).
+        levels: the grid, in units of the scale.
+        group_size: weights that share a scale: an int, "row" or "tensor".
+        scale: rule by name ("absmean", "absmax", "least_squares", "twn") or as an object.
+        estimator: rule by name ("softmax", "ste", "clipped_ste") or as an object.
+        temperature: 0 is hard forward and identity backward.
+        pressure: 0 returns ``w`` itself.
+
+    Raises:
+        ConfigError: an unknown name, an impossible grid or group size; the message names what is allowed.
+
+    Source: Wang et al. 2026, arXiv:2601.20745, eq. 10 and section 4.1.
+
+    >>> w = torch.tensor([[0.9, -0.1, -0.5, 0.5]])
+    >>> fake_quantize(w, estimator="ste")
+    tensor([[ 0.5000,  0.0000, -0.5000,  0.5000]])
+    """
+    spec = QuantSpec(
+        grid=Grid.of(list(levels)),
+        group_size=group_size,
+        scale=scale if isinstance(scale, ScaleRule) else ScaleRule.make(scale),
+        estimator=estimator if isinstance(estimator, Estimator) else Estimator.make(estimator),
+    )
+    knob = {"dtype": torch.float64 if w.dtype == torch.float64 else torch.float32, "device": w.device}
+    w_hat = Quantizer(spec).fake(
+        w if w.ndim == 2 else w.reshape(1, -1), torch.as_tensor(pressure, **knob), torch.as_tensor(temperature, **knob)
+    )
+    return w_hat.reshape(w.shape)

@@ -1,0 +1,120 @@
+"""s, the scale rule: one frozen dataclass a rule, from a grouped weight to its two scales.
+
+    w_hat = level * Q(w / step)
+
+Most rules have ``level == step``, the ``s`` of the equation. Rules that choose codes by one number and
+rebuild the weight with another (least squares, TWN) return two. Both are detached: the paper differentiates
+neither (Hestia, section 3; BitNet b1.58).
+
+``snap`` then moves the level to a number that fp16, bf16 and fp32 all hold exactly, so every file format
+stores the very same scale.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .family import Member
+from .grids import Grid
+
+SMALLEST_SCALE = 2.0**-14  # smallest normal fp16
+LARGEST_SCALE = 65280.0  # largest bf16 that fp16 holds
+
+
+class Scales(NamedTuple):
+    """Two positive tensors ``[R, G, 1]``: ``step`` divides weights before rounding, ``level`` multiplies codes."""
+
+    step: Tensor
+    level: Tensor
+
+
+def snap(scale: Tensor) -> Tensor:
+    """The nearest bf16 number within the normal range of fp16: exact in fp16, bf16 and fp32.
+
+    ``s' = clamp(bf16(s), 2**-14, 65280)``. Relative change at most 2**-8 inside the range; idempotent.
+    """
+    return scale.to(torch.bfloat16).to(scale.dtype).clamp(SMALLEST_SCALE, LARGEST_SCALE)
+
+
+@dataclass(frozen=True)
+class ScaleRule(Member, ABC):
+    """Base of all scale rules: ``rule(w_RGN, grid) -> Scales``; reductions run over the last dimension."""
+
+    family: ClassVar[str] = "scale rule"
+
+    @abstractmethod
+    def __call__(self, w_RGN: Tensor, grid: Grid) -> Scales:
+        """Step and level of every group; same dtype as ``w_RGN``, always positive and finite for finite weights."""
+
+
+@dataclass(frozen=True)
+class AbsMean(ScaleRule):
+    """``step = level = mean|w| + eps`` (BitNet b1.58, arXiv:2402.17764; Hestia, arXiv:2601.20745)."""
+
+    name: ClassVar[str] = "absmean"
+    eps: float = 1e-5
+
+    def __call__(self, w_RGN: Tensor, grid: Grid) -> Scales:
+        s = w_RGN.abs().mean(dim=-1, keepdim=True) + self.eps
+        return Scales(s, s)
+
+
+@dataclass(frozen=True)
+class AbsMax(ScaleRule):
+    """``step = level = max|w| / max|C| + eps``: nothing is clipped on a symmetric grid."""
+
+    name: ClassVar[str] = "absmax"
+    eps: float = 1e-5
+
+    def __call__(self, w_RGN: Tensor, grid: Grid) -> Scales:
+        s = w_RGN.abs().amax(dim=-1, keepdim=True) / grid.max_abs + self.eps
+        return Scales(s, s)
+
+
+@dataclass(frozen=True)
+class LeastSquares(ScaleRule):
+    """Codes by absmean, then the level that reconstructs them best.
+
+        step = mean|w| + eps,   q = Q(w / step),   level = sum(q w) / sum(q^2)
+
+    A group without a non-zero code keeps ``level = step``. For a Gaussian the relative squared error falls from
+    0.264 (absmean) to 0.213 with the same codes.
+    """
+
+    name: ClassVar[str] = "least_squares"
+    eps: float = 1e-5
+
+    def __call__(self, w_RGN: Tensor, grid: Grid) -> Scales:
+        step = w_RGN.abs().mean(dim=-1, keepdim=True) + self.eps
+        return Scales(step, _best_level(w_RGN, grid.round(w_RGN / step), step))
+
+
+@dataclass(frozen=True)
+class TWN(ScaleRule):
+    """Ternary weight networks (Li et al. 2016, arXiv:1605.04711, eq. 6).
+
+        delta = factor * mean|w|,   q = sign(w) 1[|w| > delta],   level = mean of |w| where q != 0
+
+    Written for any grid as ``step = 2 delta`` (a code leaves zero at half a step) and a least-squares level, which is
+    that mean on the ternary grid.
+    """
+
+    name: ClassVar[str] = "twn"
+    factor: float = 0.75
+    eps: float = 1e-5
+
+    def __call__(self, w_RGN: Tensor, grid: Grid) -> Scales:
+        step = 2.0 * self.factor * w_RGN.abs().mean(dim=-1, keepdim=True) + self.eps
+        return Scales(step, _best_level(w_RGN, grid.round(w_RGN / step), step))
+
+
+def _best_level(w_RGN: Tensor, q_RGN: Tensor, fallback: Tensor) -> Tensor:
+    """argmin_s sum (w - s q)^2, kept positive; ``fallback`` where every code is zero."""
+    power = (q_RGN * q_RGN).sum(dim=-1, keepdim=True)
+    level = (q_RGN * w_RGN).sum(dim=-1, keepdim=True) / power.clamp_min(1e-30)
+    return torch.where((power > 0) & (level > 0), level, fallback)

@@ -1,0 +1,357 @@
+"""HestiaTrainer: the Hugging Face Trainer with a data order that is a pure function of seed and step, checkpoints
+without pickle, guards, and a log that keeps the soft training loss and the hard loss of the exported model apart.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset, Sampler, SequentialSampler
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from ..data import Blocks, epoch_order
+from ..evaluation import model_logits, score
+from ..nn import knobs_of, quantized_modules
+from ..plans import Plan
+from ..schedules import LearningRateSchedule
+from . import checkpoints
+from .callback import QATCallback
+from .guards import Interrupted, StopSignals, check_gradients, check_loss
+from .progress import ProgressBar
+
+LOG_FILE = "log.jsonl"
+CHECKPOINTS = "checkpoints"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How to train; the defaults are the paper's where it gives one (Hestia, arXiv:2601.20745).
+
+    Attributes:
+        steps: optimizer steps.
+        batch_size: blocks a step in all, over processes and accumulation.
+        accumulation: micro-batches a step.
+        learning_rate: peak rate.
+        schedule: warm-up, constant, decay.
+        betas, weight_decay, clip: AdamW and gradient clipping; vectors (norms, biases) are not decayed.
+        train_embeddings: False freezes embeddings, and with them a tied head.
+        bf16: bf16 autocast over fp32 weights.
+        gradient_checkpointing: recompute activations in the backward pass.
+        compile: run the model through torch.compile.
+        seed: order of the data and every random draw.
+        log_every, eval_every, save_every: steps; 0 means never.
+        eval_blocks: held-out blocks of the logged hard loss.
+        keep: checkpoints that rotation leaves.
+        report_to: the Trainer's loggers, such as ("tensorboard",).
+    """
+
+    steps: int
+    batch_size: int
+    learning_rate: float
+    accumulation: int = 1
+    schedule: LearningRateSchedule = field(default_factory=LearningRateSchedule)
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.01
+    clip: float = 1.0
+    train_embeddings: bool = True
+    bf16: bool = True
+    gradient_checkpointing: bool = False
+    compile: bool = False
+    seed: int = 0
+    log_every: int = 10
+    eval_every: int = 0
+    save_every: int = 0
+    eval_blocks: int = 32
+    keep: int = 2
+    report_to: tuple[str, ...] = ()
+
+
+class BlockStream(Dataset[dict[str, Tensor]]):
+    """Example i of a run: epoch i // n, position i % n of that epoch's order. A pure function of seed and i."""
+
+    def __init__(self, blocks: Blocks, examples: int, seed: int) -> None:
+        self.blocks, self.examples, self.seed = blocks, examples, seed
+        self._epoch: tuple[int, Tensor] | None = None
+
+    def __len__(self) -> int:
+        return self.examples
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        epoch, position = divmod(index, len(self.blocks))
+        if self._epoch is None or self._epoch[0] != epoch:
+            self._epoch = (epoch, epoch_order(len(self.blocks), self.seed, epoch))
+        row = int(self._epoch[1][position])
+        ids = self.blocks.input_ids[row].long()
+        return {"input_ids": ids, "labels": torch.where(self.blocks.loss_mask[row], ids, -100)}
+
+
+class HestiaTrainer(Trainer):
+    """Trains a converted model by its plan.
+
+    Args:
+        model: converted by ``hestia.apply(model, plan)``.
+        plan: its plan.
+        config: how to train.
+        train: training blocks.
+        held_out: blocks of the logged hard loss.
+        folder: the run's folder; log.jsonl and checkpoints/ are written into it.
+        description: text of the progress bar.
+        callbacks: further callbacks.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        plan: Plan,
+        config: TrainConfig,
+        train: Blocks,
+        held_out: Blocks,
+        folder: Path,
+        description: str = "training",
+        callbacks: list[TrainerCallback] | None = None,
+    ) -> None:
+        self.plan, self.config, self.folder, self.held_out = plan, config, folder, held_out
+        self.seconds = 0.0
+        self._signals = StopSignals()
+        self._bar = ProgressBar(description)
+        self._started: tuple[float, int] | None = None
+        self.last_checkpoint: Path | None = None
+        if not config.train_embeddings:
+            for module in model.modules():
+                if isinstance(module, nn.Embedding):
+                    module.requires_grad_(False)
+        stream = BlockStream(train, config.steps * config.batch_size, config.seed)
+        super().__init__(
+            model=model,
+            args=_arguments(config, folder),
+            train_dataset=stream,
+            eval_dataset=stream,
+            data_collator=_stack,
+            callbacks=[QATCallback(plan), _StopCallback(self._signals), self._bar, *(callbacks or [])],
+        )
+        self.remove_callback(PrinterCallback)
+        self.remove_callback(ProgressCallback)
+        self.tokens_per_step = config.batch_size * train.input_ids.shape[1]
+
+    def fit(self, resume: Path | None = None) -> None:
+        """Train to the last step, from ``resume`` if given.
+
+        Raises:
+            GuardError: loss or gradients became NaN or infinite; the last good checkpoint is named.
+            Interrupted: Ctrl-C or SIGTERM arrived; the run was saved.
+        """
+        try:
+            with self._signals:
+                self.train(resume_from_checkpoint=str(resume) if resume else None)
+        finally:
+            self._bar.close()
+        if self._signals.requested is not None and self.state.global_step < self.config.steps:
+            raise Interrupted(
+                f"stopped at step {self.state.global_step} of {self.config.steps}; saved to {self.last_checkpoint}. "
+                "Continue with --resume.",
+                self._signals.requested,
+            )
+
+    def fingerprint(self) -> dict[str, str]:
+        """What a resumed run must share: plan and training configuration."""
+        values = {"plan": self.plan.to_json(), "config": asdict(self.config)}
+        return {k: hashlib.sha256(json.dumps(v, sort_keys=True).encode()).hexdigest() for k, v in values.items()}
+
+    # --- order of the data, optimizer, schedule --------------------------------------------------------------------
+
+    def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> Sampler[int]:
+        dataset = train_dataset if train_dataset is not None else self.train_dataset
+        return SequentialSampler(dataset)  # type: ignore[arg-type]  # the stream is already in order
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """AdamW over trainable parameters; matrices decay, vectors do not."""
+        if self.optimizer is None:
+            parameters = [p for p in (model or self.model).parameters() if p.requires_grad]  # type: ignore[union-attr]
+            groups = [
+                {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": self.config.weight_decay},
+                {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+            ]
+            self.optimizer = torch.optim.AdamW(
+                [g for g in groups if g["params"]], lr=self.config.learning_rate, betas=self.config.betas, fused=True
+            )
+        return self.optimizer
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> torch.optim.lr_scheduler.LambdaLR:
+        """The warm-up, constant, decay schedule; step k of N has the rate of t = (k + 1) / N."""
+        if self.lr_scheduler is None:
+            schedule = self.config.schedule
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
+                optimizer or self.optimizer,  # type: ignore[arg-type]
+                lambda step: schedule.factor(min(1.0, (step + 1) / num_training_steps)),
+            )
+            self._created_lr_scheduler = True
+        return self.lr_scheduler  # type: ignore[return-value]
+
+    # --- guards ----------------------------------------------------------------------------------------------------
+
+    def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's loss, refused if it is not finite."""
+        result = super().compute_loss(model, inputs, *args, **kwargs)  # type: ignore[misc]
+        loss = result[0] if isinstance(result, tuple) else result
+        check_loss(loss.detach(), model, self.state.global_step + 1, self._last_checkpoint_name())
+        return result
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        norm = super()._clip_grad_norm(model)
+        check_gradients(norm, model, self.state.global_step + 1, self._last_checkpoint_name())
+        return norm
+
+    def _last_checkpoint_name(self) -> str | None:
+        return str(self.last_checkpoint) if self.last_checkpoint else None
+
+    # --- log -------------------------------------------------------------------------------------------------------
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add knobs, saturation and speed to the Trainer's numbers; append them to log.jsonl."""
+        now, step = time.perf_counter(), self.state.global_step
+        if self._started is None:
+            self._started = (now, step)
+        elapsed, done = now - self._started[0], step - self._started[1]
+        self.seconds = elapsed
+        extra: dict[str, float] = {"tokens": step * self.tokens_per_step, "seconds": elapsed}
+        if "loss" in logs:
+            extra |= self._knob_numbers()
+            if done > 0:
+                extra["tokens_per_second"] = done * self.tokens_per_step / elapsed
+        super().log({**logs, **extra}, start_time)
+        if self.is_world_process_zero():
+            row: dict[str, Any] = {"step": step, **logs, **extra}
+            row.pop("epoch", None)
+            kinds = ("min", "mean", "max")
+            if "temperature_mean" in row:
+                row["temperature"] = {kind: row.pop(f"temperature_{kind}") for kind in kinds}
+            with open(self.folder / LOG_FILE, "a", encoding="utf-8") as handle:
+                handle.write(json.dumps(row) + "\n")
+
+    def _knob_numbers(self) -> dict[str, float]:
+        model = self.accelerator.unwrap_model(self.model)  # type: ignore[arg-type]
+        values = knobs_of(model).values
+        factors = [module.temperature_factor for _, module in quantized_modules(model)]
+        base = values["temperature"]
+        return {
+            "pressure": values["pressure"],
+            "temperature_min": base * min(factors),
+            "temperature_mean": base * sum(factors) / len(factors),
+            "temperature_max": base * max(factors),
+            "saturated": saturated_share(model),
+        }
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """The hard loss: NLL of the model as it would be exported now, on the first held-out blocks."""
+        blocks = self.held_out[: self.config.eval_blocks]
+        model = self.accelerator.unwrap_model(self.model)  # type: ignore[arg-type]
+        result = score(model_logits(model), blocks)
+        metrics = {"hard_loss": result.nll}
+        self.log(metrics)
+        return metrics
+
+    # --- checkpoints -----------------------------------------------------------------------------------------------
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        if not self.is_world_process_zero():
+            return
+        root = self.folder / CHECKPOINTS
+        folder = root / checkpoints.folder_name(self.state.global_step)
+        checkpoints.save(
+            folder,
+            model=self.accelerator.unwrap_model(self.model),  # type: ignore[arg-type]
+            optimizer=self.optimizer,  # type: ignore[arg-type]
+            scheduler=self.lr_scheduler,
+            trainer_state=_state_record(self.state),
+            step=self.state.global_step,
+            fingerprint=self.fingerprint(),
+        )
+        self.last_checkpoint = folder
+        checkpoints.rotate(root, self.config.keep)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        self.last_checkpoint = Path(resume_from_checkpoint)
+        checkpoints.load_model(self.last_checkpoint, self.model)  # type: ignore[arg-type]
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # accelerate wraps it
+            checkpoints.load_optimizer(Path(checkpoint), self.model, optimizer, self.lr_scheduler)  # type: ignore[arg-type]
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            checkpoints.load_random(Path(checkpoint))
+
+
+@torch.no_grad()
+def saturated_share(model: nn.Module, below: float = 0.1) -> float:
+    """Share of quantized weights whose surrogate gain is under ``below``: they hardly learn any more."""
+    stuck = total = 0.0
+    for _, module in quantized_modules(model):
+        total += module.weight.numel()
+        gain = module.quantizer.gain(module.weight, module.knobs.temperature * module.temperature_factor)
+        if gain is not None:
+            stuck += float((gain < below).sum())
+    return stuck / max(1.0, total)
+
+
+class _StopCallback(TrainerCallback):
+    """Ends the run after the current step, saved, once a signal has asked for it."""
+
+    def __init__(self, signals: StopSignals) -> None:
+        self.signals = signals
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Ask the Trainer to save and stop."""
+        if self.signals.requested is not None:
+            control.should_save = True
+            control.should_training_stop = True
+
+
+def _arguments(config: TrainConfig, folder: Path) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=str(folder / CHECKPOINTS),
+        max_steps=config.steps,
+        per_device_train_batch_size=config.batch_size // config.accumulation,
+        gradient_accumulation_steps=config.accumulation,
+        learning_rate=config.learning_rate,
+        max_grad_norm=config.clip,
+        bf16=config.bf16,
+        gradient_checkpointing=config.gradient_checkpointing,
+        torch_compile=config.compile,
+        seed=config.seed,
+        logging_steps=max(1, config.log_every),
+        logging_strategy="steps" if config.log_every else "no",
+        logging_nan_inf_filter=False,  # it would hide a NaN in the log
+        eval_strategy="steps" if config.eval_every else "no",
+        eval_steps=config.eval_every or None,
+        save_strategy="steps" if config.save_every else "no",
+        save_steps=config.save_every or 500,
+        report_to=list(config.report_to) or "none",
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+        remove_unused_columns=False,
+        use_cpu=not torch.cuda.is_available(),
+    )
+
+
+def _stack(examples: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {key: torch.stack([example[key] for example in examples]) for key in examples[0]}
+
+
+def _state_record(state: TrainerState) -> Mapping[str, Any]:
+    record = asdict(state)
+    record["log_history"] = []  # log.jsonl has it, and a checkpoint must not grow with the run
+    return record

@@ -1,0 +1,190 @@
+"""calibrate: the model is left as it was, and everything that cannot be estimated is refused by name."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from hestia.curvature import ESTIMATORS, calibrate
+from hestia.errors import CalibrationError, ConfigError
+
+torch.set_num_threads(1)
+
+IDS = torch.randint(0, 13, (4, 6), generator=torch.Generator().manual_seed(0))
+
+
+class Toy(nn.Module):
+    """A causal model by the letter: dropout, a bias, a spare linear that nothing uses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(13, 8)
+        self.body = nn.Linear(8, 8)
+        self.drop = nn.Dropout(0.5)
+        self.head = nn.Linear(8, 13, bias=False)
+        self.spare = nn.Linear(8, 8)
+
+    def forward(self, input_ids: Tensor) -> SimpleNamespace:
+        return SimpleNamespace(logits=self.head(self.drop(torch.tanh(self.body(self.embed(input_ids))))))
+
+
+@pytest.fixture
+def toy() -> Toy:
+    torch.manual_seed(0)
+    return Toy()
+
+
+def weights_of(toy: Toy) -> dict[str, nn.Parameter]:
+    return {"body": toy.body.weight, "head": toy.head.weight}
+
+
+@pytest.mark.parametrize("caller", [contextlib.nullcontext, torch.no_grad, torch.inference_mode])
+def test_the_model_is_left_as_it_was(toy: Toy, caller: Callable[[], contextlib.AbstractContextManager[None]]) -> None:
+    toy.train()
+    toy.body.eval()
+    toy.body.weight.requires_grad_(False)
+    toy.head.weight.grad = torch.full_like(toy.head.weight, 3.0)
+    kept = toy.head.weight.grad
+    state = {name: tensor.clone() for name, tensor in toy.state_dict().items()}
+    random_state = torch.get_rng_state()
+    flags = {name: parameter.requires_grad for name, parameter in toy.named_parameters()}
+    modes = {name: module.training for name, module in toy.named_modules()}
+    with caller():
+        first = calibrate(toy, weights_of(toy), IDS)
+        assert calibrate(toy, weights_of(toy), IDS).traces == first.traces, "dropout must be off"
+    assert {name: module.training for name, module in toy.named_modules()} == modes
+    assert {name: parameter.requires_grad for name, parameter in toy.named_parameters()} == flags
+    assert toy.head.weight.grad is kept and torch.equal(kept, torch.full_like(kept, 3.0))
+    assert all(parameter.grad is None for name, parameter in toy.named_parameters() if name != "head.weight")
+    assert all(torch.equal(tensor, state[name]) for name, tensor in toy.state_dict().items())
+    assert all(not parameter._backward_hooks for parameter in toy.parameters())
+    assert torch.equal(torch.get_rng_state(), random_state), "the caller's random numbers are not ours to draw"
+
+
+def test_the_model_is_left_as_it_was_after_an_error(toy: Toy) -> None:
+    toy.train()
+    toy.spare.weight.requires_grad_(False)
+    with pytest.raises(CalibrationError):
+        calibrate(toy, {"spare": toy.spare.weight}, IDS)
+    assert toy.training and toy.drop.training and not toy.spare.weight.requires_grad
+    assert not toy.spare.weight._backward_hooks
+
+
+def test_what_the_result_says(toy: Toy) -> None:
+    result = calibrate(toy, weights_of(toy), IDS, seed=5, fingerprint={"path": "toy"})
+    assert (result.estimator, result.seed, result.sequences, result.scored_positions) == ("gnb", 5, 4, 20)
+    assert result.model == {"path": "toy"} and result.seconds > 0
+    assert list(result.tensors) == ["body", "head"]
+    assert result.tensors["body"].weights == 64 and len(result.tensors["body"].samples) == 4
+
+
+def test_only_one_gradient_is_alive_at_a_time(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What autograd hands back for each weight is a view of a single zero."""
+    plain = torch.autograd.grad
+    returned: list[Tensor] = []
+
+    def spy(*args: object, **kwargs: object) -> tuple[Tensor, ...]:
+        gradients = plain(*args, **kwargs)  # type: ignore[arg-type]
+        returned.extend(gradients)
+        return gradients
+
+    monkeypatch.setattr(torch.autograd, "grad", spy)
+    calibrate(toy, weights_of(toy), IDS)
+    assert len(returned) == 8 and all(gradient.untyped_storage().nbytes() == 4 for gradient in returned)
+
+
+def test_an_estimator_is_one_line_in_the_table(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(ESTIMATORS, "ones", lambda forward, weights, ids, seed: dict.fromkeys(weights, 1.0 + seed))
+    assert calibrate(toy, weights_of(toy), IDS, estimator="ones", seed=2).traces == {"body": 3.0, "head": 3.0}
+    with pytest.raises(ConfigError, match="did you mean 'ones'"):
+        calibrate(toy, weights_of(toy), IDS, estimator="one")
+
+
+@pytest.mark.parametrize(
+    ("sequences", "message"),
+    [
+        (IDS[:1], r"at least 2 sequences of at least 2 tokens, got 1 of 6"),
+        (IDS[:, :1], r"got 4 of 1"),
+        (IDS[:0], r"got 0 of 6"),
+        (IDS[0], r"\[K, T\]"),
+        (IDS.float(), r"integer token ids"),
+    ],
+)
+def test_too_little_or_wrong_text_is_refused(toy: Toy, sequences: Tensor, message: str) -> None:
+    with pytest.raises(CalibrationError, match=message):
+        calibrate(toy, weights_of(toy), sequences)
+
+
+def test_an_unused_tensor_is_refused_by_name(toy: Toy) -> None:
+    with pytest.raises(CalibrationError, match=r"^spare: .*does not depend on this tensor"):
+        calibrate(toy, {**weights_of(toy), "spare": toy.spare.weight}, IDS)
+
+
+def test_a_dead_tensor_is_refused_by_name(toy: Toy) -> None:
+    with torch.no_grad():
+        toy.head.weight.zero_()
+    with pytest.raises(CalibrationError, match=r"^body: sequence 0 \(and 3 others of 4\).*exactly zero"):
+        calibrate(toy, weights_of(toy), IDS)
+
+
+def test_a_tensor_that_one_sequence_does_not_reach_is_refused_by_name(toy: Toy) -> None:
+    """An expert that no token of sequence 2 was sent to."""
+
+    def forward(ids: Tensor) -> Tensor:
+        reached = not torch.equal(ids[0], IDS[2])
+        return toy(ids).logits + (toy.head(toy.spare(toy.embed(ids))) if reached else 0.0)
+
+    with pytest.raises(CalibrationError, match=r"^spare: sequence 2: .*expert that no token reached"):
+        calibrate(toy, {"head": toy.head.weight, "spare": toy.spare.weight}, IDS, forward=forward)
+
+
+def test_logits_that_are_not_finite_are_refused(toy: Toy) -> None:
+    with torch.no_grad():
+        toy.body.bias[0] = float("nan")
+    with pytest.raises(CalibrationError, match=r"sequence 0 of 4: .*logits are not finite"):
+        calibrate(toy, weights_of(toy), IDS)
+
+
+def test_an_overflowing_backward_is_refused_by_name(toy: Toy) -> None:
+    class Overflow(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: object, x: Tensor) -> Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: object, gradient: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+            return gradient * float("inf")
+
+    def forward(ids: Tensor) -> Tensor:
+        return toy.head(Overflow.apply(toy.body(toy.embed(ids))))
+
+    with pytest.raises(CalibrationError, match=r"^body: .*(inf|nan).*overflowed"):
+        calibrate(toy, weights_of(toy), IDS, forward=forward)
+
+
+def test_a_tied_weight_under_two_names_is_refused_by_both(toy: Toy) -> None:
+    toy.spare.weight = toy.body.weight
+    with pytest.raises(CalibrationError, match=r"^spare: the same \(tied\) weight as body"):
+        calibrate(toy, {**weights_of(toy), "spare": toy.spare.weight}, IDS)
+
+
+def test_foreign_missing_and_meta_weights_are_refused(toy: Toy) -> None:
+    with pytest.raises(CalibrationError, match=r"^other: .*not a Parameter of the model"):
+        calibrate(toy, {"other": nn.Parameter(torch.ones(2, 2))}, IDS)
+    with pytest.raises(CalibrationError, match="no tensors"):
+        calibrate(toy, {}, IDS)
+    meta = Toy().to("meta")
+    with pytest.raises(CalibrationError, match=r"^body: needs a floating-point weight with data"):
+        calibrate(meta, weights_of(meta), IDS)
+
+
+def test_a_forward_of_the_wrong_kind_is_refused(toy: Toy) -> None:
+    with pytest.raises(CalibrationError, match=r"forward must return logits \[1, 6, vocabulary\], got \[6, 13\]"):
+        calibrate(toy, weights_of(toy), IDS, forward=lambda ids: toy(ids).logits[0])
+    with pytest.raises(CalibrationError, match="no gradient"):
+        calibrate(toy, weights_of(toy), IDS, forward=lambda ids: toy(ids).logits.detach())

@@ -1,0 +1,91 @@
+"""model_card.py: front matter that YAML can read, Markdown that no name can break."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from report_runs import make_run, report
+
+from hestia.report.model_card import code, fenced, plain, write_model_card
+
+EVIL = "a: [x]\n---\n# <script>alert(1)</script> | `b` ```c``` [y](http://z) *d*"
+
+
+def card(tmp_path: Path, **changes: Any) -> tuple[dict[str, Any], str]:
+    text = write_model_card(make_run(tmp_path / "run", report=report() | changes)).read_text(encoding="utf-8")
+    _, front, body = text.split("---\n", 2)
+    return yaml.safe_load(front), body
+
+
+def test_the_front_matter_is_what_the_hub_reads(tmp_path: Path) -> None:
+    front, _ = card(tmp_path, model={"id": "org/base", "commit": "abc123"})
+    assert front == {
+        "base_model": "org/base",
+        "base_model_relation": "quantized",
+        "license": "apache-2.0",
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["hestia", "quantized", "ternary", "gguf", "compressed-tensors"],
+    }
+
+
+def test_an_unknown_licence_is_left_out(tmp_path: Path) -> None:
+    assert "license" not in card(tmp_path, license=None)[0]
+
+
+def test_the_body_has_the_table_the_commands_and_the_proof(tmp_path: Path) -> None:
+    _, body = card(tmp_path, model={"id": "org/base", "commit": "abc123"})
+    for words in (
+        "| hestia | 3.602 | 36.7 | 0.311 | 71.2 % | 2.0625 | 2.31 MB |",
+        "| round_to_nearest | 7.918 |",
+        "llama-cli -m exports/gguf-tq2_0/model.gguf",
+        'AutoModelForCausalLM.from_pretrained("exports/hf")',
+        "every code and scale equals the trained model's. llama.cpp b6912 ran it",
+        "at commit `abc123`",
+        "hestia quantize models/books-6m --data 'my books.txt'",
+        "torch 2.13.0, transformers 5.23.0",
+        "## Limits",
+    ):
+        assert words in body, words
+    table = [line for line in body.splitlines() if line.startswith("|")]
+    assert len(table) == 6 and {line.count("|") for line in table} == {8}
+
+
+def test_a_failed_verification_is_said_in_bold(tmp_path: Path) -> None:
+    exports = report()["exports"]
+    exports[1]["verify"]["codes_equal"] = False
+    assert "**Verification failed: this file differs" in card(tmp_path, exports=exports)[1]
+
+
+def test_hostile_strings_stay_text(tmp_path: Path) -> None:
+    exports = [e | {"target": EVIL, "path": EVIL, "sha256": EVIL} for e in report()["exports"]]
+    front, body = card(tmp_path, recipe=EVIL, model=EVIL, data={EVIL: EVIL}, exports=exports, license=EVIL)
+    assert front["base_model"] == front["license"] == " ".join(EVIL.split())
+    outside = [line for line in body.splitlines() if "<script>" in line]
+    assert all("`" in line for line in outside)  # code spans and blocks show it, nothing else may
+    assert not any(line.startswith("# <script>") for line in body.splitlines())
+    table = [line for line in body.splitlines() if line.startswith("| ")]
+    assert {line.replace("\\|", "").count("|") for line in table} == {8}
+
+
+@given(st.text())
+def test_plain_text_has_no_live_markup(text: str) -> None:
+    line = plain(text)
+    assert "\n" not in line and "<" not in line and ">" not in line
+    for i, character in enumerate(line):
+        if character in "`*[]|~$":
+            backslashes = len(line[:i]) - len(line[:i].rstrip("\\"))
+            assert backslashes % 2 == 1
+
+
+@given(st.text())
+def test_code_cannot_be_left(text: str) -> None:
+    span = code(text)
+    fence = len(span) - len(span.lstrip("`"))
+    assert "`" * fence not in span[fence:-fence] and "\n" not in span
+    lines = fenced(text).split("\n")
+    assert all(len(lines[0]) > len(line) or set(line) != {"`"} for line in lines[1:-1])
