@@ -19,6 +19,9 @@ from .options import Options, count
 from .planner import plan as make_plan
 from .plans import Plan
 
+TUNING_BLOCKS = 32
+"""Training blocks set aside for the logged hard loss and the learning-rate pilot; the held-out text is scored once."""
+
 
 def plan_model(options: Options) -> Plan:
     """``hestia plan``: the plan of a model from its configuration alone.
@@ -137,6 +140,7 @@ def prepare_text(
     options: Options, tokenizer: PreTrainedTokenizerBase, seq_len: int, cache: Path | None
 ) -> TokenizedText:
     """Training and held-out blocks as the options ask for."""
+    tokens = count(options.tokens, "tokens")
     return prepare(
         options.data,
         options.eval_data or None,
@@ -147,6 +151,7 @@ def prepare_text(
         held_out_share=options.held_out_share,
         seed=options.seed,
         cache=cache,
+        max_train_tokens=tokens + tokens // 10 + TUNING_BLOCKS * seq_len,
     )
 
 

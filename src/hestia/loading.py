@@ -7,6 +7,7 @@ is resolved to a commit first, so that a run records exactly what it started fro
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -213,6 +214,15 @@ def save(model: PreTrainedModel, source: Source, folder: Path) -> None:
         for path in sorted(parent.glob(pattern)):
             if path.is_file():
                 shutil.copyfile(path, folder / path.name)
+
+
+def license_of(source: Source) -> str | None:
+    """The licence that the front matter of a local model's README.md names, if it does."""
+    card = Path(source.location) / "README.md"
+    if not source.is_local or not card.is_file():
+        return None
+    found = re.search(r"\A---\n.*?^license:\s*([\w.-]+)\s*$.*?^---$", card.read_text("utf-8"), re.MULTILINE | re.DOTALL)
+    return found.group(1) if found else None
 
 
 def fingerprint(source: Source, config: Any) -> dict[str, Any]:

@@ -13,11 +13,10 @@ import os
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
@@ -30,7 +29,7 @@ from .export import FrozenModel, export_model, save_codes
 from .export.frozen import CODES_FILE, MODEL_FOLDER
 from .export.verify import require_ok, verify
 from .files import read_json, replacing_folder, sha256, write_json, write_text
-from .jobs import calibrate_on, choose_device, longest_block, prepare_text
+from .jobs import TUNING_BLOCKS, calibrate_on, choose_device, longest_block, prepare_text
 from .options import Options, count, load_config
 from .planner import plan as make_plan
 from .plans import Plan
@@ -43,9 +42,10 @@ from .training import HestiaTrainer, TrainConfig, checkpoints, pilot
 
 OPTIONS_FILE, PLAN_FILE, SENSITIVITY_FILE = "run.yaml", "plan.json", "sensitivity.json"
 SCORES_FILE, REPORT_FILE, DIAGNOSTICS_FILE = "scores.json", "report.json", "diagnostics.json"
+TRAINING_FILE, TIMING_FILE = "training.json", "timing.json"
 EXPORTS_FOLDER, CACHE_FOLDER = "exports", "cache"
-TUNING_BLOCKS = 32
-"""Training blocks set aside for the logged hard loss and the learning-rate pilot; the held-out text is scored once."""
+
+T = TypeVar("T")
 
 
 def quantize(options: Options, *, resume: bool = False, plan: Plan | None = None) -> dict[str, Any]:
@@ -67,19 +67,24 @@ def quantize(options: Options, *, resume: bool = False, plan: Plan | None = None
     return Run(options, resume=resume, plan=plan).execute()
 
 
-@dataclass
 class _Clock:
-    """Seconds spent by stage."""
+    """Seconds by stage, kept in the run's folder so that a resumed run still knows them."""
 
-    seconds: dict[str, float]
+    def __init__(self, path: Path, resume: bool) -> None:
+        self.path = path
+        self.seconds: dict[str, float] = {}
+        if resume and path.is_file():
+            self.seconds = {str(k): float(v) for k, v in read_json(path).items()}
 
-    def measure(self, stage: str, work: Callable[[], Any]) -> Any:
-        """Run ``work`` and add its time to ``stage``."""
+    def measure(self, stage: str, work: Callable[[], T]) -> T:
+        """Run ``work`` and add its time to ``stage``, whether it succeeds or not."""
         started = time.perf_counter()
         try:
             return work()
         finally:
             self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - started
+            if self.path.parent.is_dir():
+                write_json(self.path, dict(self.seconds))
 
 
 class Run:
@@ -97,7 +102,7 @@ class Run:
                 raise ConfigError(f"{name} is missing; see `hestia quantize --help`")
         self.options, self.resume, self.given_plan = options, resume, plan
         self.folder = Path(options.out)
-        self.clock = _Clock({})
+        self.clock = _Clock(self.folder / TIMING_FILE, resume)
         self.started = datetime.now(UTC)
         self.device = choose_device(options)
         self.baselines: list[dict[str, Any]] = []
@@ -110,6 +115,9 @@ class Run:
         """All stages, then the record of report.json."""
         set_seed(self.options.seed)
         self._check_folder()
+        return self.clock.measure("total", self._stages)
+
+    def _stages(self) -> dict[str, Any]:
         started = time.perf_counter()
         plan = self._plan_without_curvature()
         text = self.text
@@ -119,8 +127,8 @@ class Run:
         frozen = self._frozen(plan)
         scores = self._scores(plan)
         exports = [self._export(name, frozen) for name in plan.targets]
-        self.clock.seconds["total"] = time.perf_counter() - started
-        return self._report(plan, scores, exports)
+        total = self.clock.seconds.get("total", 0.0) + time.perf_counter() - started
+        return self._report(plan, scores, exports, total)
 
     def _check_folder(self) -> None:
         """Refuse a folder that holds something else; nothing is written yet."""
@@ -201,7 +209,7 @@ class Run:
         return FrozenModel(self.folder)
 
     def _train_and_freeze(self, plan: Plan) -> None:
-        model = nn.apply(self._load_model(), plan)
+        model: Any = nn.apply(self._load_model(), plan)
         before = {path: module.weight.detach().cpu().clone() for path, module in nn.quantized_modules(model)}
         if plan.trains:
             checkpoint = checkpoints.newest(self.folder / "checkpoints") if self.resume else None
@@ -216,7 +224,7 @@ class Run:
         save_codes(self.folder / CODES_FILE, codes)
 
     def _train_config(self, plan: Plan) -> TrainConfig:
-        o, path = self.options, self.folder / "training.json"
+        o, path = self.options, self.folder / TRAINING_FILE
         if self.resume and path.is_file():
             rate = float(read_json(path)["learning_rate"])
         else:
@@ -283,12 +291,14 @@ class Run:
         if self.resume and path.is_file():
             return read_json(path)
         blocks = self.scored
-        parent = self._load_model().to(self.device)
+        parent: Any = self._load_model()
+        parent.to(self.device)
         of_parent = score(model_logits(parent), blocks, description="scoring the parent")
         rounded = nn.apply(self._load_model(), round_to_nearest_twin(plan)).to(self.device)
         of_rounded = self._score_against(parent, rounded, blocks, "scoring round-to-nearest")
         del rounded
-        frozen = loading.load_model(loading.Source(str(self.folder), str(self.folder / MODEL_FOLDER))).to(self.device)
+        frozen: Any = loading.load_model(loading.Source(str(self.folder), str(self.folder / MODEL_FOLDER)))
+        frozen.to(self.device)
         of_frozen = self._score_against(parent, frozen, blocks, "scoring the frozen model")
         difference = paired_difference(of_frozen.block_nll.tolist(), of_rounded.block_nll.tolist())
         diagnostics = read_json(self.folder / DIAGNOSTICS_FILE)
@@ -314,7 +324,7 @@ class Run:
     def _export(self, name: str, frozen: FrozenModel) -> dict[str, Any]:
         path = self.folder / EXPORTS_FOLDER / name.replace(":", "-")
         if name != "hf":
-            path = path.with_suffix(".gguf")
+            path = path / f"{Path(self.options.model).name}-{name.split(':')[1]}.gguf"
         return self.clock.measure("export", lambda: export_and_verify(frozen, name, path, self.options.fallback))
 
     # --- what the stages share ---------------------------------------------------------------------------------------
@@ -332,7 +342,14 @@ class Run:
     @cached_property
     def text(self) -> TokenizedText:
         """Training and held-out blocks; tokenized once and cached in the run."""
-        return prepare_text(self.options, self.tokenizer, self.seq_len, self._cache())
+        text = prepare_text(self.options, self.tokenizer, self.seq_len, self._cache())
+        largest, size = int(text.record["max_token_id"]), int(self.config.get_text_config().vocab_size)
+        if largest >= size:
+            raise ConfigError(
+                f"{self.source.name}: its tokenizer makes token id {largest}, the model knows {size} tokens; "
+                "they do not belong together"
+            )
+        return text
 
     def _cache(self) -> Path | None:
         return self.folder / CACHE_FOLDER if (self.folder / OPTIONS_FILE).is_file() else None
@@ -398,8 +415,10 @@ class Run:
 
     # --- the report --------------------------------------------------------------------------------------------------
 
-    def _report(self, plan: Plan, scores: dict[str, Any], exports: list[dict[str, Any]]) -> dict[str, Any]:
-        training = read_json(self.folder / "training.json") if (self.folder / "training.json").is_file() else {}
+    def _report(
+        self, plan: Plan, scores: dict[str, Any], exports: list[dict[str, Any]], total: float
+    ) -> dict[str, Any]:
+        training = read_json(self.folder / TRAINING_FILE) if (self.folder / TRAINING_FILE).is_file() else {}
         tokens = self.steps * self.batch_size * self.seq_len if plan.trains else 0
         seconds = self.clock.seconds
         record: dict[str, Any] = {
@@ -414,7 +433,7 @@ class Run:
             "kl_to_parent": scores["quantized"]["kl_to_parent"],
             "top1_agreement": scores["quantized"]["top1_agreement"],
             "bits_per_weight": {
-                "quantized_layers": plan.bits_per_weight(plan.targets[0]),
+                "quantized_layers": 8.0 * exports[0]["quantized_bytes"] / plan.quantized_weights,
                 "whole_model": 8.0 * exports[0]["bytes"] / (plan.quantized_weights + plan.kept_weights),
             },
             "weights": {"quantized": plan.quantized_weights, "kept": plan.kept_weights},
@@ -423,7 +442,7 @@ class Run:
                 "pilot": seconds.get("pilot", 0.0),
                 "train": seconds.get("train", 0.0),
                 "export": seconds.get("export", 0.0),
-                "total": seconds.get("total", 0.0),
+                "total": total,
             },
             "tokens_per_second": tokens / seconds["train"] if seconds.get("train") else None,
             "exports": exports,
@@ -434,6 +453,7 @@ class Run:
             "batch_size": self.batch_size,
             "seq_len": self.seq_len,
             "model": loading.fingerprint(self.source, self.config),
+            "license": loading.license_of(self.source),
             "parent_dtype": str(loading.parent_dtype(self.source, self.config)).removeprefix("torch."),
             "data": self.text.record,
             "command": command_line(),
@@ -467,6 +487,7 @@ def export_and_verify(frozen: FrozenModel, target: str, path: Path, fallback: bo
     """
     if path.is_dir():
         shutil.rmtree(path)  # an earlier attempt of this very run
+    path.unlink(missing_ok=True)
     say(f"exporting {target}")
     entry = export_model(frozen, target, path, fallback=fallback)
     result = verify(path, frozen.run, target=target)

@@ -11,7 +11,7 @@ from torch import nn
 from . import recipes
 from .curvature import Sensitivity
 from .errors import PlanError
-from .nn.select import select
+from .nn.select import Selection, select
 from .plans import LayerPlan, Plan
 from .quant import GroupSize
 from .quant.grouping import group_shape
@@ -57,13 +57,8 @@ def plan(
     spec = chosen.spec_for(bits, group_size)
     targets = [find_target(name) for name in ([target] if isinstance(target, str) else target)]
     selection = select(model, skip)
-    coverage = selection.coverage()
-    if not selection.candidates or (coverage < SMALLEST_COVERAGE and not allow_partial):
-        raise PlanError(
-            f"only {100 * coverage:.0f} % of the non-embedding weights could become low-bit. "
-            + " ".join(f"{warning}." for warning in selection.warnings)
-            + " Allow it with --allow-partial."
-        )
+    if not selection.candidates or (selection.coverage() < SMALLEST_COVERAGE and not allow_partial):
+        raise PlanError(_refusal(selection))
     layers: dict[str, LayerPlan] = {}
     problems: list[str] = []
     for path, linear in selection.candidates.items():
@@ -86,25 +81,46 @@ def plan(
         kept=selection.kept,
         warnings=selection.warnings,
     )
-    traces = _traces(sensitivity)
+    if isinstance(sensitivity, (str, Path)):
+        sensitivity = Sensitivity.load(Path(sensitivity))
+    traces = sensitivity.geometric_means if isinstance(sensitivity, Sensitivity) else sensitivity
     if traces is None:
         return result
-    missing = [path for path in layers if path not in traces]
-    if missing:
-        raise PlanError(
-            f"the sensitivity lacks {len(missing)} of {len(layers)} tensors, the first is {missing[0]}: "
-            "was it calibrated on another model?"
-        )
+    _check_same_model(result, traces, sensitivity)
     return result.with_factors(chosen.temperature_factors({path: traces[path] for path in layers}))
 
 
-def _traces(sensitivity: str | Path | Sensitivity | Mapping[str, float] | None) -> Mapping[str, float] | None:
-    """The geometric mean over sequences: the one whose interval is trustworthy (see ``curvature``)."""
-    if isinstance(sensitivity, (str, Path)):
-        sensitivity = Sensitivity.load(Path(sensitivity))
-    if isinstance(sensitivity, Sensitivity):
-        return {path: tensor.geometric_mean for path, tensor in sensitivity.tensors.items()}
-    return sensitivity
+def _check_same_model(
+    made: Plan, traces: Mapping[str, float], sensitivity: Sensitivity | Mapping[str, float] | None
+) -> None:
+    """Refuse a sensitivity that speaks of other tensors, or of tensors of another size, than this plan's."""
+    missing = [path for path in made.layers if path not in traces]
+    strange = [path for path in traces if path not in made.layers and f"{path}.weight" not in made.kept]
+    if missing:
+        problem = f"lacks {len(missing)} of {len(made.layers)} tensors, the first is {missing[0]}"
+    elif strange:
+        problem = f"speaks of {len(strange)} tensors that the model has not, the first is {strange[0]}"
+    elif isinstance(sensitivity, Sensitivity):
+        sizes = {path: sensitivity.tensors[path].weights for path in made.layers}
+        differing = [path for path, layer in made.layers.items() if sizes[path] != layer.weights]
+        if not differing:
+            return
+        first = differing[0]
+        problem = f"measured {sizes[first]:,} weights in {first}, the model has {made.layers[first].weights:,}"
+    else:
+        return
+    raise PlanError(f"the sensitivity {problem}: was it calibrated on another model?")
+
+
+def _refusal(selection: Selection) -> str:
+    """Too little of the model is made of linear layers: how little, and what the rest is."""
+    rest = "; ".join(f"{weights:,} weights kept: {reason}" for reason, weights in selection.kept_body().items())
+    if not selection.candidates:
+        return f"no weight of this model could become low-bit: hestia quantizes nn.Linear layers ({rest})"
+    return (
+        f"only {100 * selection.coverage():.0f} % of the non-embedding weights could become low-bit ({rest}). "
+        "Allow it with --allow-partial (allow_partial=True)."
+    )
 
 
 def _summary(problems: list[str], most: int = 6) -> str:

@@ -87,11 +87,11 @@ def test_linear_softmax_closed_form() -> None:
     draws = torch.tensor(
         [
             calibrate(model, {"head": model.head.weight}, sequences, forward=model, seed=s).traces["head"]
-            for s in range(400)
+            for s in range(256)
         ]
     )
-    assert abs(float(draws.mean()) - truth) < 4 * float(draws.std()) / 20
-    assert float(draws.std()) / 20 < 0.05 * truth
+    assert abs(float(draws.mean()) - truth) < 4 * float(draws.std()) / 16
+    assert float(draws.std()) / 16 < 0.06 * truth
 
 
 def test_cotangents_have_the_covariance_of_the_softmax() -> None:
@@ -99,14 +99,14 @@ def test_cotangents_have_the_covariance_of_the_softmax() -> None:
     torch.manual_seed(3)
     logits = torch.randn(1, 3, 5, dtype=torch.float64)
     ids = torch.tensor([1, 4, 2])
-    r_STV = torch.cat([gnb.cotangents(logits, ids, seed) for seed in range(4000)])
-    assert torch.equal(r_STV[:, 2], torch.zeros(4000, 5, dtype=torch.float64))
+    r_STV = torch.cat([gnb.cotangents(logits, ids, seed) for seed in range(2000)])
+    assert torch.equal(r_STV[:, 2], torch.zeros(2000, 5, dtype=torch.float64))
     assert float(r_STV.sum(-1).abs().max()) < 1e-6
     p = torch.softmax(logits[0], -1)
     for t in range(2):
-        covariance = r_STV[:, t].T @ r_STV[:, t] / 4000
-        torch.testing.assert_close(covariance, torch.diag(p[t]) - torch.outer(p[t], p[t]), atol=0.02, rtol=0)
-    assert float((r_STV[:, 0].T @ r_STV[:, 1] / 4000).abs().max()) < 0.02
+        covariance = r_STV[:, t].T @ r_STV[:, t] / 2000
+        torch.testing.assert_close(covariance, torch.diag(p[t]) - torch.outer(p[t], p[t]), atol=0.04, rtol=0)
+    assert float((r_STV[:, 0].T @ r_STV[:, 1] / 2000).abs().max()) < 0.03
 
 
 def test_signs_are_balanced() -> None:
@@ -122,7 +122,15 @@ def test_chunks_do_not_change_the_cotangents(monkeypatch: pytest.MonkeyPatch) ->
     for size in (1, 80, 130):
         monkeypatch.setattr(gnb, "CHUNK", size)
         assert torch.equal(gnb.cotangents(logits, ids, 7), whole)
+
+
+def test_signs_are_keyed_by_seed_and_content() -> None:
+    logits = torch.randn(1, 10, 40, generator=torch.Generator().manual_seed(0))
+    ids = torch.arange(10)
+    whole = gnb.cotangents(logits, ids, 7)
+    assert torch.equal(gnb.cotangents(logits, ids.to(torch.int32), 7), whole)
     assert not torch.equal(gnb.cotangents(logits, ids, 8), whole)
+    assert not torch.equal(gnb.cotangents(logits, ids + 1, 7), whole)
 
 
 def test_a_sample_depends_on_seed_and_content_and_not_on_place() -> None:
@@ -175,6 +183,6 @@ def test_tied_weight_under_one_name_covers_both_uses() -> None:
     sequences = torch.randint(0, 9, (2, 6), generator=torch.Generator().manual_seed(1))
     truth = sum(exact_traces(model, weights, row)["head"] for row in sequences) / 2
     draws = torch.tensor(
-        [calibrate(model, weights, sequences, forward=model, seed=s).traces["head"] for s in range(300)]
+        [calibrate(model, weights, sequences, forward=model, seed=s).traces["head"] for s in range(200)]
     )
-    assert abs(float(draws.mean()) - truth) < 4 * float(draws.std()) / 300**0.5
+    assert abs(float(draws.mean()) - truth) < 4 * float(draws.std()) / 200**0.5

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hestia.curvature import hestia_scores, temperature_factors
@@ -44,6 +44,7 @@ def test_scores_and_temperatures_equal_the_published_ones() -> None:
     assert {path: base * factor for path, factor in factors.items()} == pytest.approx(TEMPERATURE_AT_STEP_600, abs=1e-9)
 
 
+@settings(max_examples=50)
 @given(traces, st.floats(1e-6, 1e6))
 def test_scores_lie_between_0_and_1_keep_the_order_and_ignore_the_unit(values: dict[str, float], unit: float) -> None:
     scores = hestia_scores(values)
@@ -57,6 +58,7 @@ def test_scores_lie_between_0_and_1_keep_the_order_and_ignore_the_unit(values: d
         assert scaled == pytest.approx(scores, abs=1e-6)
 
 
+@settings(max_examples=50)
 @given(traces, st.floats(-5.0, 5.0))
 def test_centred_factors_have_geometric_mean_1_and_differ_by_one_common_factor(
     values: dict[str, float], alpha: float

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hestia.data import blocks as blocks_module
-from hestia.data import prepare
+from hestia.data import pack_all, prepare
 from hestia.data.tokenizer import find_joiner, tokenizer_fingerprint
 from hestia.errors import ConfigError
 
@@ -116,6 +116,18 @@ def test_batches_of_documents_keep_their_order(tokenizer, tmp_path: Path, monkey
     made = prepare([tmp_path / "a.txt", tmp_path / "b.txt"], [held], tokenizer, seq_len=10)
     stream = joined(tokenizer, documents, "bos")
     assert made.train.input_ids.flatten().tolist() == stream[: len(stream) // 10 * 10]
+
+
+def test_pack_all_holds_nothing_out_and_slices(tokenizer, tmp_path: Path) -> None:
+    documents = [random_text(random.Random(i), 50) for i in range(10)]
+    path = write(tmp_path / "a.txt", documents)
+    blocks = pack_all([path], tokenizer, seq_len=16)
+    stream = joined(tokenizer, documents, "bos")
+    assert blocks.input_ids.flatten().tolist() == stream[: len(stream) // 16 * 16]
+    assert blocks[1:3].input_ids.tolist() == blocks.input_ids[1:3].tolist()
+    assert len(blocks[1:3]) == 2
+    with pytest.raises(ConfigError, match=r"no line of the \.txt files equals it"):
+        pack_all([path], tokenizer, seq_len=16, separator="====")
 
 
 # --- held out
@@ -348,6 +360,7 @@ def test_fingerprint_is_of_the_rules_not_of_their_use(make_tokenizer) -> None:
     tokenizer = make_tokenizer(adds="bos")
     before = tokenizer_fingerprint(tokenizer)
     tokenizer("some text", truncation=True, max_length=3)
+    assert tokenizer_fingerprint(tokenizer) == before
     tokenizer.pad_token = "</s>"
     tokenizer(["some text", "more"], padding=True)
     assert tokenizer_fingerprint(tokenizer) == before

@@ -94,11 +94,11 @@ def make_run(
         return (mean + scale * torch.randn(*shape, generator=rng)).to(dtype)
 
     tensors = {
-        "model.embed_tokens.weight": normal(vocabulary, hidden, scale=0.5),
+        "model.embed_tokens.weight": normal(vocabulary, hidden, scale=hidden**-0.5),
         "model.norm.weight": normal(hidden, mean=0.0 if gemma else 1.0),
     }
     if not tied:
-        tensors["lm_head.weight"] = normal(vocabulary, hidden, scale=0.5).half().to(dtype)
+        tensors["lm_head.weight"] = normal(vocabulary, hidden, scale=hidden**-0.5).half().to(dtype)
     shapes = {
         "self_attn.q_proj": (heads * head, hidden),
         "self_attn.k_proj": (kv_heads * head, hidden),

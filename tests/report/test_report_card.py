@@ -55,6 +55,11 @@ def test_the_body_has_the_table_the_commands_and_the_proof(tmp_path: Path) -> No
     assert len(table) == 6 and {line.count("|") for line in table} == {8}
 
 
+def test_the_card_does_not_publish_the_folders_of_its_author(tmp_path: Path) -> None:
+    _, body = card(tmp_path, data={"files": [{"path": "/home/me/private/books.txt", "split": None}]}, command=[])
+    assert "/home" not in body and "books.txt" in body and "split" not in body
+
+
 def test_a_failed_verification_is_said_in_bold(tmp_path: Path) -> None:
     exports = report()["exports"]
     exports[1]["verify"]["codes_equal"] = False

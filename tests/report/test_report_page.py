@@ -132,8 +132,8 @@ def test_the_page_holds_what_the_issue_asks_for(full: str) -> None:
         "✓ codes equal",
         "llama.cpp b6912",
         "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08",
-        "training, soft",
-        "held out, hard",
+        "soft, training",
+        "hard, unseen",
         "17.1 %",  # the trace that rests on one sequence
         "31.0 % of the codes are zero",
         "It was a truth universally acknowledged",
@@ -156,6 +156,14 @@ def test_a_failed_verification_cannot_be_overlooked(tmp_path: Path) -> None:
     record["exports"][0]["verify"]["codes_equal"] = False
     text = Page(write_report(make_run(tmp_path / "run", report=record)).read_text(encoding="utf-8")).text
     assert "✗ codes differ" in text and "Do not use it." in text
+
+
+def test_a_kept_tensor_that_differs_fails_the_file_although_its_codes_are_equal(tmp_path: Path) -> None:
+    record = report()
+    record["exports"][1]["verify"] |= {"ok": False, "differences": ["lm_head.weight: <7 of 4096 rows>"], "notes": []}
+    text = Page(write_report(make_run(tmp_path / "run", report=record)).read_text(encoding="utf-8")).text
+    assert "✗ file differs" in text and "lm_head.weight: <7 of 4096 rows>" in text
+    assert "The written file differs from the trained model: hf." in text
 
 
 def test_a_report_alone_makes_a_page(tmp_path: Path) -> None:
@@ -212,7 +220,7 @@ def test_labels_of_lines_that_end_together_do_not_overlap() -> None:
     drawing = plots.loss(TrainingLog(rows, ((0, 3.0), (19, 2.001))), parent=1.999, name="a")
     assert drawing is not None
     heights = label_heights(drawing)
-    places = sorted(heights[words] for words in ("parent", "training, soft", "held out, hard"))
+    places = sorted(heights[words] for words in ("parent", "soft, training", "hard, unseen"))
     assert places[1] - places[0] > 11 and places[2] - places[1] > 11
 
 

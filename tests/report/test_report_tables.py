@@ -38,6 +38,12 @@ def test_our_own_row_among_the_baselines_is_not_repeated_but_another_run_of_it_i
     assert [(r.label, r.kind, r.nll) for r in rows[2:]] == [("hestia", "baseline", 3.55), ("hestia", "ours", 3.6022)]
 
 
+def test_rounding_takes_its_agreement_from_the_scores_where_no_baseline_has_it(tmp_path: Path) -> None:
+    scores = {"round_to_nearest": {"nll": 7.9184, "kl_to_parent": 4.7, "top1_agreement": 0.05}}
+    row = headline_rows(load(tmp_path, baselines=[], scores=scores))[1]
+    assert (row.label, row.kl, row.top1) == ("round_to_nearest", 4.7, 0.05)
+
+
 def test_a_run_of_plain_rounding_is_one_row(tmp_path: Path) -> None:
     record = load(tmp_path, recipe="round_to_nearest", nll={"parent": 3.3, "round_to_nearest": 7.9, "quantized": 7.9})
     assert [r.label for r in headline_rows(record)] == ["parent", "bitnet_ste", "round_to_nearest"]

@@ -94,10 +94,7 @@ def prepare(
     separators: set[str] = set()
     documents = _read(train, separator, separators, "reading")
     eval_documents = None if evaluation is None else _read(evaluation, separator, separators, "reading held-out text")
-    if separator != AUTO and not separators and any(s.kind == "text" for s in [*train, *(evaluation or [])]):
-        raise ConfigError(
-            f"--separator {separator!r}: no line of the .txt files equals it; leave it out to read each as one document"
-        )
+    _check_separator(separator, separators, [*train, *(evaluation or [])])
 
     held_out_documents = None
     dropped = 0
@@ -163,7 +160,9 @@ def pack_all(
     """
     _check(sources, None, seq_len, 0.05, None)
     resolved = [resolve(given) for given in sources]
-    documents = _read(resolved, separator, set(), "reading")
+    separators: set[str] = set()
+    documents = _read(resolved, separator, separators, "reading")
+    _check_separator(separator, separators, resolved)
     pieces = tokenize(documents, tokenizer, find_joiner(tokenizer, joiner))
     return pack(pieces, seq_len, what=f"--data {_names(resolved)}")
 
@@ -186,6 +185,13 @@ def _check(
         raise ConfigError(f"held_out_share {share}: must lie between 0 and 0.5, for example 0.05")
     if max_train_tokens is not None and max_train_tokens < seq_len:
         raise ConfigError(f"{max_train_tokens} training tokens: fewer than one block of --seq-len {seq_len}")
+
+
+def _check_separator(separator: str, found: set[str], sources: Sequence[Source]) -> None:
+    if separator != AUTO and not found and any(source.kind == "text" for source in sources):
+        raise ConfigError(
+            f"--separator {separator!r}: no line of the .txt files equals it; leave it out to read each as one document"
+        )
 
 
 def _read(sources: Sequence[Source], separator: str, found: set[str], description: str) -> list[Document]:

@@ -69,13 +69,15 @@ def continuations(
     samples: list[dict[str, str]] = []
     rows = range(0, len(blocks), max(1, len(blocks) // count))
     for row in list(rows)[:count]:
-        prompt = blocks.input_ids[row, :prompt_tokens].long().unsqueeze(0)
+        opening = str(tokenizer.decode(blocks.input_ids[row, :prompt_tokens].long(), skip_special_tokens=True))
+        opening = opening.rsplit(" ", 1)[0].strip() or opening  # the cut may fall inside a word
+        prompt = tokenizer(opening, return_tensors="pt")["input_ids"]
+        assert isinstance(prompt, Tensor)
         texts = [
             tokenizer.decode(greedy(candidate, prompt, new_tokens)[prompt.shape[1] :], skip_special_tokens=True)
             for candidate in (parent, model)
         ]
-        shown = tokenizer.decode(prompt[0], skip_special_tokens=True)
-        samples.append({"prompt": str(shown), "parent": str(texts[0]), "quantized": str(texts[1])})
+        samples.append({"prompt": opening, "parent": str(texts[0]), "quantized": str(texts[1])})
     return samples
 
 

@@ -135,13 +135,14 @@ def export_gguf(frozen: FrozenModel, target: Target, path: Path, *, fallback: bo
         fallback: store tensors that the target's first type cannot hold as its next exact type.
 
     Returns:
-        ``{"target", "path", "bytes", "tensors": {name: type}}``.
+        ``{"target", "path", "bytes", "quantized_bytes", "tensors": {name: type}}``.
 
     Raises:
         ExportError: an architecture, setting or tokenizer that llama.cpp has no exact counterpart for.
         PlanError: a tensor that the target cannot hold; it is named, with what could hold it.
     """
     layout = _layout(frozen, target, fallback=fallback)
+    low_bit = set(frozen.quantized)
     with replacing(path) as temporary:
         writer = gguf_py.GGUFWriter(temporary, layout.arch)
         try:
@@ -163,6 +164,7 @@ def export_gguf(frozen: FrozenModel, target: Target, path: Path, *, fallback: bo
         "target": target.name,
         "path": str(path),
         "bytes": path.stat().st_size,
+        "quantized_bytes": sum(e.bytes for e in layout.entries if e.source.removesuffix(".weight") in low_bit),
         "tensors": {entry.name: entry.storage.name for entry in layout.entries},
     }
 

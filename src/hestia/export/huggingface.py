@@ -20,7 +20,9 @@ This file and ``loading.py`` are the doors to transformers.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import io
 import json
 import math
 import os
@@ -357,9 +359,10 @@ def logits(folder: Path, token_ids: Tensor) -> Tensor:
         VerifyError: transformers cannot load or run it.
     """
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, trust_remote_code=False, local_files_only=True
-        )
+        with contextlib.redirect_stderr(io.StringIO()):  # compressed-tensors draws a bar for each of its stages
+            model = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=torch.float32, trust_remote_code=False, local_files_only=True
+            )
         return model.eval()(input_ids=token_ids).logits.float()
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         raise VerifyError(f"{folder}: transformers cannot load and run it ({_first_line(error)})") from None

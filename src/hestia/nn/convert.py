@@ -24,8 +24,8 @@ def quantized_modules(model: nn.Module) -> Iterator[tuple[str, QuantLinear]]:
 def apply(model: nn.Module, plan: Plan) -> nn.Module:
     """Replace the plan's linear layers by ``QuantLinear``, in place; the Parameters stay the same objects.
 
-    Latent weights become fp32 (a bf16 latent swallows small updates); everything else keeps its dtype. State-dict keys
-    do not change. Pressure starts at the schedule's t = 0.
+    Latent weights become fp32 (a bf16 latent swallows small updates; fp64 stays); everything else keeps its dtype.
+    State-dict keys do not change. Pressure starts at the schedule's t = 0.
 
     Raises:
         PlanError: the plan names a layer that the model lacks, of another shape or kind, or the model is already
@@ -51,7 +51,7 @@ def apply(model: nn.Module, plan: Plan) -> nn.Module:
         linear = found[path]
         assert isinstance(linear, nn.Linear)
         quantized = QuantLinear(linear, layer.spec, knobs, layer.temperature_factor)
-        quantized.weight.data = quantized.weight.data.float()
+        quantized.weight.data = quantized.weight.data.to(torch.promote_types(quantized.weight.dtype, torch.float32))
         _replace(model, path, quantized)
     return model
 
@@ -73,13 +73,17 @@ def freeze(model: nn.Module) -> dict[str, QuantizedTensor]:
     codes of up to two bits only change sign and exponent.
 
     Raises:
+        PlanError: no layer is quantized: ``apply`` was not called, or ``freeze`` already was.
         GuardError: a latent weight is NaN or infinite; the tensor is named and nothing is changed.
     """
-    for path, module in quantized_modules(model):
+    layers = list(quantized_modules(model))
+    if not layers:
+        raise PlanError("there is nothing to freeze: no layer was converted by hestia.apply, or all are frozen already")
+    for path, module in layers:
         if not bool(torch.isfinite(module.weight).all()):
             raise GuardError(f"{path}: the weight holds NaN or infinity and cannot be frozen")
     frozen: dict[str, QuantizedTensor] = {}
-    for path, module in list(quantized_modules(model)):
+    for path, module in layers:
         frozen[path] = tensor = module.codes()
         module.weight.data = tensor.dense(module.parent_dtype)
         _replace(model, path, module.unquantized())

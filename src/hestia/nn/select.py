@@ -4,22 +4,25 @@ The rules, in order; the first that applies names the reason:
 
     1. a weight shared with an embedding, or the output head    -> kept: "output head" (tied or not)
     2. an embedding                                             -> kept: "embedding"
-    3. the weight of an ``nn.Linear`` inside the blocks         -> candidate, unless a skip pattern names it
-    4. a bias, a norm (1-d)                                     -> kept
-    5. a matrix that is not an ``nn.Linear`` (GPT-2's Conv1D,
-       a stacked tensor of experts, a convolution)              -> kept, loudly: ``Selection.warnings``
+    3. a linear weight that several layers share                -> kept, loudly
+    4. the weight of an ``nn.Linear`` inside the blocks         -> candidate, unless a skip pattern names it
+    5. a bias, a norm (1-d)                                     -> kept
+    6. a matrix that is not an ``nn.Linear`` (GPT-2's Conv1D,
+       a stacked tensor of experts, a convolution, a linear
+       layer with a forward of its own)                         -> kept, loudly: ``Selection.warnings``
 """
 
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from torch import nn
 
 from ..errors import PlanError
 from ..plans import Kept
+from .linear import QuantLinear
 
 NOT_LINEAR = "not an nn.Linear"
 EMBEDDING, HEAD = "embedding", "output head"
@@ -39,10 +42,18 @@ class Selection:
     kept: dict[str, Kept]
     warnings: tuple[str, ...]
 
+    def kept_body(self) -> dict[str, int]:
+        """Reason -> kept weights, without embeddings and head; the largest first."""
+        weights: dict[str, int] = {}
+        for kept in self.kept.values():
+            if not kept.reason.startswith((EMBEDDING, HEAD)):
+                weights[kept.reason] = weights.get(kept.reason, 0) + kept.weights
+        return dict(sorted(weights.items(), key=lambda item: -item[1]))
+
     def coverage(self) -> float:
         """Share of the non-embedding, non-head weights that are candidates."""
         chosen = sum(linear.weight.numel() for linear in self.candidates.values())
-        body = chosen + sum(k.weights for k in self.kept.values() if not k.reason.startswith((EMBEDDING, HEAD)))
+        body = chosen + sum(self.kept_body().values())
         return chosen / body if body else 0.0
 
 
@@ -54,7 +65,7 @@ def select(model: nn.Module, skip: Sequence[str] = ()) -> Selection:
         skip: shell patterns of module paths to keep, such as ``model.layers.0.*``.
 
     Raises:
-        PlanError: a skip pattern that matches no quantizable layer.
+        PlanError: a skip pattern that matches no linear layer (naming one that is kept anyway does no harm).
     """
     head, embeddings = _head_and_embeddings(model)
     embedding_weights = {id(p) for module in embeddings for p in module.parameters()}
@@ -62,8 +73,9 @@ def select(model: nn.Module, skip: Sequence[str] = ()) -> Selection:
     candidates: dict[str, nn.Linear] = {}
     kept: dict[str, Kept] = {}
     strange: dict[str, int] = {}
-    used: set[str] = set()
-    linears = {f"{path}.weight": path for path, m in model.named_modules() if isinstance(m, nn.Linear)}
+    linears = {f"{path}.weight": path for path, m in model.named_modules() if _is_plain_linear(m)}
+    _check_patterns(skip, linears.values())
+    users = _users(model)
     for name, parameter in model.named_parameters():
         module = owners[id(parameter)]
         path = linears.get(name)
@@ -72,11 +84,13 @@ def select(model: nn.Module, skip: Sequence[str] = ()) -> Selection:
             reason = f"{EMBEDDING}, tied to the {HEAD}" if _is_tied(head, parameter) else EMBEDDING
         elif head is not None and module is head:
             reason = HEAD
+        elif len(users[id(parameter)]) > 1 and parameter.ndim > 1:
+            reason = f"shared by {' and '.join(users[id(parameter)])}"
+            strange[reason] = parameter.numel()
         elif path is not None and isinstance(module, nn.Linear):
             if pattern is None:
                 candidates[path] = module
                 continue
-            used.add(pattern)
             reason = f"skipped by {pattern!r}"
         elif parameter.ndim < 2:
             reason = "bias" if name.endswith("bias") else "norm or vector"
@@ -84,10 +98,6 @@ def select(model: nn.Module, skip: Sequence[str] = ()) -> Selection:
             reason = f"{type(module).__name__}: {NOT_LINEAR}"
             strange[reason] = strange.get(reason, 0) + parameter.numel()
         kept[name] = Kept(reason=reason, weights=parameter.numel())
-    for pattern in skip:
-        if pattern not in used:
-            some = ", ".join(list(linears.values())[:3])
-            raise PlanError(f"skip pattern {pattern!r} matches no linear layer; paths look like {some}")
     warnings = tuple(f"{count:,} weights are kept: {reason}" for reason, count in strange.items())
     return Selection(candidates, kept, warnings)
 
@@ -97,6 +107,27 @@ def _head_and_embeddings(model: nn.Module) -> tuple[nn.Module | None, list[nn.Mo
     getter = getattr(model, "get_output_embeddings", None)
     head = getter() if callable(getter) else None
     return (head if isinstance(head, nn.Module) else None), embeddings
+
+
+def _check_patterns(skip: Sequence[str], paths: Collection[str]) -> None:
+    for pattern in skip:
+        if not any(fnmatch.fnmatchcase(path, pattern) for path in paths):
+            some = ", ".join(list(paths)[:3])
+            raise PlanError(f"skip pattern {pattern!r} matches no linear layer; paths look like {some}")
+
+
+def _is_plain_linear(module: nn.Module) -> bool:
+    """A subclass with a forward of its own (packed 4-bit weights, adapters) would lose it to ``QuantLinear``."""
+    return isinstance(module, nn.Linear) and type(module).forward in (nn.Linear.forward, QuantLinear.forward)
+
+
+def _users(model: nn.Module) -> dict[int, list[str]]:
+    """id of a parameter -> the path of every module that holds it; a module used twice has two paths."""
+    users: dict[int, list[str]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        for parameter in module.parameters(recurse=False):
+            users.setdefault(id(parameter), []).append(path)
+    return users
 
 
 def _is_tied(head: nn.Module | None, parameter: nn.Parameter) -> bool:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+import types
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
-from ..errors import ConfigError
+from ..errors import ConfigError, nearest
 from ..quant import BINARY, INT2, TERNARY, Grid, GroupSize, QuantSpec
 from ..quant.family import Member
 from ..schedules import KnobSchedule
@@ -22,7 +24,10 @@ class Recipe(Member, ABC):
 
     Subclass it in a module of this folder, or in a package that lists the module under the entry-point group
     ``hestia.recipes``; give it a ``name`` and a docstring with paper, equation and deviations. Nothing else needs
-    to be edited: command line, docs and the conformance suite discover it.
+    to be edited: command line, docs and the conformance suite discover it. Every option has a default.
+
+    Raises:
+        ConfigError: an option of the wrong type, or one that the schedule refuses.
     """
 
     family: ClassVar[str] = "recipe"
@@ -32,6 +37,17 @@ class Recipe(Member, ABC):
 
     widths: ClassVar[tuple[float, ...]] = (1.58,)
     """Bit widths ``spec_for`` answers, keys of ``GRIDS``."""
+
+    def __post_init__(self) -> None:
+        hints = get_type_hints(type(self))
+        for item in fields(self):
+            value, hint = getattr(self, item.name), hints[item.name]
+            if not _fits(value, hint):
+                where = f"recipe {self.name!r}: option {item.name}"
+                if get_origin(hint) is Literal:
+                    raise ConfigError(f"{where}: unknown {value!r}: {nearest(str(value), map(str, get_args(hint)))}")
+                raise ConfigError(f"{where} wants {getattr(hint, '__name__', hint)}, got {value!r}")
+        self.schedule()  # what it refuses is refused here, before anything is read or computed
 
     def spec_for(self, bits: float, group_size: GroupSize) -> QuantSpec:
         """Grid, scale rule and estimator for a width.
@@ -54,6 +70,18 @@ class Recipe(Member, ABC):
     def temperature_factors(self, traces: Mapping[str, float]) -> dict[str, float]:
         """Module path -> factor on the base temperature, from curvature; empty where the recipe ignores it."""
         return {}
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether an option's value is of its declared type; a whole number is a float, infinity and NaN are not."""
+    if get_origin(hint) is Literal:
+        return value in get_args(hint)
+    if isinstance(hint, types.UnionType):
+        return any(_fits(value, kind) for kind in get_args(hint))
+    if hint in (int, float):
+        number = isinstance(value, int if hint is int else (int, float)) and not isinstance(value, bool)
+        return number and math.isfinite(value)
+    return not isinstance(hint, type) or isinstance(value, hint)
 
 
 def _listed(widths: tuple[float, ...]) -> str:

@@ -69,7 +69,14 @@ def render(record: RunRecord) -> str:
         schedule=[pair for pair in flat((record.plan or {}).get("schedule")) if pair[1] != wording.UNKNOWN],
         command=shlex.join(record.command),
         provenance=[
-            ("Model", [*_named(model=record.model, commit=record.commit, dtype=record.parent_dtype)]),
+            (
+                "Model",
+                [
+                    *_named(name=record.model, commit=record.commit, dtype=record.parent_dtype),
+                    *flat(record.model_details),
+                ],
+            ),
+            ("Recipe", flat(record.recipe_options)),
             ("Machine", flat(record.machine)),
             ("Versions", flat(record.versions)),
             ("Data", flat(record.data)),

@@ -58,7 +58,7 @@ def render(record: RunRecord) -> str:
         rows=headline_rows(record),
         exports=[(export, _loading(export)) for export in record.exports],
         command=shlex.join(record.command),
-        data=flat(record.data),
+        data=_public(flat(record.data)),
         versions=[pair for pair in flat(record.versions) if pair[0] in ("hestia", "torch", "transformers")],
     )
     return f"---\n{front_matter(record)}---\n\n{body}"
@@ -93,6 +93,15 @@ def plain(text: str) -> str:
     line = _OPENING.sub(r"\1\\\2", _MARKS.sub(r"\\\g<0>", line.replace("&", "&amp;")))
     # A bare address would become a link, which the run never asked for.
     return line.replace("<", "&lt;").replace(">", "&gt;").replace("://", "&#58;//")
+
+
+def _public(pairs: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Known values only, and of absolute paths the last part: a card is published, the author's folders are not."""
+    return [
+        (key, Path(value).name if Path(value).is_absolute() else value)
+        for key, value in pairs
+        if value != wording.UNKNOWN
+    ]
 
 
 class _Ready(str):

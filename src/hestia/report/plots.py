@@ -61,7 +61,7 @@ T = TypeVar("T")
 
 
 def loss(log: TrainingLog, *, parent: float | None, name: str, width: int = 900) -> str | None:
-    """Soft training loss and hard held-out loss over steps, nats per token, with the parent's line.
+    """Soft training loss and hard loss on unseen text over steps, nats per token, with the parent's line.
 
     ``width`` is the natural width in CSS pixels. Returns None where the log holds neither loss.
     """
@@ -74,10 +74,10 @@ def loss(log: TrainingLog, *, parent: float | None, name: str, width: int = 900)
         labels: list[tuple[float, str, str]] = []
         if soft:
             axes.plot(*_columns(soft), color=_SLATE, linewidth=1.0, alpha=0.85)
-            labels.append((soft[-1][1], "training, soft", _SLATE))
+            labels.append((soft[-1][1], "soft, training", _SLATE))
         if hard:
             axes.plot(*_columns(hard), color=_EMBER, marker="o", markersize=4.5)
-            labels.append((hard[-1][1], "held out, hard", _EMBER))
+            labels.append((hard[-1][1], "hard, unseen", _EMBER))
         if parent is not None:
             axes.axhline(parent, color=_INK, linewidth=1.0, linestyle=(0, (4, 3)))
             labels.append((parent, "parent", _INK))
@@ -91,7 +91,7 @@ def loss(log: TrainingLog, *, parent: float | None, name: str, width: int = 900)
         axes.set_xlim(first, last if last > first else first + 1)
         _label_ends(axes, labels, _TALL)
         axes.set_xlabel("step")
-        return _svg(figure, name, "Training and held-out loss over steps, in nats per token")
+        return _svg(figure, name, "Soft training loss and hard loss on unseen text over steps, in nats per token")
 
 
 def knobs(log: TrainingLog, *, name: str, width: int = 420) -> str | None:
@@ -190,7 +190,7 @@ def _single(
         else:
             axes.set_ylim(bottom=0.0)
             form = (lambda y, _: f"{100 * y:g} %") if percent else (lambda y, _: f"{y:g}")
-            axes.yaxis.set_major_locator(MaxNLocator(4))
+            axes.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]))
             axes.yaxis.set_major_formatter(FuncFormatter(form))
         axes.set_xlabel("step")
         return _svg(figure, name, title)
@@ -201,7 +201,7 @@ def _figure(width: int, height: int) -> tuple[Figure, Axes]:
     FigureCanvasSVG(figure)
     axes = figure.add_subplot()
     axes.xaxis.set_major_locator(MaxNLocator(5 if width > 500 else 4, integer=True, steps=[1, 2, 5, 10]))
-    axes.yaxis.set_major_locator(MaxNLocator(5 if height > 250 else 4))
+    axes.yaxis.set_major_locator(MaxNLocator(5 if height > 250 else 4, steps=[1, 2, 2.5, 5, 10]))
     return figure, axes
 
 

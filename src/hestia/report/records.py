@@ -38,12 +38,22 @@ class Verification:
         max_abs_logit_diff: largest difference of a logit between the engine and the frozen model.
         kl: nats per token between their predictions.
         engine: the program that ran the file; empty where none was installed.
+        differences: what else differs, kept tensors and metadata too; ``notes``: what could not be checked.
+        ok: the verdict of ``verify`` itself; None where it gave none.
     """
 
     codes_equal: bool | None
     max_abs_logit_diff: float | None
     kl: float | None
     engine: str
+    differences: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    ok: bool | None = None
+
+    @property
+    def failed(self) -> bool:
+        """Whether anything of the file was found to differ."""
+        return self.codes_equal is False or self.ok is False or bool(self.differences)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,7 +171,8 @@ class TrainingLog:
 
     Attributes:
         rows: the training lines in order of step; of steps that a resumed run repeated, the later line.
-        hard: (step, loss of the model that would be exported at this step).
+        hard: (step, loss of the model that would be exported at this step, on text it is not trained on; not
+            the held-out blocks of the report, which no decision of a run may see).
         pilots: (learning rate, held-out loss) of the pilot runs; the loss is None where the pilot diverged.
         skipped: lines that could not be read.
     """
@@ -208,6 +219,7 @@ class RunRecord:
     nll_intervals: Mapping[str, Interval] = field(default_factory=dict)
     model: str = ""
     commit: str = ""
+    model_details: Mapping[str, Any] = field(default_factory=dict)
     parent_dtype: str = ""
     license: str = ""
     started: str = ""
@@ -216,6 +228,7 @@ class RunRecord:
     versions: Mapping[str, Any] = field(default_factory=dict)
     machine: Mapping[str, Any] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
+    recipe_options: Mapping[str, Any] = field(default_factory=dict)
     plan: Mapping[str, Any] | None = None
     sensitivity: Sensitivity | None = None
     log: TrainingLog = TrainingLog()
@@ -280,10 +293,11 @@ class RunRecord:
             seconds_total=seconds.number("total"),
             tokens_per_second=report.number("tokens_per_second"),
             exports=tuple(_export(entry, run) for entry in report.objects("exports")),
-            baselines=tuple(_baseline(entry) for entry in report.objects("baselines", required=False)),
+            baselines=_baselines(report),
             nll_intervals=_intervals(report.raw.get("nll_interval")),
             model=text(model_name),
             commit=text(commit),
+            model_details={k: v for k, v in _mapping(model).items() if k not in ("id", "name", "path", "commit")},
             parent_dtype=text(report.raw.get("parent_dtype")).removeprefix("torch."),
             license=text(report.raw.get("license")),
             started=text(report.raw.get("started")),
@@ -292,6 +306,7 @@ class RunRecord:
             versions=_mapping(report.raw.get("versions")),
             machine=_mapping(report.raw.get("machine")),
             options=_options(run / "run.yaml"),
+            recipe_options=_mapping(report.raw.get("recipe_options")),
             plan=None if plan is None else plan.raw,
             sensitivity=_sensitivity(_optional(run / "sensitivity.json")),
             log=_log(run / "log.jsonl"),
@@ -368,6 +383,10 @@ def _command(value: Any) -> tuple[str, ...]:
     return tuple(text(v) for v in value) if isinstance(value, list) else ((text(value),) if value else ())
 
 
+def _texts(value: Any) -> tuple[str, ...]:
+    return tuple(text(v) for v in value) if isinstance(value, list) else ()
+
+
 def _export(entry: _Object, run: Path) -> Export:
     path = Path(text(entry.value("path")))
     for root in (run, run.resolve()):
@@ -381,6 +400,9 @@ def _export(entry: _Object, run: Path) -> Export:
             max_abs_logit_diff=number(checked.raw.get("max_abs_logit_diff")),
             kl=number(checked.raw.get("kl")),
             engine=text(checked.raw.get("engine")),
+            differences=_texts(checked.raw.get("differences")),
+            notes=_texts(checked.raw.get("notes")),
+            ok=None if checked.raw.get("ok") is None else checked.raw["ok"] is True,
         )
     return Export(
         target=text(entry.value("target")),
@@ -389,6 +411,17 @@ def _export(entry: _Object, run: Path) -> Export:
         sha256=text(entry.value("sha256")),
         verify=verify,
     )
+
+
+def _baselines(report: _Object) -> tuple[Baseline, ...]:
+    """The other recipes; rounding from the ``scores`` of the report where it is not among them."""
+    found = [_baseline(entry) for entry in report.objects("baselines", required=False)]
+    rounding = _mapping(_mapping(report.raw.get("scores")).get("round_to_nearest"))
+    if rounding and "round_to_nearest" not in {b.recipe for b in found}:
+        kl, top1 = number(rounding.get("kl_to_parent")), number(rounding.get("top1_agreement"))
+        nll = report.object("nll").number("round_to_nearest")
+        found.insert(0, Baseline(recipe="round_to_nearest", nll=nll, kl_to_parent=kl, top1_agreement=top1))
+    return tuple(found)
 
 
 def _baseline(entry: _Object) -> Baseline:

@@ -165,7 +165,7 @@ def verdict(record: RunRecord) -> Verdict:
     for other in sorted(better, key=lambda b: b.nll or 0.0):
         if other.recipe not in ("parent", "round_to_nearest"):
             cautions.append(f"{other.recipe} did better here: {fixed(other.nll)} nats per token against {fixed(ours)}.")
-    different = [e for e in record.exports if e.verify is not None and e.verify.codes_equal is False]
+    different = [e for e in record.exports if e.verify is not None and e.verify.failed]
     unread = [e for e in record.exports if e.verify is None or e.verify.codes_equal is None]
     if different:
         names = ", ".join(e.target for e in different)

@@ -126,6 +126,7 @@ class HestiaTrainer(Trainer):
         self._bar = ProgressBar(description)
         self._started: tuple[float, int] | None = None
         self.last_checkpoint: Path | None = None
+        self._evaluated = -1
         if not config.train_embeddings:
             for module in model.modules():
                 if isinstance(module, nn.Embedding):
@@ -255,6 +256,9 @@ class HestiaTrainer(Trainer):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """The hard loss: NLL of the model as it would be exported now, on the first held-out blocks."""
+        if self._evaluated == self.state.global_step:
+            return {}  # the Trainer asks twice after the last step
+        self._evaluated = self.state.global_step
         blocks = self.held_out[: self.config.eval_blocks]
         model = self.accelerator.unwrap_model(self.model)  # type: ignore[arg-type]
         result = score(model_logits(model), blocks)
@@ -269,6 +273,8 @@ class HestiaTrainer(Trainer):
             return
         root = self.folder / CHECKPOINTS
         folder = root / checkpoints.folder_name(self.state.global_step)
+        if folder == self.last_checkpoint:
+            return
         checkpoints.save(
             folder,
             model=self.accelerator.unwrap_model(self.model),  # type: ignore[arg-type]

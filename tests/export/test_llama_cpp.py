@@ -1,0 +1,135 @@
+"""llama_cpp.py: exact files compute what the frozen model computes, in the engine that people run."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from test_gguf import KINDS, WIDE, byte_fallback, make_run
+
+from hestia.errors import ConfigError, ExportError
+from hestia.export import llama_cpp
+from hestia.export.frozen import FrozenModel
+from hestia.export.gguf import export_gguf
+from hestia.targets import F16, F32, Target, target
+
+INSTALLED = llama_cpp.available()
+needs_llama_cpp = [
+    pytest.mark.llama_cpp,
+    pytest.mark.skipif(not INSTALLED, reason="llama-cpp-python is not installed"),
+]
+IDS = [0, *((i * 37) % 300 for i in range(1, 40))]
+HARD = [
+    "",
+    "the cat sat",
+    "  two spaces in front",
+    " one",
+    "\n\nlines\n \n",
+    "\ttabs\t and  gaps  ",
+    "emoji 😀👩‍👩‍👧 and ½ ² Ⅷ ٣",
+    "12345678 3.14 v2",
+    "Привет 你好 عربى हिन्दी",
+    "don't I'LL we've it's",
+    "a\u0301 e\u0301 \u00a0nbsp \r\n crlf\r",
+    "_init__(self): return {}[0];",
+    "<0x0A> ▁under",
+]
+
+
+def frozen_logits(frozen: FrozenModel, sequences: list[list[int]]) -> np.ndarray:
+    """Logits ``[B, T, V]`` of the dense folder in transformers, fp32 all the way."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(frozen.folder, dtype=torch.float32, attn_implementation="eager")
+    with torch.no_grad():
+        return model(torch.tensor(sequences)).logits.numpy()
+
+
+def mean_kl(a: np.ndarray, b: np.ndarray) -> float:
+    p, q = (torch.log_softmax(torch.from_numpy(x).double(), dim=-1) for x in (a, b))
+    return float((p.exp() * (p - q)).sum(dim=-1).mean())
+
+
+def test_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(llama_cpp, "available", lambda: False)
+    with pytest.raises(ExportError, match=r"pip install 'hestia-lm\[run\]'"):
+        llama_cpp.logits(tmp_path / "a.gguf", [1])
+
+
+def test_kl_bounds_grow_with_the_coarseness_of_the_activations() -> None:
+    bound = llama_cpp.activation_kl_bound
+    assert 0 < bound(["F32"]) < bound(["F32", "F16"]) < bound(["Q2_0", "F16"]) <= 1e-3
+    assert bound(["Q4_0"]) == bound(["Q2_0"]) == bound(["TQ1_0", "F32"]) == bound(["TQ2_0"])
+
+
+class TestEngine:
+    pytestmark = needs_llama_cpp
+
+    def test_quantized_types_stay_within_the_activation_bound(self, tmp_path: Path) -> None:
+        frozen = make_run(tmp_path / "run", **WIDE, tokenizer=byte_fallback, dtype=torch.bfloat16)
+        both = [IDS, IDS[::-1]]
+        expected = frozen_logits(frozen, both)
+        for name in ("gguf:tq2_0", "gguf:q2_0"):
+            path = tmp_path / f"{name[5:]}.gguf"
+            export_gguf(frozen, target(name), path)
+            got = llama_cpp.logits_all(path, both)
+            assert got.shape == (2, len(IDS), 384)
+            assert got.dtype == np.float32
+            assert 1e-9 < mean_kl(expected, got) < llama_cpp.activation_kl_bound([name[5:].upper()])
+
+    @pytest.mark.parametrize("tokenizer", ["byte_level", "byte_fallback"])
+    def test_token_ids_equal_those_of_hugging_face(self, tmp_path: Path, tokenizer: str) -> None:
+        import json
+
+        import test_gguf
+        from tokenizers import Tokenizer
+
+        record = getattr(test_gguf, tokenizer)()
+        frozen = make_run(tmp_path / "run", tokenizer=lambda: record)
+        export_gguf(frozen, target("gguf:q2_0"), tmp_path / "a.gguf")
+        hf = Tokenizer.from_str(json.dumps(record))
+        texts = [*HARD, test_gguf.TEXT, "<s> the cat" if tokenizer == "byte_fallback" else "<|end|>the cat"]
+        found = llama_cpp.tokenize_all(tmp_path / "a.gguf", texts)
+        assert found == [hf.encode(text).ids for text in texts]
+
+    def test_generation_is_greedy(self, tmp_path: Path) -> None:
+        frozen = make_run(tmp_path / "run", tokenizer=byte_fallback, bos_token_id=1, eos_token_id=2)
+        path = tmp_path / "a.gguf"
+        export_gguf(frozen, Target("gguf:f32", (F32,), ""), path)
+        prompt = llama_cpp.tokenize(path, "the cat")
+        answer = llama_cpp.generate(path, "the cat", 6)
+        assert len(answer.ids) == 6
+        assert isinstance(answer.text, str)
+        ids = prompt + answer.ids
+        assert frozen_logits(frozen, [ids])[0].argmax(-1)[len(prompt) - 1 : -1].tolist() == answer.ids
+
+    def test_a_file_that_it_cannot_load_is_an_error_with_its_words(self, tmp_path: Path) -> None:
+        path = tmp_path / "a.gguf"
+        with pytest.raises(ConfigError, match="no such file"):
+            llama_cpp.logits(path, [1])
+        path.write_bytes(b"GGUF" + bytes(100))
+        with pytest.raises(ExportError, match=r"a\.gguf: llama\.cpp failed \(exit status 1\): .*a\.gguf"):
+            llama_cpp.logits(path, [1])
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("scaled", ["", "linear", "llama3"])
+    @pytest.mark.parametrize("model_type", KINDS)
+    def test_dense_files_of_every_architecture_agree(self, tmp_path: Path, model_type: str, scaled: str) -> None:
+        options: dict[str, Any] = dict(KINDS[model_type])
+        if scaled and model_type != "llama":
+            pytest.skip("one architecture is enough for the scalings of the rotation")
+        if scaled:
+            options = {}
+            more = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+            options["rope_parameters"] = {"rope_type": scaled, "rope_theta": 500.0, "factor": 4.0}
+            options["rope_parameters"] |= more if scaled == "llama3" else {}
+        frozen = make_run(tmp_path / "run", model_type, **WIDE, **options)
+        expected = frozen_logits(frozen, [IDS])[0]
+        # gemma: ggml looks GELU up in a table of fp16 numbers. A head that fits in F16 has its input rounded to fp16.
+        f16_head = not options.get("tied", True) or options.get("dtype") is torch.bfloat16
+        exact = 1e-3 if model_type == "gemma" or f16_head else 1e-5
+        for storage, tolerance in ((F32, exact), (F16, 3e-3)):
+            path = tmp_path / f"{storage.name}.gguf"
+            export_gguf(frozen, Target(f"gguf:{storage.name}", (storage,), ""), path)
+            assert np.abs(llama_cpp.logits(path, IDS) - expected).max() < tolerance * expected.std()
