@@ -2,6 +2,10 @@
 
 import torch
 from hypothesis import HealthCheck, settings
+from toy_runs import invoke, lean, parent_copy, toy_held_out, toy_parent, toy_run, toy_text
+
+__all__ = ["invoke", "lean", "parent_copy", "toy_held_out", "toy_parent", "toy_run", "toy_text"]
+"""Fixtures that several folders use."""
 
 torch.set_num_threads(1)
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "HestiaTrainer": "training",
     "Options": "options",
-    "Plan": "plan",
+    "Plan": "plans",
     "QATCallback": "training",
     "QuantLinear": "nn",
     "QuantSpec": "quant",

@@ -40,10 +40,11 @@ def demo(out: Path, *, tokens: str = "400k", threads: int | None = None) -> dict
             threads=threads,
         )
 
+    first, second = options("bitnet_ste", ("hf",), 0), options("hestia", ("hf", "gguf:tq2_0"), 32)
     announce("1 of 2: bitnet_ste, hard rounding from the first step")
-    plain = quantize(options("bitnet_ste", ("hf",), 0))
+    plain = quantize(first)
     announce("2 of 2: hestia, softened rounding paced by curvature")
-    run = Run(options("hestia", ("hf", "gguf:tq2_0"), 32))
+    run = Run(second)
     run.baselines.append(
         {
             "recipe": plain["recipe"],

@@ -6,6 +6,7 @@ Each field is a key of ``--config`` files and an option of ``hestia quantize``; 
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -90,8 +91,13 @@ class Options:
                 raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
         if self.calibrate < 0 or self.calibrate == 1:
             raise ConfigError(f"--calibrate needs at least 2 sequences (or 0 for none), got {self.calibrate}")
-        if not 0.0 < self.held_out_share < 1.0:
-            raise ConfigError(f"--held-out-share must lie between 0 and 1, got {self.held_out_share}")
+        if not 0.0 < self.held_out_share < 0.5:
+            raise ConfigError(f"--held-out-share must lie between 0 and 0.5, got {self.held_out_share}")
+        for name in ("clip", "weight_decay"):
+            if not 0.0 <= getattr(self, name) < math.inf:
+                raise ConfigError(
+                    f"--{name.replace('_', '-')} must be 0 or a positive number, got {getattr(self, name)}"
+                )
         for name in ("tokens", "eval_tokens"):
             count(getattr(self, name), name)
         self.group()
@@ -168,7 +174,7 @@ def count(text: str, name: str) -> int:
     lowered = text.strip().lower().replace(",", "").replace("_", "")
     factor = units.get(lowered[-1:], 1)
     try:
-        value = round(float(lowered.rstrip("kmb")) * factor)
+        value = round(float(lowered[:-1] if factor > 1 else lowered) * factor)
     except (ValueError, OverflowError):
         value = 0
     if value < 1:

@@ -45,6 +45,9 @@ SCORES_FILE, REPORT_FILE, DIAGNOSTICS_FILE = "scores.json", "report.json", "diag
 TRAINING_FILE, TIMING_FILE = "training.json", "timing.json"
 EXPORTS_FOLDER, CACHE_FOLDER = "exports", "cache"
 
+PROBE_TOKENS = 64
+"""Held-out tokens a sequence on which an exported file's logits are compared."""
+
 T = TypeVar("T")
 
 
@@ -325,7 +328,8 @@ class Run:
         path = self.folder / EXPORTS_FOLDER / name.replace(":", "-")
         if name != "hf":
             path = path / f"{Path(self.options.model).name}-{name.split(':')[1]}.gguf"
-        return self.clock.measure("export", lambda: export_and_verify(frozen, name, path, self.options.fallback))
+        probe = self.scored.input_ids[:2, :PROBE_TOKENS].long()
+        return self.clock.measure("export", lambda: export_and_verify(frozen, name, path, self.options.fallback, probe))
 
     # --- what the stages share ---------------------------------------------------------------------------------------
 
@@ -478,8 +482,10 @@ def round_to_nearest_twin(plan: Plan) -> Plan:
     return dataclasses.replace(plan, recipe=recipe.to_json(), trains=False, schedule=recipe.schedule(), layers=layers)
 
 
-def export_and_verify(frozen: FrozenModel, target: str, path: Path, fallback: bool) -> dict[str, Any]:
-    """Write one file, read it back, compare, and return its entry of report.json.
+def export_and_verify(
+    frozen: FrozenModel, target: str, path: Path, fallback: bool, token_ids: torch.Tensor | None = None
+) -> dict[str, Any]:
+    """Write one file, read it back, compare, run it on ``token_ids``, and return its entry of report.json.
 
     Raises:
         ExportError: the format cannot hold the model exactly; nothing was written.
@@ -490,7 +496,7 @@ def export_and_verify(frozen: FrozenModel, target: str, path: Path, fallback: bo
     path.unlink(missing_ok=True)
     say(f"exporting {target}")
     entry = export_model(frozen, target, path, fallback=fallback)
-    result = verify(path, frozen.run, target=target)
+    result = verify(path, frozen.run, target=target, token_ids=token_ids)
     require_ok(result)
     return {**entry, "path": os.path.relpath(path, frozen.run), "sha256": digest(path), "verify": result.to_json()}
 

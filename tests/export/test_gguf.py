@@ -179,6 +179,8 @@ def test_the_gguf_package_reads_the_frozen_model(tmp_path: Path, model_type: str
     record = export_gguf(frozen, target(target_name), path)
     assert check_gguf(path, frozen, target_name) == []
     assert record["bytes"] == path.stat().st_size
+    weights, main = sum(frozen.codes(p).codes.numel() for p in frozen.quantized), target(target_name).types[0]
+    assert record["quantized_bytes"] == weights // main.block * main.block_bytes
 
     reader = gguf.GGUFReader(path)
     tensors = {t.name: t for t in reader.tensors}
@@ -225,6 +227,8 @@ def test_kept_matrices_are_f16_only_where_that_is_exact(tmp_path: Path) -> None:
 
 def test_rows_that_do_not_fit_are_refused_by_name_or_fall_back(tmp_path: Path) -> None:
     frozen = make_run(tmp_path / "run", hidden=64, width=172)
+    with pytest.raises(ExportError, match="is a folder"):
+        export_gguf(frozen, target("gguf:tq2_0"), tmp_path, fallback=True)
     path = tmp_path / "exports" / "a.gguf"
     with pytest.raises(PlanError, match=r"model\.layers\.0\..*blocks of 256.*--fallback stores it as"):
         export_gguf(frozen, target("gguf:tq2_0"), path)
@@ -262,7 +266,7 @@ def found(path: Path, frozen: FrozenModel) -> list[str]:
 
 def test_every_flipped_bit_is_found_and_named(tmp_path: Path) -> None:
     frozen, path, good = small(tmp_path)
-    infos = {t.name: (int(t.data_offset), int(t.n_bytes)) for t in gguf_infos(path)}
+    infos = places_of_tensors(path)
     rng = np.random.default_rng(0)
     start = min(offset for offset, _ in infos.values())
     places: list[tuple[int, str]] = [(int(p), "") for p in rng.integers(0, start, 60)]
@@ -281,16 +285,12 @@ def test_every_flipped_bit_is_found_and_named(tmp_path: Path) -> None:
         assert any(name in line for line in lines), (position, name, lines)
 
 
-def gguf_infos(path: Path) -> list[Any]:
-    """Tensor infos by the gguf package, which has to be told of Q2_0 for the length of this call."""
+def places_of_tensors(path: Path) -> dict[str, tuple[int, int]]:
+    """First byte and length of every tensor of a file (the gguf package cannot read Q2_0)."""
     file = exporter._read(path)
-
-    class Info:
-        def __init__(self, info: Any, size: int) -> None:
-            self.name, self.data_offset, self.n_bytes = info.name, file.data_start + info.offset, size
-
     sizes = {0: (1, 4), 1: (1, 2), 42: (64, 18)}
-    return [Info(i, math.prod(i.shape) // sizes[i.type_id][0] * sizes[i.type_id][1]) for i in file.tensors]
+    lengths = {i.name: math.prod(i.shape) // sizes[i.type_id][0] * sizes[i.type_id][1] for i in file.tensors}
+    return {i.name: (file.data_start + i.offset, lengths[i.name]) for i in file.tensors}
 
 
 def test_a_difference_names_the_row_and_column_of_the_frozen_model(tmp_path: Path) -> None:

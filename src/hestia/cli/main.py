@@ -72,9 +72,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return status if isinstance(status, int) else 0
     except click.exceptions.Abort:
         return _fail("interrupted", 130)
-    except click.ClickException as error:
+    except click.exceptions.NoArgsIsHelpError as error:
         error.show()
         return 2
+    except click.ClickException as error:
+        context = getattr(error, "ctx", None)
+        where = f" (see `{context.command_path} --help`)" if context is not None else ""
+        return _fail(f"{error.format_message()}{where}", 2)
     except HestiaError as error:
         return _fail(str(error), error.exit_status)
     except KeyboardInterrupt:

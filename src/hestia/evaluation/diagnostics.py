@@ -61,7 +61,7 @@ def continuations(
     tokenizer: PreTrainedTokenizerBase,
     blocks: Blocks,
     *,
-    count: int = 4,
+    count: int = 5,
     prompt_tokens: int = 24,
     new_tokens: int = 48,
 ) -> list[dict[str, str]]:

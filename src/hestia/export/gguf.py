@@ -135,14 +135,16 @@ def export_gguf(frozen: FrozenModel, target: Target, path: Path, *, fallback: bo
         fallback: store tensors that the target's first type cannot hold as its next exact type.
 
     Returns:
-        ``{"target", "path", "bytes", "quantized_bytes", "tensors": {name: type}}``.
+        ``{"target", "path", "bytes", "quantized_bytes", "tensors": {name: type}}``; ``quantized_bytes`` are those of
+        the quantized tensors, scales included.
 
     Raises:
-        ExportError: an architecture, setting or tokenizer that llama.cpp has no exact counterpart for.
+        ExportError: ``path`` is a folder, or an architecture, setting or tokenizer that llama.cpp has no exact counterpart for.
         PlanError: a tensor that the target cannot hold; it is named, with what could hold it.
     """
+    if path.is_dir():
+        raise ExportError(f"{path}: is a folder, a GGUF model is one file; write to {path / 'model.gguf'}")
     layout = _layout(frozen, target, fallback=fallback)
-    low_bit = set(frozen.quantized)
     with replacing(path) as temporary:
         writer = gguf_py.GGUFWriter(temporary, layout.arch)
         try:
@@ -164,7 +166,7 @@ def export_gguf(frozen: FrozenModel, target: Target, path: Path, *, fallback: bo
         "target": target.name,
         "path": str(path),
         "bytes": path.stat().st_size,
-        "quantized_bytes": sum(e.bytes for e in layout.entries if e.source.removesuffix(".weight") in low_bit),
+        "quantized_bytes": sum(entry.bytes for entry in layout.entries if entry.path is not None),
         "tensors": {entry.name: entry.storage.name for entry in layout.entries},
     }
 
@@ -379,8 +381,8 @@ def _quantized(frozen: FrozenModel, target: Target, name: str, path: str, heads:
 
 
 def _exact_in_half(tensor: torch.Tensor) -> bool:
-    full = tensor.float()
-    return bool((full.half().float() == full).all())
+    rows = max(1, (1 << 22) // max(1, tensor[0].numel()))  # in pieces: an embedding is the largest tensor of a model
+    return all(bool((part.half().to(part.dtype) == part).all()) for part in tensor.split(rows))
 
 
 def _payload(frozen: FrozenModel, entry: _Entry) -> Bytes:
@@ -394,7 +396,8 @@ def _payload(frozen: FrozenModel, entry: _Entry) -> Bytes:
         except ExportError as error:
             raise ExportError(f"{entry.path}: {error}") from None
     values = _dense(frozen, entry)[order]
-    return np.ascontiguousarray(values.astype("<f2" if entry.storage is F16 else "<f4")).reshape(-1).view(np.uint8)
+    stored = values.astype("<f2" if entry.storage is F16 else "<f4", copy=False)
+    return np.ascontiguousarray(stored).reshape(-1).view(np.uint8)
 
 
 def _codes_and_scales(frozen: FrozenModel, entry: _Entry) -> tuple[np.ndarray, np.ndarray]:
@@ -610,7 +613,7 @@ def _compare_tensor(stored: Bytes, frozen: FrozenModel, entry: _Entry) -> Iterat
                 f"{label}: {what} {got[at]} at {list(at)}, the frozen model has {wanted[at]} "
                 f"({int(different.sum())} of {different.size} differ)"
             )
-    if clean:
+    if clean and packing is not None:
         different = np.flatnonzero(stored != _payload(frozen, entry))
         if different.size:
             yield f"{label}: byte {int(different[0])} is not the canonical one, though it decodes to the same numbers"

@@ -26,34 +26,28 @@ class _Relax(torch.autograd.Function):
     """(1 - p) w + p * level * Q(w / step), with the estimator's own gradient.
 
     Backward recomputes the gain from ``w``, which autograd holds anyway as a parameter: no weight-sized tensor is
-    saved beside it. Step, level, pressure and temperature are constants of the backward pass.
+    saved beside it. Step, level, pressure and temperature are constants of the backward pass. Both passes work in
+    place on their own fresh tensors, because without a compiler every full pass over the weights is what costs.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        w: Tensor,
-        step: Tensor,
-        level: Tensor,
-        pressure: Tensor,
-        temperature: Tensor,
-        grid: Grid,
-        estimator: Estimator,
-    ) -> Tensor:
+    def forward(ctx: Any, w: Tensor, pressure: Tensor, temperature: Tensor, spec: QuantSpec) -> Tensor:
+        step, level = spec.scale(w, spec.grid)
         ctx.save_for_backward(w, step, level, pressure, temperature)
-        ctx.grid, ctx.estimator = grid, estimator
-        q = estimator.value(w / step, grid, temperature)
-        return (1.0 - pressure) * w + pressure * level * q
+        ctx.spec = spec
+        q = spec.estimator.value(w / step, spec.grid, temperature)
+        return q.mul_(pressure * level).addcmul_(w, 1.0 - pressure)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         w, step, level, pressure, temperature = ctx.saved_tensors
-        gain = ctx.estimator.gain(w / step, ctx.grid, temperature)
+        estimator = ctx.spec.estimator
+        gain = estimator.gain(w / step, ctx.spec.grid, temperature)
         if gain is not None:
-            chain = pressure * level / step if ctx.estimator.differentiates_value else pressure
-            grad = grad * ((1.0 - pressure) + chain * gain)
-        return grad, None, None, None, None, None, None
+            chain = pressure * (level / step) if estimator.differentiates_value else pressure
+            grad = gain.mul_(chain).add_(1.0 - pressure).mul_(grad)
+        return grad, None, None, None
 
 
 class Quantizer:
@@ -79,10 +73,7 @@ class Quantizer:
             temperature: 0-d, 0 (hard) or more.
         """
         w = to_groups(w_OI if w_OI.dtype in (torch.float32, torch.float64) else w_OI.float(), self.spec.group_size)
-        step, level = self.scales(w)
-        out = _Relax.apply(
-            w, step, level, pressure.to(w.dtype), temperature.to(w.dtype), self.spec.grid, self.spec.estimator
-        )
+        out = _Relax.apply(w, pressure.to(w.dtype), temperature.to(w.dtype), self.spec)
         assert isinstance(out, Tensor)
         return out.reshape(w_OI.shape).to(w_OI.dtype)
 

@@ -1,0 +1,130 @@
+"""Help, version and usage errors: quick, and one message that says what to write instead."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+import time
+
+import pytest
+from toy_runs import Invoke
+
+from hestia.cli.main import VERBS, spread
+from hestia.options import Options
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_has_a_help_page(verb: str, invoke: Invoke) -> None:
+    status, out, err = invoke(verb, "--help")
+    assert (status, err) == (0, "")
+    assert out.startswith(f"Usage: hestia {verb}")
+    assert "--help" in out
+
+
+def test_the_main_help_names_every_verb(invoke: Invoke) -> None:
+    for flag in ("--help", "-h"):
+        status, out, _ = invoke(flag)
+        assert status == 0
+        assert all(f"\n  {verb} " in out for verb in VERBS)
+
+
+def test_quantize_takes_every_option_of_the_job(invoke: Invoke) -> None:
+    _, out, _ = invoke("quantize", "--help")
+    flags = {"--" + field.name.replace("_", "-") for field in dataclasses.fields(Options)} - {"--model", "--options"}
+    for flag in flags | {"--option", "--config", "--resume", "--json"}:
+        assert f"{flag} " in out, flag
+
+
+@pytest.mark.parametrize(
+    ("verb", "flags"),
+    [
+        ("calibrate", "--data --calibrate --skip --out --seq-len --seed --device --json"),
+        ("plan", "--sensitivity --recipe --option --target --bits --group-size --skip --fallback --out --json"),
+        ("train", "--plan --data --out --lr --tokens --resume --config --json"),
+        ("export", "--to --out --fallback --json"),
+        ("verify", "--against --target --no-engine --json"),
+        ("eval", "--data --against --tasks --tasks-dir --limit --protocol --eval-tokens --json"),
+        ("demo", "--out --tokens --threads --json"),
+    ],
+)
+def test_a_verb_lists_its_options(verb: str, flags: str, invoke: Invoke) -> None:
+    _, out, _ = invoke(verb, "--help")
+    for flag in flags.split():
+        assert f"{flag} " in out, flag
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["quantise"], "unknown command 'quantise': did you mean 'quantize'?"),
+        (["quantize", "--tokenz", "3"], "--tokens"),
+        (["plan"], "Missing argument 'MODEL'"),
+        (["quantize", "m", "--seed", "x"], "--seed"),
+        (["train", "m"], "--plan"),
+        (["verify", "file"], "--against"),
+        (["export", "run", "--out", "x"], "--to"),
+        (["eval", "m", "--protocol", "other"], "--protocol"),
+        (["quantize"], "MODEL is missing"),
+        (["quantize", "m"], "--data is missing"),
+        (["quantize", "m", "--data", "d.txt"], "--out is missing"),
+        (["recipes", "list"], "hestia recipes show NAME"),
+        (["eval", "m"], "nothing to evaluate on"),
+        (["demo", "--tokens", "lots"], "--tokens must be a positive number such as 600k"),
+    ],
+)
+def test_bad_usage_is_one_message_and_exit_status_2(arguments: list[str], message: str, invoke: Invoke) -> None:
+    status, out, err = invoke(*arguments)
+    assert (status, out) == (2, "")
+    assert err.startswith("hestia: ")
+    assert message in err
+    assert len(err.strip().splitlines()) == 1
+
+
+def test_no_arguments_show_the_help(invoke: Invoke) -> None:
+    status, out, err = invoke()
+    assert status == 2
+    assert "quantize" in out + err
+
+
+def test_several_values_after_one_option() -> None:
+    assert spread(["quantize", "m", "--data", "a", "b", "c", "--out", "r", "--target", "hf", "gguf:q4_0"]) == [
+        "quantize", "m", "--data", "a", "--data", "b", "--data", "c", "--out", "r", "--target", "hf", "--target",
+        "gguf:q4_0",
+    ]  # fmt: skip
+    assert spread(["eval", "m", "--data", "a", "--data", "b"]) == ["eval", "m", "--data", "a", "--data", "b"]
+
+
+def test_importing_hestia_and_reading_help_load_nothing_heavy() -> None:
+    code = (
+        "import sys, hestia; assert not {'torch', 'transformers'} & set(sys.modules)\n"
+        "assert 'quantize' in dir(hestia)\n"
+        "from hestia.cli.main import main\n"
+        "assert main(['--help']) == 0\n"
+        "assert main(['quantize', '--help']) == 0\n"
+        "assert not {'torch', 'transformers', 'datasets', 'numpy'} & set(sys.modules)\n"
+        "import hestia.recipes; hestia.recipes.names()\n"
+        "assert 'transformers' not in sys.modules\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_every_public_name_resolves() -> None:
+    import hestia
+
+    for name in hestia.__all__:
+        assert getattr(hestia, name).__module__.startswith("hestia."), name
+    with pytest.raises(AttributeError, match="no attribute 'qantize'"):
+        _ = hestia.qantize
+
+
+def test_help_comes_at_once() -> None:
+    best = min(_seconds([sys.executable, "-m", "hestia", "--help"]) for _ in range(3))
+    assert best < 1.5
+
+
+def _seconds(command: list[str]) -> float:
+    started = time.perf_counter()
+    subprocess.run(command, capture_output=True, check=True)
+    return time.perf_counter() - started

@@ -1,0 +1,98 @@
+"""Artefacts are written whole or not at all, and JSON is strict."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from hestia import files
+from hestia.errors import ConfigError
+
+
+def test_a_block_that_raises_keeps_the_old_file_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text("old", encoding="utf-8")
+    with pytest.raises(RuntimeError), files.replacing(path) as temporary:
+        temporary.write_text("half", encoding="utf-8")
+        raise RuntimeError
+    assert path.read_text(encoding="utf-8") == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_a_block_that_ends_well_replaces_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "a.txt"
+    files.write_text(path, "one")
+    files.write_text(path, "zwei ä")
+    assert path.read_bytes() == "zwei ä".encode()
+    assert [p.name for p in path.parent.iterdir()] == ["a.txt"]
+
+
+def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    with files.replacing_folder(folder) as temporary:
+        (temporary / "a").write_text("1", encoding="utf-8")
+    with pytest.raises(KeyboardInterrupt), files.replacing_folder(folder) as temporary:
+        (temporary / "a").write_text("2", encoding="utf-8")
+        raise KeyboardInterrupt
+    assert (folder / "a").read_text(encoding="utf-8") == "1"
+    with files.replacing_folder(folder) as temporary:
+        (temporary / "sub").mkdir()
+        (temporary / "sub" / "b").write_text("3", encoding="utf-8")
+    assert sorted(p.name for p in folder.rglob("*")) == ["b", "sub"]
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_full_disk_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.json"
+    files.write_json(path, {"schema": 1})
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(files.os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        files.write_json(path, {"schema": 2})
+    assert files.read_json(path) == {"schema": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_json_is_strict(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    record = {"nan": math.nan, "inf": [1.0, -math.inf, (math.inf,)], "text": "ä", "deep": {"x": math.nan, "y": 0.1}}
+    files.write_json(path, record)
+
+    def refuse(name: str) -> None:
+        raise AssertionError(name)
+
+    read = json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
+    assert read == {"nan": None, "inf": [1.0, None, [None]], "text": "ä", "deep": {"x": None, "y": 0.1}}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"[1]", "expected a JSON object, got list"),
+        (b"{", "not a readable JSON file"),
+        (b"\xff\xfe", "not a readable JSON file"),
+        (b'{"schema": 2}', "schema 2, this version reads schema 1"),
+        (b"{}", "schema None, this version reads schema 1"),
+    ],
+)
+def test_what_is_not_ours_is_refused_by_name(tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / "a.json"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=rf"a\.json: {message}"):
+        files.read_json(path, schema=1)
+    with pytest.raises(ConfigError, match="no such file"):
+        files.read_json(tmp_path / "none.json")
+
+
+def test_the_hash_of_a_file_read_in_pieces(tmp_path: Path) -> None:
+    content = bytes(range(256)) * 9000
+    (tmp_path / "a").write_bytes(content)
+    assert files.sha256(tmp_path / "a") == hashlib.sha256(content).hexdigest()

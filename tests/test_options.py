@@ -1,0 +1,142 @@
+"""Options: one place for the command line, run.yaml and Python, and refusals that name the option."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hestia.errors import ConfigError
+from hestia.options import Options, count, load_config
+
+
+def test_run_yaml_repeats_every_option_exactly(tmp_path: Path) -> None:
+    made = Options(
+        model="some/model",
+        data=("a.txt", "b c.txt"),
+        out="runs/1",
+        target=("hf", "gguf:tq2_0"),
+        options={"alpha": -0.4, "centred": True, "hold": None},
+        steps=7,
+        lr="3e-3",
+        second_stage=0.5,
+        fallback=True,
+        skip=("model.layers.0.*",),
+        separator="",
+        seed=3,
+    )
+    path = tmp_path / "run.yaml"
+    path.write_text(made.to_yaml(), encoding="utf-8")
+    assert Options(**load_config(path)) == made
+    assert set(load_config(path)) == {field.name for field in dataclasses.fields(Options)}
+
+
+def test_every_option_has_a_help_text_that_names_real_defaults() -> None:
+    assert all(field.metadata.get("help") for field in dataclasses.fields(Options))
+
+
+def test_dashes_in_a_config_file_are_the_same_as_underscores(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("batch-size: 4\neval_tokens: 32k\nlr: 1e-3\ngroup-size: 64\n", encoding="utf-8")
+    options = Options(**load_config(path))
+    assert (options.batch_size, options.eval_tokens, options.learning_rate(), options.group()) == (4, "32k", 1e-3, 64)
+
+
+def test_an_unknown_key_is_refused_with_the_nearest_valid_name(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("learning_rat: 1\nbatchsize: 4\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match="unknown option 'learning_rat'"):
+        load_config(path)
+    path.write_text("batchsize: 4\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"c\.yaml: unknown option 'batchsize': did you mean 'batch_size'\?"):
+        load_config(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("- a\n- b\n", "expected options as key: value, got list"),
+        ("a: [1\n", "not readable as YAML"),
+        ("seed: !!python/object/apply:os.system ['true']\n", "not readable as YAML"),
+        ("", "expected options"),
+    ],
+)
+def test_a_file_that_is_no_configuration_is_refused(tmp_path: Path, content: str, message: str) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(content, encoding="utf-8")
+    with pytest.raises(ConfigError, match=message):
+        load_config(path)
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError, match="not readable as YAML"):
+        load_config(path)
+    with pytest.raises(ConfigError, match="no such configuration file"):
+        load_config(tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize(
+    ("values", "named"),
+    [
+        ({"lr": "fast"}, "--lr"),
+        ({"lr": "0"}, "--lr"),
+        ({"lr": "-1e-3"}, "--lr"),
+        ({"lr": "nan"}, "--lr"),
+        ({"tokens": "many"}, "--tokens"),
+        ({"tokens": "0"}, "--tokens"),
+        ({"tokens": "inf"}, "--tokens"),
+        ({"tokens": "2MM"}, "--tokens"),
+        ({"eval_tokens": "-1"}, "--eval-tokens"),
+        ({"steps": 0}, "--steps"),
+        ({"batch_size": -1}, "--batch-size"),
+        ({"seq_len": 0}, "--seq-len"),
+        ({"accumulation": 0}, "--accumulation"),
+        ({"calibrate": 1}, "--calibrate"),
+        ({"calibrate": -2}, "--calibrate"),
+        ({"held_out_share": 1.0}, "--held-out-share"),
+        ({"held_out_share": float("nan")}, "--held-out-share"),
+        ({"group_size": "0"}, "--group-size"),
+        ({"group_size": "rows"}, "--group-size"),
+        ({"group_size": "-64"}, "--group-size"),
+        ({"embeddings": "trian"}, "did you mean 'train'"),
+        ({"precision": "fp16"}, "--precision"),
+        ({"device": "cdua"}, "did you mean 'cuda'"),
+        ({"joiner": "box"}, "did you mean 'bos'"),
+        ({"seed": "x"}, "--seed wants a int"),
+        ({"seed": True}, "--seed"),
+        ({"seed": 1.5}, "--seed"),
+        ({"compile": "yes"}, "--compile"),
+        ({"data": 3}, "--data"),
+        ({"options": ["alpha=1"]}, "--option"),
+        ({"held_out_share": 0.5}, "--held-out-share"),
+        ({"weight_decay": -1.0}, "--weight-decay"),
+        ({"clip": float("nan")}, "--clip"),
+        ({"clip": -1.0}, "--clip"),
+    ],
+)
+def test_a_bad_value_is_refused_and_its_option_named(values: dict[str, object], named: str) -> None:
+    with pytest.raises(ConfigError, match=named):
+        Options(**values)  # type: ignore[arg-type]
+
+
+@given(st.integers(1, 10**12), st.sampled_from(["", "_", ","]))
+def test_a_count_written_out_is_read_back(value: int, mark: str) -> None:
+    text = f"{value:_}".replace("_", mark) if mark else str(value)
+    assert count(text, "tokens") == value
+
+
+@given(st.text(max_size=12))
+def test_no_text_breaks_the_reader_of_counts(text: str) -> None:
+    try:
+        assert count(text, "tokens") >= 1
+    except ConfigError as error:
+        assert "--tokens" in str(error)
+
+
+def test_options_cannot_be_changed_and_yaml_holds_no_python_objects() -> None:
+    options = Options(options={"alpha": 1})
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        options.seed = 1  # type: ignore[misc]
+    assert yaml.safe_load(options.to_yaml())["options"] == {"alpha": 1}
