@@ -2,7 +2,7 @@
 
     python benchmarks/real_inputs.py --models DIR --data DIR [--only NAME] [--runs DIR]
 
-``--models`` holds stories260K and books-6m, ``--data`` holds tinystories, gutenberg and openstax. A result that is there
+``--models`` holds stories260K and books-6m, ``--data`` tinystories, gutenberg and openstax. A result that is there
 already is left alone, so that an interrupted call takes up where it stopped.
 """
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from .errors import ConfigError
 from .options import Options
 from .pipeline import Run, quantize
 from .progress import announce
@@ -40,6 +41,8 @@ def demo(out: Path, *, tokens: str = "400k", threads: int | None = None) -> dict
             threads=threads,
         )
 
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"{out} exists already; choose another --out, or delete it to start the demo again")
     first, second = options("bitnet_ste", ("hf",), 0), options("hestia", ("hf", "gguf:tq2_0"), 32)
     announce("1 of 2: bitnet_ste, hard rounding from the first step")
     plain = quantize(first)

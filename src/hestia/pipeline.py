@@ -18,6 +18,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from . import curvature, loading, nn, recipes
@@ -483,7 +484,7 @@ def round_to_nearest_twin(plan: Plan) -> Plan:
 
 
 def export_and_verify(
-    frozen: FrozenModel, target: str, path: Path, fallback: bool, token_ids: torch.Tensor | None = None
+    frozen: FrozenModel, target: str, path: Path, fallback: bool, token_ids: Tensor | None = None
 ) -> dict[str, Any]:
     """Write one file, read it back, compare, run it on ``token_ids``, and return its entry of report.json.
 

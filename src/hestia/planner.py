@@ -60,14 +60,14 @@ def plan(
     if not selection.candidates or (selection.coverage() < SMALLEST_COVERAGE and not allow_partial):
         raise PlanError(_refusal(selection))
     layers: dict[str, LayerPlan] = {}
-    problems: list[str] = []
+    problems: dict[str, list[str]] = {}
     for path, linear in selection.candidates.items():
         shape = (linear.out_features, linear.in_features)
         try:
             group_shape(shape, group_size)
             stored = {t.name: t.storage(spec.grid, group_size, shape, fallback=fallback).name for t in targets}
         except ValueError as error:
-            problems.append(f"{path}: {error}")
+            problems.setdefault(str(error), []).append(path)
             continue
         layers[path] = LayerPlan(spec=spec, shape=shape, stored=stored)
     if problems:
@@ -123,6 +123,10 @@ def _refusal(selection: Selection) -> str:
     )
 
 
-def _summary(problems: list[str], most: int = 6) -> str:
-    rest = [f"... and {len(problems) - most} more tensors like these"] if len(problems) > most else []
-    return "\n".join(["this plan cannot be exported exactly:", *(f"  {p}" for p in problems[:most] + rest)])
+def _summary(problems: Mapping[str, list[str]], most: int = 4) -> str:
+    """Each problem once, with the tensors that have it."""
+    lines = ["this plan cannot be exported exactly:"]
+    for problem, paths in problems.items():
+        more = f" and {len(paths) - most} more" if len(paths) > most else ""
+        lines.append(f"  {problem}\n    in {', '.join(paths[:most])}{more}")
+    return "\n".join(lines)

@@ -29,6 +29,9 @@ class Case:
     recipe: str
     bits: float
 
+    def __str__(self) -> str:
+        return f"{self.recipe}-{self.bits:g}"
+
     def plan(self, model: nn.Module, group_size: GroupSize = "row") -> hestia.Plan:
         """Its plan with default options, and curvatures that differ from tensor to tensor."""
         traces = {path: 10.0**k for k, path in enumerate(select(model).candidates)}
@@ -60,7 +63,11 @@ def parent(dtype: torch.dtype = torch.float32) -> nn.Module:
 
 CASES = [Case(name, bits) for name in recipes.names() for bits in recipes.get(name).widths]
 TRAINED = [case for case in CASES if recipes.get(case.recipe).trains]
-ONE_WIDTH = list({case.recipe: case for case in reversed(TRAINED)}.values())
+ONE_WIDTH = [
+    min((case for case in TRAINED if case.recipe == name), key=lambda case: abs(case.bits - 1.58))
+    for name in dict.fromkeys(case.recipe for case in TRAINED)
+]
+"""Each recipe that trains once, ternary if it can, for what costs seconds."""
 
 
 def move(model: nn.Module, plan: hestia.Plan, t: float) -> None:

@@ -4,17 +4,13 @@ import pytest
 from conformance import CASES, TRAINED, Case
 
 
-def _name(case: Case) -> str:
-    return f"{case.recipe}-{case.bits:g}"
-
-
-@pytest.fixture(params=CASES, ids=_name)
+@pytest.fixture(params=CASES, ids=str)
 def case(request: pytest.FixtureRequest) -> Case:
     """A recipe at one width."""
     return request.param
 
 
-@pytest.fixture(params=TRAINED, ids=_name)
+@pytest.fixture(params=TRAINED, ids=str)
 def trained(request: pytest.FixtureRequest) -> Case:
     """A recipe that trains, at one width."""
     return request.param

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from conformance import ONE_WIDTH, TRAINED, Case, Perceptron, gradients, logits, loss, move
+from conformance import ONE_WIDTH, Case, Perceptron, gradients, logits, loss, move
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -113,7 +113,7 @@ def test_a_whole_transformer_compiles_once(trained: Case) -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("fresh_compiler")
-@pytest.mark.parametrize("one", [TRAINED[0], TRAINED[-1]], ids=str)
+@pytest.mark.parametrize("one", [ONE_WIDTH[0], ONE_WIDTH[-1]], ids=str)
 def test_inductor_compiles_once_and_computes_the_same(one: Case) -> None:
     if not inductor_works():
         pytest.skip("no C++ compiler")
@@ -194,7 +194,7 @@ def _worker(rank: int, folder: str, case: Case) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("one", TRAINED[-1:], ids=str)
+@pytest.mark.parametrize("one", ONE_WIDTH[-1:], ids=str)
 def test_two_processes_take_the_step_of_one_with_both_batches(one: Case, tmp_path: Path) -> None:
     torch.multiprocessing.spawn(_worker, (str(tmp_path), one), nprocs=2)
     model, plan = one.converted(qwen2, t=0.5)

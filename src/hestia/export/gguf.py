@@ -139,7 +139,8 @@ def export_gguf(frozen: FrozenModel, target: Target, path: Path, *, fallback: bo
         the quantized tensors, scales included.
 
     Raises:
-        ExportError: ``path`` is a folder, or an architecture, setting or tokenizer that llama.cpp has no exact counterpart for.
+        ExportError: ``path`` is a folder, or llama.cpp has no exact counterpart for an architecture, setting or
+            tokenizer; it is named.
         PlanError: a tensor that the target cannot hold; it is named, with what could hold it.
     """
     if path.is_dir():
@@ -166,7 +167,6 @@ def export_gguf(frozen: FrozenModel, target: Target, path: Path, *, fallback: bo
         "target": target.name,
         "path": str(path),
         "bytes": path.stat().st_size,
-        "quantized_bytes": sum(entry.bytes for entry in layout.entries if entry.path is not None),
         "tensors": {entry.name: entry.storage.name for entry in layout.entries},
     }
 
@@ -344,6 +344,7 @@ def _entries(
         present.discard("lm_head.weight")
     missing = [name for name in wanted if name not in present]
     extra = sorted(present - set(wanted) - {n for n in present if n.endswith("rotary_emb.inv_freq")})
+    extra += [path for path in frozen.quantized if f"{path}.weight" not in wanted]
     if missing or extra:
         what = f"lacks {missing[0]}" if missing else f"has {extra[0]}, for which llama.cpp has no place"
         raise ExportError(f"{frozen.folder}: not a {family.arch} model as llama.cpp knows it: it {what}")

@@ -67,25 +67,26 @@ class Softmax(Estimator):
         return variance.mul_(2.0 * inverse * soft).add_(1.0 - soft)
 
 
-def _ternary_exponentials(z: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """``(e^x, e^-x, K)``, all three divided by what would make K overflow: beyond e^40, x counts from there.
+def _ternary_exponentials(z: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
+    """``(e^x, K)``, both divided by what would make K overflow: beyond K = e^40, x counts from where that took it.
 
-    Where that makes x negative, z lies so deep in the dead zone that the share of the levels +-1 is under e^-40: x = 0.
+    Where x would then be negative, z lies so deep in the dead zone that the levels +-1 share less than e^-40: x = 0.
     """
     log_k = inverse.clamp_max(_LARGEST_K)
-    up = z.abs().mul_(2.0 * inverse).sub_(inverse - log_k).clamp_(0.0, _LARGEST_X).exp_()
-    return up, up.reciprocal(), log_k.exp()
+    return z.abs().mul_(2.0 * inverse).sub_(inverse - log_k).clamp_(0.0, _LARGEST_X).exp_(), log_k.exp()
 
 
 def _ternary_value(z: Tensor, inverse: Tensor) -> Tensor:
-    up, down, k = _ternary_exponentials(z, inverse)
-    difference = up - down
-    return difference.div_(up.add_(down).add_(k)).mul_(z.sign_())
+    up, k = _ternary_exponentials(z, inverse)
+    down = up.reciprocal()
+    difference = up.sub_(down)
+    total = down.mul_(2.0).add_(difference).add_(k)  # e^x + e^-x + K
+    return difference.div_(total).mul_(z.sign_())
 
 
 def _ternary_variance(z: Tensor, inverse: Tensor) -> Tensor:
-    up, down, k = _ternary_exponentials(z, inverse)
-    odds = up.add_(down).mul_(1.0 / k)
+    up, k = _ternary_exponentials(z, inverse)
+    odds = up.add_(up.reciprocal()).mul_(1.0 / k)
     total = odds + 1.0
     return odds.add_((2.0 / k).square()).div_(total).div_(total)
 
