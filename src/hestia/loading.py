@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -114,7 +114,8 @@ def load_model(source: Source, *, trust_remote_code: bool = False) -> PreTrained
     """The model in fp32 and eval mode, on the CPU; ``parent_dtype`` tells what it was stored in.
 
     Raises:
-        ConfigError: damaged files, weights that are missing for the configured architecture, remote code needed.
+        ConfigError: damaged files, weights that are missing for the configured architecture, of another shape or not
+            finite, remote code needed.
     """
     loaded = _read(
         source,
@@ -123,6 +124,7 @@ def load_model(source: Source, *, trust_remote_code: bool = False) -> PreTrained
         dtype=torch.float32,
         use_safetensors=True,
         output_loading_info=True,
+        ignore_mismatched_sizes=True,  # they are refused below, by name
         trust_remote_code=trust_remote_code,
     )
     model, info = loaded
@@ -132,6 +134,9 @@ def load_model(source: Source, *, trust_remote_code: bool = False) -> PreTrained
     mismatched = sorted(map(str, info.get("mismatched_keys", ())))
     if mismatched:
         raise ConfigError(f"{source.name}: weights of another shape than in config.json, first {mismatched[0]}")
+    for name, parameter in model.named_parameters():
+        if not bool(torch.isfinite(parameter).all()):
+            raise ConfigError(f"{source.name}: {name} holds NaN or infinity; the checkpoint is damaged")
     model.eval()
     return model
 
@@ -233,12 +238,18 @@ def fingerprint(source: Source, config: Any) -> dict[str, Any]:
     return {"name": name, "commit": source.commit, **shape}
 
 
+_READ_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError)
+"""What transformers raises, directly, for files that are not what they should be."""
+
+
 def _read(source: Source, what: str, reader: Any, **options: Any) -> Any:
     try:
         return reader(source.location, revision=source.commit or "main", **options)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
-        lines = [line for line in str(error).strip().splitlines() if line.strip()]
+    except (*_READ_ERRORS, SafetensorError, StrictDataclassError) as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         message = lines[0] if lines else type(error).__name__
+        if message.endswith(":"):
+            message = " ".join(lines[:2])
         if "trust_remote_code" in str(error):
             message = "it needs code from the model folder; hestia runs none unless you pass --trust-remote-code"
         raise ConfigError(f"{source.name}: cannot read the {what}: {message}") from None

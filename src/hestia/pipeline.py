@@ -23,13 +23,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from . import curvature, loading, nn, recipes
 from .data import Blocks, TokenizedText
+from .data import cache as token_cache
 from .errors import ConfigError
 from .evaluation import Score, model_logits, paired_difference, score
 from .evaluation.diagnostics import continuations, histograms
-from .export import FrozenModel, export_model, save_codes
-from .export.frozen import CODES_FILE, MODEL_FOLDER
+from .export import export_model
+from .export.frozen import CODES_FILE, MODEL_FOLDER, FrozenModel, save_codes
 from .export.verify import require_ok, verify
-from .files import read_json, replacing_folder, sha256, write_json, write_text
+from .files import read_json, replacing_folder, require_writable, sha256, write_json, write_text
 from .jobs import TUNING_BLOCKS, calibrate_on, choose_device, longest_block, prepare_text
 from .options import Options, count, load_config
 from .planner import plan as make_plan
@@ -39,7 +40,7 @@ from .provenance import command_line, machine, versions
 from .report.html import write_report
 from .report.model_card import write_model_card
 from .schedules import LearningRateSchedule
-from .training import HestiaTrainer, TrainConfig, checkpoints, pilot
+from .training import HestiaTrainer, TrainConfig, check_loggers, checkpoints, pilot
 
 OPTIONS_FILE, PLAN_FILE, SENSITIVITY_FILE = "run.yaml", "plan.json", "sensitivity.json"
 SCORES_FILE, REPORT_FILE, DIAGNOSTICS_FILE = "scores.json", "report.json", "diagnostics.json"
@@ -106,6 +107,15 @@ class Run:
                 raise ConfigError(f"{name} is missing; see `hestia quantize --help`")
         self.options, self.resume, self.given_plan = options, resume, plan
         self.folder = Path(options.out)
+        require_writable(self.folder)
+        check_loggers(options.report_to)
+        self.schedule = LearningRateSchedule(
+            warmup=options.warmup,
+            decay=options.lr_decay,
+            final=options.lr_final,
+            second_stage=options.second_stage,
+            second_factor=options.second_factor,
+        )
         self.clock = _Clock(self.folder / TIMING_FILE, resume)
         self.started = datetime.now(UTC)
         self.device = choose_device(options)
@@ -125,6 +135,7 @@ class Run:
         started = time.perf_counter()
         plan = self._plan_without_curvature()
         text = self.text
+        self._check_inputs()
         self._open_folder()
         say(f"{len(text.train):,} training blocks, {len(text.held_out):,} held-out blocks of {self.seq_len} tokens")
         plan = self._plan(plan)
@@ -152,20 +163,38 @@ class Run:
         elif self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
             raise ConfigError(f"{self.folder} exists and is not a run of hestia; choose another --out")
 
+    def _check_inputs(self) -> None:
+        """Refuse what only a later stage would stumble over: too little text, an odd batch, damaged weights."""
+        self._tuning_count()
+        _ = self.batch_size
+        if not (self.folder / OPTIONS_FILE).is_file():
+            self._load_model()
+
     def _open_folder(self) -> None:
-        """The first write: the options, after everything that can be refused has been checked."""
+        """The first write: options and tokens, after everything that can be refused has been checked."""
         self.folder.mkdir(parents=True, exist_ok=True)
         write_text(self.folder / OPTIONS_FILE, self.options.to_yaml())
+        if not (self.folder / CACHE_FOLDER).is_dir():
+            text = self.text
+            token_cache.save(self.folder / CACHE_FOLDER, text.record["key"], text.train, text.held_out, text.record)
 
     def _plan_without_curvature(self) -> Plan:
         """The plan before calibration: refuses at once what could not be exported at the end."""
         if self.given_plan is not None:
+            nn.apply(self._empty_model(), self.given_plan)  # refuses a plan of another model
             return self.given_plan
+        return self._make_plan(self.options.sensitivity)
+
+    def _empty_model(self) -> PreTrainedModel:
+        return loading.empty_model(self.source, self.config, trust_remote_code=self.options.trust_remote_code)
+
+    def _make_plan(self, sensitivity: str | curvature.Sensitivity | None) -> Plan:
         o = self.options
         return make_plan(
-            loading.empty_model(self.source, self.config, trust_remote_code=o.trust_remote_code),
+            self._empty_model(),
             recipes.get(o.recipe, **o.options),
             o.target,
+            sensitivity,
             bits=o.bits,
             group_size=o.group(),
             skip=o.skip,
@@ -176,16 +205,14 @@ class Run:
     def _plan(self, plan: Plan) -> Plan:
         path = self.folder / PLAN_FILE
         if self.resume and path.is_file():
-            return Plan.load(path)
+            made = Plan.load(path)
+            if self.given_plan is not None and made.to_json() != self.given_plan.to_json():
+                raise ConfigError(f"{self.folder} holds a run by another plan than the one given. Choose another --out")
+            return made
         if self.given_plan is None and plan.trains:
             sensitivity = self._sensitivity(plan)
             if sensitivity is not None:
-                traces = {p: t.geometric_mean for p, t in sensitivity.tensors.items()}
-                recipe = recipes.get(self.options.recipe, **self.options.options)
-                missing = [p for p in plan.layers if p not in traces]
-                if missing:
-                    raise ConfigError(f"the sensitivity lacks {missing[0]} and {len(missing) - 1} other tensors")
-                plan = plan.with_factors(recipe.temperature_factors({p: traces[p] for p in plan.layers}))
+                plan = self._make_plan(sensitivity)
         plan.save(path)
         return plan
 
@@ -243,13 +270,7 @@ class Run:
             batch_size=self.batch_size,
             accumulation=o.accumulation,
             learning_rate=rate,
-            schedule=LearningRateSchedule(
-                warmup=o.warmup,
-                decay=o.lr_decay,
-                final=o.lr_final,
-                second_stage=o.second_stage,
-                second_factor=o.second_factor,
-            ),
+            schedule=self.schedule,
             weight_decay=o.weight_decay,
             clip=o.clip,
             train_embeddings=o.embeddings == "train",

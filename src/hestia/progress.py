@@ -1,7 +1,11 @@
-"""Progress bars for everything that takes longer than a second: on standard error, silent unless turned on."""
+"""Progress for everything that takes longer than a second: on standard error, silent unless turned on.
+
+On a terminal it is a bar; elsewhere (a log file, continuous integration) a plain line every few seconds.
+"""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
@@ -10,18 +14,20 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 
 T = TypeVar("T")
 
+SECONDS_BETWEEN_LINES = 5.0
+
 console = Console(stderr=True, highlight=False)
 _enabled = False
 
 
 def enable(on: bool = True) -> None:
-    """Show progress bars from now on (the command line does; a library call stays silent)."""
+    """Show progress from now on (the command line does; a library call stays silent)."""
     global _enabled
     _enabled = on
 
 
 def bar() -> Progress:
-    """A rich progress display in the house's columns, disabled unless ``enable`` was called."""
+    """A rich progress display in the house's columns; disabled without a terminal, or unless ``enable`` was called."""
     return Progress(
         SpinnerColumn(),
         TextColumn("{task.description}"),
@@ -30,21 +36,48 @@ def bar() -> Progress:
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
         console=console,
-        disable=not _enabled,
-        transient=not console.is_terminal,
+        disable=not (_enabled and console.is_terminal),
     )
 
 
+class Lines:
+    """What the bar shows, as a line every ``SECONDS_BETWEEN_LINES``, where there is no terminal.
+
+    Args:
+        description: what is being done.
+        total: how many items there are, if known.
+        done: how many were done before.
+    """
+
+    def __init__(self, description: str, total: int | None, done: int = 0) -> None:
+        self.description, self.total, self.before = description, total, done
+        self.started = self.printed = time.monotonic()
+
+    def at(self, done: int, note: str = "") -> None:
+        """``done`` items are done; print it if the last line is old enough."""
+        now = time.monotonic()
+        if not _enabled or console.is_terminal or now - self.printed < SECONDS_BETWEEN_LINES:
+            return
+        self.printed = now
+        parts = [f"{done:,}" if self.total is None else f"{done:,} of {self.total:,}"]
+        if self.total is not None and done > self.before:
+            left = (now - self.started) / (done - self.before) * (self.total - done)
+            parts.append(f"{left:.0f} s left")
+        announce(f"{self.description}: {', '.join([*parts, *([note] if note else [])])}")
+
+
 def track(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
-    """Iterate over ``items`` with a bar that shows count, rate and time left."""
+    """Iterate over ``items`` and show count, rate and time left."""
+    lines = Lines(description, total)
     with bar() as display:
         task = display.add_task(description, total=total, note="")
-        for item in items:
+        for done, item in enumerate(items, start=1):
             yield item
             display.advance(task)
+            lines.at(done)
 
 
 def announce(message: str) -> None:
     """One line on standard error, where progress is shown."""
     if _enabled:
-        console.print(message, markup=False)
+        console.print(message, markup=False, soft_wrap=True)

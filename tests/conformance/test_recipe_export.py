@@ -10,7 +10,8 @@ from conformance import Case, disturb, logits
 from transformers import AutoModelForCausalLM
 
 import hestia
-from hestia.export import FrozenModel, export_model, save_codes
+from hestia.export import export_model
+from hestia.export.frozen import FrozenModel, save_codes
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

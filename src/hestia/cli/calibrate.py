@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import click
 
-from .shared import DATA, MACHINE, job_options, json_option, options_from, show
+from .shared import DATA, MACHINE, job_options, json_option, options_from, output_file, show
 
 
 @click.command(name="calibrate")
@@ -19,7 +18,7 @@ def command(model: str, as_json: bool, **typed: Any) -> None:
     from ..jobs import calibrate_model
 
     options = options_from(None, {"model": model, "allow_partial": True, **typed})
+    path = output_file(options.out or "sensitivity.json")
     sensitivity = calibrate_model(options)
-    path = Path(options.out or "sensitivity.json")
     sensitivity.save(path)
     show(sensitivity.to_json(), as_json, f"{sensitivity.table()}\n\nwritten to {path}")

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from ..errors import ConfigError
+from ..files import require_writable
 from .shared import json_option, show
 
 
@@ -18,7 +19,7 @@ from .shared import json_option, show
 @json_option
 def command(run: str, target: str, out: str, fallback: bool, as_json: bool) -> None:
     """Write the frozen model of RUN as TARGET and verify the written file."""
-    from ..export import FrozenModel
+    from ..export.frozen import FrozenModel
     from ..pipeline import export_and_verify
     from ..targets import target as find_target
 
@@ -26,6 +27,7 @@ def command(run: str, target: str, out: str, fallback: bool, as_json: bool) -> N
     path = Path(out)
     if path.exists():
         raise ConfigError(f"{path} exists already; choose another --out")
+    require_writable(path)
     entry = export_and_verify(FrozenModel(Path(run)), name, path, fallback)
     checked = entry["verify"]
     engine = f", run in {checked['engine']}: KL {checked['kl']:.2g}" if checked["engine"] else ""

@@ -84,9 +84,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _fail("interrupted before training had anything to save", 130)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise
-        return _fail(f"the disk is full ({error}); earlier checkpoints are intact", 1)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            return _fail(f"the disk is full ({error}); earlier checkpoints are intact", 1)
+        return _fail(f"the system refused: {error}", 1)
 
 
 def spread(arguments: list[str]) -> list[str]:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import click
 
-from .shared import job_options, json_option, options_from, show
+from .shared import job_options, json_option, options_from, output_file, show
 
 PLANNING = (
     "recipe", "options", "target", "bits", "group_size", "skip", "fallback", "allow_partial", "sensitivity", "out",
@@ -24,7 +23,7 @@ def command(model: str, as_json: bool, **typed: Any) -> None:
     from ..jobs import plan_model
 
     options = options_from(None, {"model": model, **typed})
+    path = output_file(options.out or "plan.json")
     plan = plan_model(options)
-    path = Path(options.out or "plan.json")
     plan.save(path)
     show(plan.to_json(), as_json, f"{plan.table()}\n\nwritten to {path}")

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import click
 
 from ..errors import ConfigError
+from ..files import require_writable
 from ..options import Options, load_config
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -95,6 +96,19 @@ def recipe_options(pairs: Iterable[str]) -> dict[str, Any]:
 def show(record: dict[str, Any], as_json: bool, text: str) -> None:
     """The result on standard output: one JSON object, or text for people."""
     click.echo(json.dumps(record, ensure_ascii=False) if as_json else text)
+
+
+def output_file(name: str) -> Path:
+    """The JSON file that a verb writes when its work is done; refused now rather than then.
+
+    Raises:
+        ConfigError: it is a folder, or cannot be created.
+    """
+    path = Path(name)
+    if path.is_dir():
+        raise ConfigError(f"--out {path} is a folder; name a file in it")
+    require_writable(path)
+    return path
 
 
 json_option = click.option("--json", "as_json", is_flag=True, help="print the result as one JSON object")

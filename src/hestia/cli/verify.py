@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from ..errors import ConfigError
 from .shared import json_option, show
 
 
@@ -21,6 +22,8 @@ def command(path: str, run: str, target: str | None, samples: bool, no_engine: b
     """Compare every tensor, all metadata and the tokenizer of PATH with the frozen model of RUN, then run both."""
     from ..export.verify import require_ok, verify
 
+    if not Path(path).exists():
+        raise ConfigError(f"{path}: no such file or folder")
     result = verify(Path(path), Path(run), target=target, engine=not no_engine)
     lines = [f"{path}: {result.target}, codes equal: {'yes' if result.codes_equal else 'NO'}"]
     if result.engine:

@@ -129,6 +129,7 @@ def prepare(
     )
     record = {
         **made_from,
+        "key": key,
         "separators_found": sorted(separators),
         "held_out_rule": parts.rule,
         "documents": {

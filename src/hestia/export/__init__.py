@@ -13,12 +13,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from .. import targets
-from .frozen import FrozenModel, save_codes
+if TYPE_CHECKING:
+    from .frozen import FrozenModel
 
-__all__ = ["FrozenModel", "export_model", "save_codes"]
+__all__ = ["export_model"]
 
 
 def export_model(frozen: FrozenModel, target: str, path: Path, *, fallback: bool = False) -> dict[str, Any]:
@@ -37,7 +37,9 @@ def export_model(frozen: FrozenModel, target: str, path: Path, *, fallback: bool
         ConfigError: there is no such target.
         ExportError: the format cannot hold the model exactly, or ``path`` is taken; nothing was written.
     """
-    chosen = targets.target(target)
+    from ..targets import target as find_target  # here, because llama.cpp's child process imports this package too
+
+    chosen = find_target(target)
     if chosen.container == "hf":
         from .huggingface import export_hf
 

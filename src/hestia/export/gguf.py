@@ -167,6 +167,7 @@ def export_gguf(frozen: FrozenModel, target: Target, path: Path, *, fallback: bo
         "target": target.name,
         "path": str(path),
         "bytes": path.stat().st_size,
+        "quantized_bytes": sum(entry.bytes for entry in layout.entries if entry.path is not None),
         "tensors": {entry.name: entry.storage.name for entry in layout.entries},
     }
 

@@ -233,12 +233,12 @@ def _run_gguf(path: Path, target: str, token_ids: Tensor) -> _Ran | None:
     if not llama_cpp.available():
         return None
     try:
-        rows = [torch.as_tensor(llama_cpp.logits(path, row.tolist())) for row in token_ids]
+        computed = torch.as_tensor(llama_cpp.logits_all(path, token_ids.tolist()))
     except ExportError as error:
         raise VerifyError(str(error)) from None
     # fallbacks may store single tensors as any of the target's types, so the bound covers them all
     bound = llama_cpp.activation_kl_bound([t.name for t in target_named(target).types])
-    return _Ran(f"llama-cpp-python {version('llama-cpp-python')}", torch.stack(rows).float(), max_kl=bound)
+    return _Ran(f"llama-cpp-python {version('llama-cpp-python')}", computed.float(), max_kl=bound)
 
 
 # --- the Hugging Face folder ---------------------------------------------------------------------------------------

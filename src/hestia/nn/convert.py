@@ -10,7 +10,7 @@ from torch import nn
 from ..errors import GuardError, PlanError
 from ..plans import Plan
 from ..quant import QuantizedTensor
-from .knobs import KNOBS_NAME, Knobs
+from .knobs import Knobs
 from .linear import QuantLinear
 
 
@@ -25,7 +25,8 @@ def apply(model: nn.Module, plan: Plan) -> nn.Module:
     """Replace the plan's linear layers by ``QuantLinear``, in place; the Parameters stay the same objects.
 
     Latent weights become fp32 (a bf16 latent swallows small updates; fp64 stays); everything else keeps its dtype.
-    State-dict keys do not change. Pressure starts at the schedule's t = 0.
+    State-dict keys do not change. All layers share one ``Knobs`` module, which starts at the schedule's t = 0; it is
+    registered in the layers alone, because a root that counts or runs its children (``nn.Sequential``) would meet it.
 
     Raises:
         PlanError: the plan names a layer that the model lacks, of another shape or kind, or the model is already
@@ -46,7 +47,6 @@ def apply(model: nn.Module, plan: Plan) -> nn.Module:
     schedule = plan.schedule
     knobs = Knobs(schedule.pressure(0.0), schedule.base_temperature(0.0))
     knobs.to(next(model.parameters()).device)
-    model.add_module(KNOBS_NAME, knobs)
     for path, layer in plan.layers.items():
         linear = found[path]
         assert isinstance(linear, nn.Linear)
@@ -61,7 +61,6 @@ def restore(model: nn.Module) -> nn.Module:
     for path, module in list(quantized_modules(model)):
         module.weight.data = module.weight.data.to(module.parent_dtype)
         _replace(model, path, module.unquantized())
-    _drop_knobs(model)
     return model
 
 
@@ -87,15 +86,9 @@ def freeze(model: nn.Module) -> dict[str, QuantizedTensor]:
         frozen[path] = tensor = module.codes()
         module.weight.data = tensor.dense(module.parent_dtype)
         _replace(model, path, module.unquantized())
-    _drop_knobs(model)
     return frozen
 
 
 def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
     parent, _, name = path.rpartition(".")
     setattr(model.get_submodule(parent), name, module)
-
-
-def _drop_knobs(model: nn.Module) -> None:
-    if hasattr(model, KNOBS_NAME):
-        delattr(model, KNOBS_NAME)

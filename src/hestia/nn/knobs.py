@@ -15,8 +15,6 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError
 
-KNOBS_NAME = "_hestia"
-
 
 class Knobs(nn.Module):
     """``pressure`` (lambda, 0 to 1) and ``temperature`` (tau before any tensor's factor) of one model."""

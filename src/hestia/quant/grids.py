@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -73,7 +72,7 @@ class Grid:
         """Information per weight, ``log2(number of levels)``: 1.585 for ternary."""
         return math.log2(len(self.levels))
 
-    @cached_property
+    @property
     def values(self) -> tuple[float, ...]:
         """The levels as numbers, ``unit * levels``."""
         return tuple(v * self.unit for v in self.levels)
@@ -96,8 +95,9 @@ class Grid:
         """
         first, last = self.levels[0], self.levels[-1]
         if last - first == len(self.levels) - 1:
-            rounded = torch.round(z / self.unit if self.unit != 1.0 else z).clamp(first, last)
-            return rounded * self.unit if self.unit != 1.0 else rounded
+            if self.unit == 1.0:
+                return torch.round(z).clamp_(first, last)
+            return torch.round(z / self.unit).clamp_(first, last).mul_(self.unit)
         values = self.values
         out = torch.full_like(z, values[0])
         for low, high in zip(values, values[1:], strict=False):

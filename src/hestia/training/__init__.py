@@ -2,6 +2,6 @@
 
 from .callback import QATCallback
 from .guards import Interrupted
-from .trainer import HestiaTrainer, TrainConfig
+from .trainer import HestiaTrainer, TrainConfig, check_loggers
 
-__all__ = ["HestiaTrainer", "Interrupted", "QATCallback", "TrainConfig"]
+__all__ = ["HestiaTrainer", "Interrupted", "QATCallback", "TrainConfig", "check_loggers"]

@@ -7,7 +7,7 @@ from typing import Any
 from rich.progress import Progress
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..progress import bar
+from ..progress import Lines, bar
 
 
 class ProgressBar(TrainerCallback):
@@ -17,17 +17,21 @@ class ProgressBar(TrainerCallback):
         self.description = description
         self._bar: Progress | None = None
         self._task: Any = None
+        self._lines = Lines(description, None)
+        self._note = ""
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Open the bar at the current step."""
+        self._lines = Lines(self.description, state.max_steps, state.global_step)
         self._bar = bar()
         self._bar.start()
         self._task = self._bar.add_task(self.description, total=state.max_steps, completed=state.global_step, note="")
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Advance by one step."""
+        self._lines.at(state.global_step, self._note)
         if self._bar is not None:
             self._bar.update(self._task, completed=state.global_step)
 
@@ -54,7 +58,8 @@ class ProgressBar(TrainerCallback):
         if "tokens_per_second" in logs:
             parts.append(f"{logs['tokens_per_second']:,.0f} tok/s")
         if parts:
-            self._bar.update(self._task, note=", ".join(parts))
+            self._note = ", ".join(parts)
+            self._bar.update(self._task, note=self._note)
 
     def close(self) -> None:
         """Take the bar down; also after an error."""

@@ -6,8 +6,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler, SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from ..data import Blocks, epoch_order
+from ..errors import ConfigError, nearest
 from ..evaluation import model_logits, score
 from ..nn import knobs_of, quantized_modules
 from ..plans import Plan
@@ -42,7 +45,7 @@ class TrainConfig:
         accumulation: micro-batches a step.
         learning_rate: peak rate.
         schedule: warm-up, constant, decay.
-        betas, weight_decay, clip: AdamW and gradient clipping; vectors (norms, biases) are not decayed.
+        betas, weight_decay, clip: AdamW and gradient clipping (0: none); vectors (norms, biases) are not decayed.
         train_embeddings: False freezes embeddings, and with them a tied head.
         bf16: bf16 autocast over fp32 weights.
         gradient_checkpointing: recompute activations in the backward pass.
@@ -131,6 +134,8 @@ class HestiaTrainer(Trainer):
             for module in model.modules():
                 if isinstance(module, nn.Embedding):
                     module.requires_grad_(False)
+        if config.gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
         stream = BlockStream(train, config.steps * config.batch_size, config.seed)
         super().__init__(
             model=model,
@@ -232,7 +237,7 @@ class HestiaTrainer(Trainer):
             if done > 0:
                 extra["tokens_per_second"] = done * self.tokens_per_step / elapsed
         super().log({**logs, **extra}, start_time)
-        if self.is_world_process_zero():
+        if self.is_world_process_zero() and self.config.log_every and {"loss", "hard_loss"} & logs.keys():
             row: dict[str, Any] = {"step": step, **logs, **extra}
             row.pop("epoch", None)
             kinds = ("min", "mean", "max")
@@ -313,6 +318,19 @@ def saturated_share(model: nn.Module, below: float = 0.1) -> float:
     return stuck / max(1.0, total)
 
 
+def check_loggers(names: Sequence[str]) -> None:
+    """Check that the Trainer could report to these loggers.
+
+    Raises:
+        ConfigError: no such logger (the nearest is named), or its package is not installed.
+    """
+    for name in names:
+        if name not in INTEGRATION_TO_CALLBACK:
+            raise ConfigError(f"--report-to {name!r}: {nearest(name, INTEGRATION_TO_CALLBACK)}")
+        if name not in get_available_reporting_integrations():
+            raise ConfigError(f"--report-to {name}: its package is not installed; install it first")
+
+
 class _StopCallback(TrainerCallback):
     """Ends the run after the current step, saved, once a signal has asked for it."""
 
@@ -333,9 +351,8 @@ def _arguments(config: TrainConfig, folder: Path) -> TrainingArguments:
         per_device_train_batch_size=config.batch_size // config.accumulation,
         gradient_accumulation_steps=config.accumulation,
         learning_rate=config.learning_rate,
-        max_grad_norm=config.clip,
+        max_grad_norm=config.clip or math.inf,  # the Trainer would skip norm and guard at 0
         bf16=config.bf16,
-        gradient_checkpointing=config.gradient_checkpointing,
         torch_compile=config.compile,
         seed=config.seed,
         logging_steps=max(1, config.log_every),

@@ -17,7 +17,8 @@ class Estimator(Member, ABC):
     """Base of all estimators: what rounding returns, and the gradient it pretends to have.
 
     ``z`` is fp32 or fp64 of any shape, ``temperature`` a 0-d tensor of the same dtype. Both functions are
-    elementwise, allocate no tensor larger than ``z``, and never return NaN for finite input.
+    elementwise, allocate no tensor larger than ``z``, and never return NaN for finite input. ``z`` is theirs to
+    overwrite, and what they return is the caller's: without a compiler every fresh tensor and every pass counts.
     """
 
     family: ClassVar[str] = "estimator"

@@ -3,18 +3,19 @@
     pi(q|z) = exp(-(z - q)^2 / tau) / sum_q' exp(-(z - q')^2 / tau)
     Q_tau(z) = sum_q q pi(q|z)            dQ_tau/dz = (2 / tau) Var_pi(q)
 
-On the ternary grid, with x = 2|z|/tau and K = exp(1/tau),
+On the ternary grid, with u = exp(-2|z|/tau) and K = exp(1/tau),
 
-    |Q_tau| = (e^x - e^-x) / (e^x + e^-x + K)
-    Var     = (S + 4/K^2) / (1 + S)^2,        S = (e^x + e^-x) / K, the odds of a non-zero level
+    |Q_tau| = (1 - u)(1 + u) / (1 + K u + u^2)          1, K u and u^2 are the odds of sign(z), 0 and -sign(z)
+    Var     = (K u + 4 u^2 + K u^3) / (1 + K u + u^2)^2
 
+which is sinh(2|z|/tau) / (cosh(2|z|/tau) + K/2) with the growing exponential divided out,
 and on any other grid, with n the level nearest to z and d = q - n,
 
     pi(q|z) ~ exp(d (2z - n - q) / tau)       Q_tau = n + E[d]        Var = E[d^2] - E[d]^2
 
-Written so, nothing overflows and nothing cancels for any tau > 0. In the first form every term is positive; in the
-second pi(n) >= 1/levels bounds what the subtraction can lose: Var >= pi(n) E[d^2]. Both matter because 2/tau magnifies
-every error of the variance, up to two million times at tau = 1e-6.
+Written so, nothing overflows and no variance cancels for any tau > 0: in the first form every term is positive; in the
+second pi(n) >= 1/levels bounds what the subtraction can lose, Var >= pi(n) E[d^2]. This matters because 2/tau magnifies
+every error of the variance, two million times at tau = 1e-6.
 
 tau = 0 is hard rounding forward and identity backward (the paper's last step). It costs no extra pass over the weights:
 the forward pass at a vanishing tau is hard rounding, ties included, and the backward pass switches two 0-d factors.
@@ -34,11 +35,11 @@ from .base import Estimator
 
 _VANISHING = 2.0**-100  # stands for tau = 0; a power of two, so z/tau is exact and a tie stays a tie
 
-# Exponents are clamped where a level's share is below e^-35 = 6e-16 and changes no result. Without it they would run
-# into subnormal numbers, which CPUs compute fifty times slower, in this pass and in all that use its gradient.
-_LARGEST_K = 40.0
-_LARGEST_X = 75.0
-_SMALLEST_SHARE = -50.0
+# Exponents are clamped where a level's share is below e^-40 = 4e-18 and changes no result, fp64 included. Without it they
+# would run into subnormal numbers, which CPUs compute fifty times slower, here and wherever the gradient is used.
+_LARGEST_LOG_K = 40.0
+_LARGEST_X = 80.0
+_SMALLEST_SHARE = -40.0
 
 
 @dataclass(frozen=True)
@@ -68,27 +69,25 @@ class Softmax(Estimator):
 
 
 def _ternary_exponentials(z: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
-    """``(e^x, K)``, both divided by what would make K overflow: beyond K = e^40, x counts from where that took it.
+    """``(u, K)``. Where K would pass e^40 it stays there, and x counts from where K u has fallen to e^40.
 
-    Where x would then be negative, z lies so deep in the dead zone that the levels +-1 share less than e^-40: x = 0.
+    Before that point z lies so deep in the dead zone that the levels +-1 share less than e^-40: u = 1, so Q = 0.
     """
-    log_k = inverse.clamp_max(_LARGEST_K)
-    return z.abs().mul_(2.0 * inverse).sub_(inverse - log_k).clamp_(0.0, _LARGEST_X).exp_(), log_k.exp()
+    log_k = inverse.clamp_max(_LARGEST_LOG_K)
+    return z.abs().mul_(-2.0 * inverse).add_(inverse - log_k).clamp_(-_LARGEST_X, 0.0).exp_(), log_k.exp()
 
 
 def _ternary_value(z: Tensor, inverse: Tensor) -> Tensor:
-    up, k = _ternary_exponentials(z, inverse)
-    down = up.reciprocal()
-    difference = up.sub_(down)
-    total = down.mul_(2.0).add_(difference).add_(k)  # e^x + e^-x + K
-    return difference.div_(total).mul_(z.sign_())
+    u, k = _ternary_exponentials(z, inverse)
+    total = (u + k).mul_(u).add_(1.0)
+    return (1.0 - u).mul_(u.add_(1.0)).div_(total).mul_(z.sign_())
 
 
 def _ternary_variance(z: Tensor, inverse: Tensor) -> Tensor:
-    up, k = _ternary_exponentials(z, inverse)
-    odds = up.add_(up.reciprocal()).mul_(1.0 / k)
-    total = odds + 1.0
-    return odds.add_((2.0 / k).square()).div_(total).div_(total)
+    u, k = _ternary_exponentials(z, inverse)
+    total = (u + k).mul_(u).add_(1.0)
+    # u (K + 4u + K u^2) by Horner's rule: u^2 alone would underflow
+    return (u * k).add_(4.0).mul_(u).add_(k).mul_(u).div_(total.square_())
 
 
 def _shares(z: Tensor, nearest: Tensor, grid: Grid, inverse: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

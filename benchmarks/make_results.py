@@ -1,0 +1,201 @@
+"""RESULTS.md, the README's table and figure, from the result files and from nothing else.
+
+python benchmarks/make_results.py          write them
+python benchmarks/make_results.py --check  exit 1 if they are not what the result files say
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+
+mpl.use("Agg")
+import matplotlib.pyplot as plt
+
+from hestia.files import read_json
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+FIGURE = ROOT / "docs" / "figures" / "nll.svg"
+MODELS = {
+    "stories260K": "stories260K (0.26M), TinyStories test",
+    "books-6m": "books-6m (5.8M), Gutenberg + OpenStax test",
+}
+ARMS = ("parent", "round_to_nearest", "bitnet_ste", "hestia")
+
+
+def load() -> dict[str, dict[str, dict[str, Any]]]:
+    """model -> recipe -> result."""
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for path in sorted((RESULTS / "real_inputs").glob("*.json")):
+        record = read_json(path, schema=1)
+        found.setdefault(record["model"]["name"], {})[record["recipe"]] = record
+    return found
+
+
+def arms(runs: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Row name -> numbers, for one model; parent and rounding are scored in every run and agree."""
+    some = next(iter(runs.values()))
+    rows: dict[str, dict[str, Any]] = {"parent": some["scores"]["parent"]}
+    rows["round_to_nearest"] = some["scores"]["round_to_nearest"]
+    for name, run in runs.items():
+        rows[name] = {**run["scores"]["quantized"], "run": run}
+    return {name: rows[name] for name in ARMS if name in rows}
+
+
+def table(found: dict[str, dict[str, dict[str, Any]]]) -> str:
+    """The honest table in Markdown."""
+    lines = [
+        "| model, held-out text | arm | nats a token | KL to parent | top-1 | learning rate | tokens |",
+        "|---|---|--:|--:|--:|--:|--:|",
+    ]
+    for model, title in MODELS.items():
+        for name, row in arms(found[model]).items() if model in found else ():
+            run = row.get("run")
+            kl = f"{row['kl_to_parent']:.3f}" if row.get("kl_to_parent") is not None else "-"
+            top = f"{100 * row['top1_agreement']:.1f} %" if row.get("top1_agreement") is not None else "-"
+            rate, tokens = (f"{run['learning_rate']:g}", f"{run['tokens']:,}") if run else ("-", "-")
+            lines.append(f"| {title} | {name} | {row['nll']:.3f} | {kl} | {top} | {rate} | {tokens} |")
+    return "\n".join(lines)
+
+
+def exports_table(found: dict[str, dict[str, dict[str, Any]]]) -> str:
+    """Every exported file and what its verification found."""
+    lines = [
+        "| run | target | bytes | codes equal | engine | largest logit difference | KL |",
+        "|---|---|--:|---|---|--:|--:|",
+    ]
+    for runs in found.values():
+        for run in runs.values():
+            for export in run["exports"]:
+                check = export["verify"]
+                cells = (
+                    run["name"],
+                    export["target"],
+                    f"{export['bytes']:,}",
+                    "yes" if check["codes_equal"] else "NO",
+                    check["engine"] or "not installed",
+                    _number(check["max_abs_logit_diff"]),
+                    _number(check["kl"]),
+                )
+                lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def greedy(found: dict[str, dict[str, dict[str, Any]]]) -> str:
+    """Greedy text of llama.cpp beside the frozen model's."""
+    lines: list[str] = []
+    for runs in found.values():
+        for run in runs.values():
+            for export in run["exports"]:
+                for sample in export.get("greedy", ()):
+                    lines += [f"**{run['name']}, {export['target']}**", ""]
+                    for key in ("prompt", "frozen", "llama.cpp"):
+                        lines.append(f"- {key}: {' '.join(sample[key].split())}")
+                    lines.append("")
+    return "\n".join(lines)
+
+
+def speed() -> str:
+    """The speed results, one line each."""
+    lines = ["| file | arm | median | ratio |", "|---|---|--:|--:|"]
+    for path in sorted((RESULTS / "speed").glob("*.json")):
+        record = read_json(path)
+        for part in ("step", "calibration", "quantizer"):
+            for name, row in record.get(part, {}).items():
+                lines.append(f"| {path.stem}: {part} | {name} | {1000 * row['median']:.1f} ms | {row['ratio']:.3f} |")
+    return "\n".join(lines)
+
+
+def figure(found: dict[str, dict[str, dict[str, Any]]]) -> str:
+    """Nats a token of every arm, a row a model, as SVG text."""
+    models = [m for m in MODELS if m in found]
+    plt.rcParams.update(
+        {"svg.hashsalt": "hestia", "svg.fonttype": "none", "font.size": 10, "font.family": "sans-serif"}
+    )
+    drawing, axes = plt.subplots(len(models), 1, figsize=(7.2, 1.55 * len(models)), squeeze=False)
+    colours = {"parent": "#6b7280", "round_to_nearest": "#b8becb", "bitnet_ste": "#c98a4b", "hestia": "#c2410c"}
+    for axis, model in zip(axes[:, 0], models, strict=True):
+        rows = arms(found[model])
+        for place, (name, row) in enumerate(rows.items()):
+            axis.barh(place, row["nll"], height=0.66, color=colours[name])
+            axis.text(row["nll"], place, f" {row['nll']:.2f}", va="center", color="#6b7280")
+        axis.set_yticks(range(len(rows)), list(rows))
+        axis.invert_yaxis()
+        axis.set_title(MODELS[model], loc="left", fontsize=10, color="#6b7280")
+        axis.spines[:].set_visible(False)
+        axis.tick_params(length=0, colors="#6b7280")
+        axis.set_xticks([])
+    drawing.text(0.995, 0.01, "nats a token, lower is better", ha="right", color="#6b7280", fontsize=9)
+    drawing.tight_layout()
+    buffer = io.StringIO()
+    drawing.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    plt.close(drawing)
+    return buffer.getvalue()
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2g}"
+
+
+def main() -> int:
+    """Write or check every generated text."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true")
+    check = parser.parse_args().check
+    found = load()
+    machines = {
+        f"{r['machine']['cpu']}, {r['machine']['threads']} thread(s)" for v in found.values() for r in v.values()
+    }
+    page = "\n".join(
+        [
+            "# Results",
+            "",
+            "Generated by `python benchmarks/make_results.py` from the files in `benchmarks/results`; do not edit.",
+            "",
+            "## The real inputs of the main job",
+            "",
+            "One seed (0) each: a demonstration, not a comparison of methods. All arms of a model are scored on the",
+            "same held-out blocks, with the frozen, exported weights. Each recipe's learning rate is its own pilot's.",
+            "Command: `python benchmarks/real_inputs.py --models DIR --data DIR`.",
+            f"Machine: {'; '.join(sorted(machines))}.",
+            "",
+            table(found),
+            "",
+            "## Exports and their verification",
+            "",
+            exports_table(found),
+            "",
+            "## Speed",
+            "",
+            speed(),
+            "",
+            "## Greedy text, llama.cpp beside the frozen model",
+            "",
+            "llama.cpp rounds activations to 8 bits, so the two may part at a near tie.",
+            "",
+            greedy(found),
+        ]
+    )
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    block = f"<!-- results -->\n{table(found)}\n<!-- /results -->"
+    readme = re.sub(r"<!-- results -->.*?<!-- /results -->", lambda _: block, readme, flags=re.DOTALL)
+    written = {ROOT / "benchmarks" / "RESULTS.md": page, ROOT / "README.md": readme, FIGURE: figure(found)}
+    stale = [path for path, text in written.items() if not path.exists() or path.read_text(encoding="utf-8") != text]
+    if check:
+        print("\n".join(f"stale: {path.relative_to(ROOT)}" for path in stale) or "all generated texts are current")
+        return 1 if stale else 0
+    for path, text in written.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,178 @@
+"""Every verb once, on a finished toy run."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+from toy_runs import QUICK, Invoke
+
+
+def one_object(out: str) -> dict[str, object]:
+    """Standard output as the one JSON object that it must be."""
+    record = json.loads(out)
+    assert isinstance(record, dict)
+    assert len(out.strip().splitlines()) == 1
+    return record
+
+
+def test_calibrate_writes_what_plan_reads(
+    invoke: Invoke, toy_parent: Path, toy_text: Path, toy_run: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "deep" / "sensitivity.json"
+    words = ("calibrate", toy_parent, "--data", toy_text, "--calibrate", "3", "--seq-len", "32", "--out", out)
+    status, text, _ = invoke(*words)
+    assert status == 0
+    assert "model.layers.1.mlp.down_proj" in text
+    assert f"written to {out}" in text
+    status, text, _ = invoke(*words, "--json")
+    assert status == 0
+    assert one_object(text) == json.loads(out.read_text(encoding="utf-8"))
+
+    plan = tmp_path / "plan.json"
+    words = ("plan", toy_parent, "--sensitivity", out, "--option", "alpha=0.8", "--out", plan)
+    status, text, _ = invoke(*words)
+    assert status == 0
+    assert "14 x" not in text
+    assert "model.layers.0.self_attn.q_proj" in text
+    assert "kept: embedding" in text
+    assert "bits a quantized weight" in text
+    made = json.loads(plan.read_text(encoding="utf-8"))
+    assert made["recipe"]["alpha"] == 0.8
+    factors = {layer["temperature_factor"] for layer in made["layers"].values()}
+    assert len(factors) == 14  # every tensor has its own curvature
+    status, text, _ = invoke(*words, "--json")
+    assert one_object(text) == made
+
+
+def test_train_follows_its_plan(
+    invoke: Invoke, toy_parent: Path, toy_text: Path, tmp_path: Path, lean: None
+) -> None:
+    plan = tmp_path / "plan.json"
+    assert invoke("plan", toy_parent, "--recipe", "bitnet_ste", "--skip", "*.v_proj", "--out", plan)[0] == 0
+    words = [word for word in QUICK if word not in ("--calibrate", "2")]
+    run = tmp_path / "run"
+    status, out, err = invoke("train", toy_parent, "--plan", plan, "--data", toy_text, "--out", run, *words, "--json")
+    assert status == 0, err
+    record = one_object(out)
+    assert record["recipe"] == "bitnet_ste"
+    assert (run / "plan.json").read_bytes() == plan.read_bytes()
+    assert not (run / "sensitivity.json").exists()
+    frozen = {name.removesuffix(".codes") for name in load_file(run / "codes.safetensors") if name.endswith(".codes")}
+    assert len(frozen) == 12
+    assert not any("v_proj" in name for name in frozen)
+
+    again = ("train", toy_parent, "--plan", plan, "--data", toy_text, "--out", run, *words, "--resume")
+    assert invoke("plan", toy_parent, "--recipe", "bitnet_ste", "--out", plan)[0] == 0
+    status, _, err = invoke(*again)
+    assert status == 2
+    assert "holds a run by another plan" in err
+
+
+def test_export_then_verify(invoke: Invoke, toy_run: Path, tmp_path: Path) -> None:
+    before = sorted(toy_run.rglob("*"))
+    path = tmp_path / "toy.gguf"
+    status, out, _ = invoke("export", toy_run, "--to", "gguf:q4_0", "--out", path)
+    assert status == 0
+    assert f"{path}: {path.stat().st_size:,} bytes, codes equal" in out
+    assert path.read_bytes() == next((toy_run / "exports" / "gguf-q4_0").iterdir()).read_bytes()
+    status, out, _ = invoke("verify", path, "--against", toy_run, "--json", "--no-engine")
+    assert status == 0
+    assert one_object(out)["codes_equal"] is True
+    assert sorted(toy_run.rglob("*")) == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_verify_of_the_runs_own_hf_export(invoke: Invoke, toy_run: Path) -> None:
+    status, out, _ = invoke("verify", toy_run / "exports" / "hf", "--against", toy_run, "--no-engine")
+    assert status == 0
+    assert "codes equal: yes" in out
+
+
+@pytest.mark.parametrize("tensor", ["codes", "kept"])
+def test_a_flipped_byte_is_found_and_its_tensor_named(
+    invoke: Invoke, toy_run: Path, tmp_path: Path, tensor: str
+) -> None:
+    """The file is found out byte by byte: exit status 3, the tensor in the message, no traceback."""
+    import gguf
+
+    path = tmp_path / "toy.gguf"
+    shutil.copy(next((toy_run / "exports" / "gguf-q4_0").iterdir()), path)
+    name = {"codes": "blk.1.ffn_up.weight", "kept": "output_norm.weight"}[tensor]
+    entry = next(t for t in gguf.GGUFReader(path).tensors if t.name == name)
+    content = bytearray(path.read_bytes())
+    content[entry.data_offset + 7] ^= 0x20
+    path.write_bytes(content)
+    status, out, err = invoke("verify", path, "--against", toy_run, "--no-engine")
+    assert status == 3
+    assert err.startswith("hestia: ")
+    assert name in err + out or {"codes": "layers.1.mlp.up_proj", "kept": "model.norm"}[tensor] in err
+    assert "Traceback" not in err
+    status, out, _ = invoke("verify", path, "--against", toy_run, "--no-engine", "--json")
+    assert status == 3
+    assert one_object(out)["codes_equal"] is False or tensor == "kept"
+
+
+def test_a_flipped_byte_of_an_hf_export(invoke: Invoke, toy_run: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(toy_run / "exports" / "hf", tmp_path / "hf"))
+    path = folder / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    name = "model.layers.0.mlp.gate_proj.weight_packed"
+    content[8 + int.from_bytes(content[:8], "little") + header[name]["data_offsets"][0] + 5] ^= 1
+    path.write_bytes(content)
+    status, _, err = invoke("verify", folder, "--against", toy_run, "--no-engine")
+    assert status == 3
+    assert "model.layers.0.mlp.gate_proj" in err
+
+
+def test_eval_of_model_run_and_export_against_the_parent(
+    invoke: Invoke, toy_run: Path, toy_parent: Path, toy_held_out: Path
+) -> None:
+    report = json.loads((toy_run / "report.json").read_text(encoding="utf-8"))
+    words = ("--data", toy_held_out, "--seq-len", "32", "--json")
+    status, out, err = invoke("eval", toy_run, "--against", toy_parent, *words)
+    assert status == 0, err
+    record = one_object(out)
+    assert record["nll"] == pytest.approx(report["nll"]["quantized"], abs=1e-5)
+    assert record["kl_to_parent"] == pytest.approx(report["kl_to_parent"], abs=1e-5)
+    assert one_object(invoke("eval", toy_parent, *words)[1])["nll"] == pytest.approx(report["nll"]["parent"], abs=1e-5)
+    exported = one_object(invoke("eval", toy_run / "exports" / "hf", *words)[1])
+    assert exported["nll"] == pytest.approx(report["nll"]["quantized"], abs=1e-5)
+    status, out, _ = invoke("eval", toy_run, *words[:-1])
+    assert status == 0
+    assert "nll: " in out
+
+
+def test_eval_by_the_papers_protocol(invoke: Invoke, toy_run: Path, toy_held_out: Path) -> None:
+    status, out, err = invoke("eval", toy_run, "--data", toy_held_out, "--protocol", "hestia", "--json")
+    assert status == 0, err
+    record = one_object(out)
+    assert record["documents"] > 1  # type: ignore[operator]
+    assert record["perplexity"] > 1  # type: ignore[operator]
+
+
+def test_compare_report_and_recipes(invoke: Invoke, toy_run: Path, tmp_path: Path) -> None:
+    status, out, _ = invoke("compare", toy_run, toy_run)
+    assert status == 0
+    assert out.count("hestia") >= 2
+    copy = Path(shutil.copytree(toy_run, tmp_path / "run"))
+    for name in ("report.html", "README.md"):
+        (copy / name).unlink()
+    status, out, _ = invoke("report", copy)
+    assert status == 0
+    assert "round_to_nearest" in out
+    assert (copy / "report.html").read_text(encoding="utf-8").startswith("<!")
+    assert (copy / "README.md").is_file()
+
+    status, out, _ = invoke("recipes")
+    assert status == 0
+    assert {line.split()[0] for line in out.splitlines()} >= {"hestia", "bitnet_ste", "round_to_nearest"}
+    status, out, _ = invoke("recipes", "show", "hestia")
+    assert status == 0
+    assert "arXiv:2601.20745" in out
+    assert "--option alpha=0.4" in out
+    assert "widths: 1, 1.58, 2 bits" in out

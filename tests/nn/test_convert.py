@@ -1,0 +1,187 @@
+"""apply, restore and freeze: on every architecture, and refused without a trace where they do not fit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+from toy_models import IDS, LINEAR, llama, qwen2, qwen2_moe, same_bits, snapshot, tied_llama
+
+import hestia
+from hestia.errors import GuardError, PlanError
+from hestia.nn import QuantLinear, quantized_modules
+
+
+def answer(model: nn.Module) -> Tensor:
+    with torch.no_grad():
+        return model(input_ids=IDS, use_cache=False).logits
+
+
+def untouched(model: nn.Module, held: dict[str, Tensor], text: str) -> bool:
+    """Whether the model is what it was: bits, modules and modes."""
+    return same_bits(snapshot(model), held) and repr(model) == text and not list(quantized_modules(model))
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_every_architecture_goes_in_and_out(name: str) -> None:
+    model = LINEAR[name]().eval()
+    held, before = snapshot(model), answer(model)
+    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    assert tied == model.config.tie_word_embeddings
+    plan = hestia.plan(model)
+    hestia.apply(model, plan)
+    assert [path for path, _ in quantized_modules(model)] == list(plan.layers)
+    hard = answer(model)
+    assert not torch.equal(hard, before)
+    hestia.restore(model)
+    assert same_bits(snapshot(model), held) and torch.equal(answer(model), before)
+    hestia.apply(model, plan)
+    codes = hestia.freeze(model)
+    assert torch.equal(answer(model), hard)
+    assert (model.get_output_embeddings().weight is model.get_input_embeddings().weight) == tied
+    assert all(torch.equal(model.get_parameter(f"{p}.weight"), tensor.dense()) for p, tensor in codes.items())
+    for key, tensor in model.state_dict().items():
+        assert key.removesuffix(".weight") in codes or torch.equal(tensor, held[key]), key
+
+
+def test_a_mixture_of_experts_keeps_its_experts() -> None:
+    model = qwen2_moe().eval()
+    held = snapshot(model)
+    hestia.apply(model, hestia.plan(model))
+    codes = hestia.freeze(model)
+    for key, tensor in model.state_dict().items():
+        assert key.removesuffix(".weight") in codes or torch.equal(tensor, held[key]), key
+
+
+def test_a_frozen_model_can_be_saved_and_loaded_by_transformers(tmp_path: object) -> None:
+    model = tied_llama().eval()
+    hestia.apply(model, hestia.plan(model))
+    hestia.freeze(model)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(answer(type(model).from_pretrained(tmp_path).eval()), answer(model))
+
+
+def test_the_optimizer_may_be_made_before_the_surgery() -> None:
+    model = qwen2().train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    hestia.apply(model, hestia.plan(model, "bitnet_ste"))
+    before = snapshot(model)
+    model(input_ids=IDS, labels=IDS, use_cache=False).loss.backward()
+    optimizer.step()
+    assert all(not torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
+
+
+def test_a_container_still_counts_and_runs_its_own_children_only() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 4)).eval()
+    x = torch.randn(5, 8)
+    hestia.apply(model, hestia.plan(model))
+    assert len(model) == 3 and isinstance(model[-1], QuantLinear)
+    hard = model(x)
+    hestia.freeze(model)
+    assert torch.equal(model(x), hard) and type(model[-1]) is nn.Linear
+
+
+# --- refusals: what is said, and that nothing was changed ----------------------------------------------------------
+
+
+def test_apply_twice_is_refused_and_changes_nothing() -> None:
+    model = qwen2()
+    plan = hestia.plan(model)
+    hestia.apply(model, plan)
+    layers, held = dict(quantized_modules(model)), snapshot(model)
+    with pytest.raises(PlanError, match=r"already converted; hestia\.restore\(model\) first"):
+        hestia.apply(model, plan)
+    assert dict(quantized_modules(model)) == layers and same_bits(snapshot(model), held)
+
+
+def wrong_shape(plan: hestia.Plan) -> hestia.Plan:
+    path = list(plan.layers)[-1]
+    return replace(plan, layers={**plan.layers, path: replace(plan.layers[path], shape=(32, 65))})
+
+
+def unknown_path(plan: hestia.Plan) -> hestia.Plan:
+    return replace(plan, layers={**plan.layers, "model.layers.9.mlp.up_proj": next(iter(plan.layers.values()))})
+
+
+def not_linear(plan: hestia.Plan) -> hestia.Plan:
+    return replace(plan, layers={**plan.layers, "model.norm": next(iter(plan.layers.values()))})
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (wrong_shape, r"layers\.1\.mlp\.down_proj: the plan says \(32, 65\), the model has \(32, 64\)"),
+        (unknown_path, r"model\.layers\.9\.mlp\.up_proj: the plan names it, the model has no such module"),
+        (not_linear, r"model\.norm: the plan wants an nn\.Linear, the model has LlamaRMSNorm"),
+    ],
+)
+def test_a_plan_for_another_model_is_refused_and_changes_nothing(
+    spoil: Callable[[hestia.Plan], hestia.Plan], message: str
+) -> None:
+    model = llama().bfloat16()
+    held, text = snapshot(model), repr(model)
+    with pytest.raises(PlanError, match=message):
+        hestia.apply(model, spoil(hestia.plan(model)))
+    assert untouched(model, held, text)
+
+
+def test_a_plan_of_a_wider_model_is_refused_and_changes_nothing() -> None:
+    model = llama()
+    held, text = snapshot(model), repr(model)
+    with pytest.raises(PlanError, match=r"q_proj: the plan says \(64, 64\), the model has \(32, 32\)"):
+        hestia.apply(model, hestia.plan(llama(hidden_size=64)))
+    assert untouched(model, held, text)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_freezing_a_broken_weight_names_it_and_changes_nothing(value: float) -> None:
+    model = qwen2()
+    hestia.apply(model, hestia.plan(model))
+    path, layer = list(quantized_modules(model))[-1]
+    with torch.no_grad():
+        layer.weight[3, 5] = value
+    layers, held = dict(quantized_modules(model)), snapshot(model)
+    with pytest.raises(GuardError, match=rf"{path}: the weight holds NaN or infinity"):
+        hestia.freeze(model)
+    assert dict(quantized_modules(model)) == layers and same_bits(snapshot(model), held)
+
+
+def test_there_is_nothing_to_freeze_before_apply_and_after_freeze() -> None:
+    model = qwen2()
+    with pytest.raises(PlanError, match="nothing to freeze"):
+        hestia.freeze(model)
+    hestia.apply(model, hestia.plan(model))
+    assert len(hestia.freeze(model)) == 14
+    with pytest.raises(PlanError, match="nothing to freeze"):
+        hestia.freeze(model)
+
+
+# --- the layer itself ----------------------------------------------------------------------------------------------
+
+
+def test_fake_quantize_is_what_the_layer_runs() -> None:
+    model = qwen2().train()
+    traces = {path: 2.0**k for k, path in enumerate(hestia.plan(model).layers)}
+    plan = hestia.plan(model, sensitivity=traces)
+    hestia.apply(model, plan)
+    hestia.nn.knobs_of(model).set(pressure=0.625, temperature=0.25)
+    for path, layer in quantized_modules(model):
+        by_hand = hestia.fake_quantize(
+            layer.weight, temperature=0.25 * plan.layers[path].temperature_factor, pressure=0.625
+        )
+        torch.testing.assert_close(layer.effective_weight(), by_hand, rtol=1e-6, atol=1e-7)
+        x = torch.randn(3, layer.in_features)
+        expected = x @ by_hand.T + (layer.bias if layer.bias is not None else 0.0)
+        torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_layer_shows_what_it_does() -> None:
+    model = qwen2()
+    hestia.apply(model, hestia.plan(model, group_size=16))
+    layer = model.get_submodule("model.layers.0.self_attn.q_proj")
+    assert isinstance(layer, QuantLinear)
+    assert "in_features=32, out_features=32, bias=True, grid=ternary, group_size=16, scale=absmean" in repr(layer)
+    assert "pressure=0, temperature=0.3" in repr(model)

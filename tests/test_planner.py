@@ -1,0 +1,305 @@
+"""The plan: complete, readable, and refused before any training where it could not be delivered after it."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from toy_models import LINEAR, OTHER, gemma, gpt2, llama, mixtral, qwen2, qwen2_moe, tied_llama
+from transformers import PreTrainedModel
+
+import hestia
+from hestia import recipes
+from hestia.curvature import Sensitivity, TensorSensitivity, hestia_scores
+from hestia.errors import CalibrationError, ConfigError, PlanError
+from hestia.targets import TARGETS
+
+
+def smollm() -> PreTrainedModel:
+    """The widths of SmolLM-135M (576 and 1536) without its weights."""
+    with torch.device("meta"):
+        return tied_llama(
+            vocab_size=49152,
+            hidden_size=576,
+            intermediate_size=1536,
+            num_attention_heads=9,
+            num_key_value_heads=3,
+        )
+
+
+def wide() -> PreTrainedModel:
+    """Rows that 256 divides."""
+    with torch.device("meta"):
+        return llama(hidden_size=256, intermediate_size=512)
+
+
+def measured(plan: hestia.Plan) -> Sensitivity:
+    """A sensitivity of exactly the plan's tensors: the k-th has the trace 10^k."""
+    tensors = {
+        path: TensorSensitivity.of(path, layer.weights, [0.5 * 10.0**k, 2.0 * 10.0**k])
+        for k, (path, layer) in enumerate(plan.layers.items())
+    }
+    return Sensitivity(estimator="gnb", seed=0, sequences=2, scored_positions=14, tensors=tensors)
+
+
+# --- what a plan says ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [*LINEAR, "mixtral", "qwen2_moe"])
+def test_the_plan_accounts_for_every_parameter_once(name: str) -> None:
+    model = {**LINEAR, **OTHER}[name]()
+    plan = hestia.plan(model, allow_partial=True)
+    names = [f"{path}.weight" for path in plan.layers] + list(plan.kept)
+    assert sorted(names) == sorted(n for n, _ in model.named_parameters())
+    total = sum(p.numel() for p in {id(p): p for p in model.parameters()}.values())
+    assert plan.quantized_weights + plan.kept_weights == total
+    for path, layer in plan.layers.items():
+        assert layer.shape == tuple(model.get_parameter(f"{path}.weight").shape)
+        assert plan.recipe["name"] == "hestia" and layer.temperature_factor == 1.0
+    assert all(kept.reason for kept in plan.kept.values())
+
+
+def test_a_plan_needs_no_weights() -> None:
+    with torch.device("meta"):
+        model = qwen2()
+    assert hestia.plan(model) == hestia.plan(qwen2())
+
+
+def test_the_same_model_has_the_same_plan() -> None:
+    assert json.dumps(hestia.plan(gemma()).to_json()) == json.dumps(hestia.plan(gemma()).to_json())
+
+
+def test_the_table_names_every_tensor_and_every_reason_and_adds_up() -> None:
+    model = mixtral()
+    plan = hestia.plan(model, target=["hf", "gguf:q4_0"], allow_partial=True)
+    table = plan.table()
+    for path, layer in plan.layers.items():
+        row = next(line for line in table.splitlines() if line.startswith(path + " "))
+        assert f"{layer.shape[0]} x {layer.shape[1]}" in row and "ternary" in row and "Q4_0" in row
+    for reason in {kept.reason for kept in plan.kept.values()}:
+        found = re.search(rf"kept: {re.escape(reason)} +(\d+) tensors +([\d,]+) weights", table)
+        assert found is not None, reason
+        same = [kept.weights for kept in plan.kept.values() if kept.reason == reason]
+        assert (int(found[1]), int(found[2].replace(",", ""))) == (len(same), sum(same))
+    assert f"quantized: {plan.quantized_weights:,} of {sum(p.numel() for p in model.parameters()):,} weights" in table
+    assert "gguf:q4_0: 4.5000 bits a quantized weight" in table
+    assert "WARNING: 49,152 weights are kept: MixtralExperts: not an nn.Linear" in table
+
+
+def test_a_plan_survives_its_file(tmp_path: Path) -> None:
+    model = qwen2()
+    plan = hestia.plan(model, target=["hf", "gguf:q4_0"], skip=["*.k_proj"], group_size=32)
+    plan = plan.with_factors({path: 1.0 + k / 7.0 for k, path in enumerate(plan.layers)})
+    plan.save(tmp_path / "plan.json")
+    again = hestia.Plan.load(tmp_path / "plan.json")
+    assert again == plan and again.table() == plan.table()
+    assert list(again.layers) == list(plan.layers) and list(again.kept) == list(plan.kept)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda r: r["layers"]["model.layers.1.mlp.up_proj"].update(shape=[1]), r"layers\.1\.mlp\.up_proj: "),
+        (lambda r: r["layers"]["model.layers.1.mlp.up_proj"].pop("scale"), r"up_proj: missing key 'scale'"),
+        (
+            lambda r: r["layers"]["model.layers.1.mlp.up_proj"].update(temperature_factor=-1),
+            "temperature_factor must be positive",
+        ),
+        (
+            lambda r: r["layers"]["model.layers.1.mlp.up_proj"].update(estimator={"name": "sofmax"}),
+            r"up_proj: unknown estimator 'sofmax': did you mean 'softmax'\?",
+        ),
+        (lambda r: r.pop("kept"), "missing key 'kept'"),
+        (lambda r: r["targets"].append("gguf:tq3_0"), "unknown target 'gguf:tq3_0'"),
+    ],
+)
+def test_a_damaged_plan_file_says_where(tmp_path: Path, spoil: Callable[[dict], object], message: str) -> None:
+    record = hestia.plan(qwen2()).to_json()
+    spoil(record)
+    (tmp_path / "plan.json").write_text(json.dumps(record))
+    with pytest.raises(PlanError, match=message):
+        hestia.Plan.load(tmp_path / "plan.json")
+
+
+# --- what a target cannot hold -------------------------------------------------------------------------------------
+
+
+def test_rows_that_a_block_does_not_divide_are_refused_with_what_would_hold_them() -> None:
+    with pytest.raises(PlanError) as caught:
+        hestia.plan(smollm(), target="gguf:tq2_0")
+    text = str(caught.value)
+    assert "TQ2_0 stores rows in blocks of 256, which do not divide in_features=576" in text
+    assert "--fallback stores it as Q2_0" in text and "--target hf or gguf:q2_0 or gguf:q4_0 would hold it" in text
+    assert "in model.layers.0.self_attn.q_proj, " in text and "and 8 more" in text
+    assert "down_proj" not in text, "rows of 1536 are not the problem"
+
+
+def test_what_was_suggested_is_accepted() -> None:
+    for other in ("hf", "gguf:q2_0", "gguf:q4_0"):
+        plan = hestia.plan(smollm(), target=other)
+        assert {layer.stored[other] for layer in plan.layers.values()} == {TARGETS[other].types[0].name}
+    assert hestia.plan(smollm(), target="gguf:q2_0").bits_per_weight("gguf:q2_0") == pytest.approx(2.25)
+    plan = hestia.plan(smollm(), target="gguf:tq2_0", fallback=True)
+    stored = {path.rpartition(".")[2]: layer.stored["gguf:tq2_0"] for path, layer in plan.layers.items()}
+    assert stored.pop("down_proj") == "TQ2_0" and set(stored.values()) == {"Q2_0"}
+    wide_rows, all_rows = 2 * 576 * 1536, plan.quantized_weights
+    bits = (2.0625 * wide_rows + 2.25 * (all_rows - wide_rows)) / all_rows
+    assert plan.bits_per_weight("gguf:tq2_0") == pytest.approx(bits)
+
+
+def test_a_row_of_whole_blocks_needs_no_fallback() -> None:
+    plan = hestia.plan(wide(), target=["gguf:tq2_0", "hf"])
+    assert {layer.stored["gguf:tq2_0"] for layer in plan.layers.values()} == {"TQ2_0"}
+    assert plan.bits_per_weight("gguf:tq2_0") == pytest.approx(2.0625)
+
+
+def test_groups_finer_than_the_target_s_block_are_refused() -> None:
+    with pytest.raises(PlanError, match=r"TQ2_0 has one scale for 256 weights, finer groups of 64 do not fit"):
+        hestia.plan(wide(), target="gguf:tq2_0", group_size=64)
+
+
+def test_levels_that_the_target_lacks_are_refused() -> None:
+    with pytest.raises(PlanError, match=r"TQ2_0 cannot express the levels int2.*--target hf or gguf:q4_0 would hold"):
+        hestia.plan(wide(), target="gguf:tq2_0", bits=2.0)
+
+
+@pytest.mark.parametrize(("group_size", "fitting"), [(128, "64, 32, 16 and 'row'"), (40, "64, 32, 16 and 'row'")])
+def test_a_group_that_does_not_divide_names_tensors_and_groups_that_fit(group_size: int, fitting: str) -> None:
+    with pytest.raises(PlanError) as caught:
+        hestia.plan(smollm(), group_size=group_size)
+    text = str(caught.value)
+    assert f"group_size={group_size} does not divide in_features=576. Groups that do: {fitting}" in text
+    assert "model.layers.0.self_attn.q_proj" in text
+    assert hestia.plan(smollm(), group_size=64).quantized_weights > 0
+
+
+@pytest.mark.parametrize("group_size", [0, -1, "column", 1.5])
+def test_an_impossible_group_size_is_refused(group_size: object) -> None:
+    with pytest.raises(ConfigError, match="group_size must be 'row', 'tensor' or a positive integer"):
+        hestia.plan(qwen2(), group_size=group_size)  # type: ignore[arg-type]
+
+
+def test_unknown_names_get_the_nearest() -> None:
+    with pytest.raises(ConfigError, match=r"unknown recipe 'hestla': did you mean 'hestia'"):
+        hestia.plan(qwen2(), "hestla")
+    with pytest.raises(ConfigError, match=r"unknown target 'gguf:tq2': did you mean 'gguf:tq2_0'"):
+        hestia.plan(qwen2(), target="gguf:tq2")
+    with pytest.raises(ConfigError, match=r"has no option 'alpa': did you mean 'alpha'"):
+        hestia.plan(qwen2(), options={"alpa": 1.0})
+
+
+# --- coverage ------------------------------------------------------------------------------------------------------
+
+
+def test_gpt2_is_refused_because_of_conv1d_whatever_is_allowed() -> None:
+    for allowed in (False, True):
+        with pytest.raises(PlanError, match=r"hestia quantizes nn\.Linear layers \(24,576 weights kept: Conv1D: not"):
+            hestia.plan(gpt2(), allow_partial=allowed)
+
+
+def test_under_half_is_refused_unless_allowed() -> None:
+    with pytest.raises(PlanError, match=r"only 11 % .*49,152 weights kept: MixtralExperts: not an.*--allow-partial"):
+        hestia.plan(mixtral())
+    plan = hestia.plan(mixtral(), allow_partial=True)
+    assert len(plan.layers) == 8 and len(plan.warnings) == 2
+    assert len(hestia.plan(qwen2_moe()).warnings) == 2, "over half: allowed, but not silently"
+
+
+def test_skipping_too_much_is_refused_and_says_what_was_skipped() -> None:
+    with pytest.raises(PlanError, match=r"only 33 % .*12,288 weights kept: skipped by '\*\.mlp\.\*'"):
+        hestia.plan(llama(), skip=["*.mlp.*"])
+    assert len(hestia.plan(llama(), skip=["*.mlp.*"], allow_partial=True).layers) == 8
+    with pytest.raises(PlanError, match=r"skip pattern 'lm_haed' matches no linear layer"):
+        hestia.plan(llama(), skip=["lm_haed"])
+
+
+# --- curvature -----------------------------------------------------------------------------------------------------
+
+
+def test_a_sensitivity_heats_the_sensitive_and_alpha_s_sign_turns_it_round() -> None:
+    model = qwen2()
+    table = measured(hestia.plan(model))
+    scores = hestia_scores(table.geometric_means)
+    for alpha in (0.4, -0.4, 0.0):
+        plan = hestia.plan(model, sensitivity=table, options={"alpha": alpha})
+        for path, layer in plan.layers.items():
+            assert layer.temperature_factor == pytest.approx(math.exp(alpha * scores[path]), rel=1e-12)
+    factors = [layer.temperature_factor for layer in hestia.plan(model, sensitivity=table).layers.values()]
+    assert factors == sorted(factors) and factors[0] < factors[-1], "traces grow from tensor to tensor"
+
+
+def test_centred_factors_have_geometric_mean_one() -> None:
+    model = qwen2()
+    table = measured(hestia.plan(model))
+    plan = hestia.plan(model, sensitivity=table, options={"centred": True})
+    logs = [math.log(layer.temperature_factor) for layer in plan.layers.values()]
+    assert sum(logs) == pytest.approx(0.0, abs=1e-12) and max(logs) > 0.05
+    assert plan.recipe == {**recipes.get("hestia").to_json(), "centred": True}
+
+
+def test_a_sensitivity_may_be_a_file_an_object_or_numbers(tmp_path: Path) -> None:
+    model = qwen2()
+    table = measured(hestia.plan(model))
+    table.save(tmp_path / "sensitivity.json")
+    plans = [
+        hestia.plan(model, sensitivity=given)
+        for given in (tmp_path / "sensitivity.json", str(tmp_path / "sensitivity.json"), table, table.geometric_means)
+    ]
+    assert all(plan == plans[0] for plan in plans[1:]) and plans[0] != hestia.plan(model)
+
+
+def test_a_recipe_without_temperatures_ignores_curvature() -> None:
+    model = qwen2()
+    plan = hestia.plan(model, "bitnet_ste", sensitivity=measured(hestia.plan(model)))
+    assert plan == hestia.plan(model, "bitnet_ste")
+
+
+def test_a_skipped_tensor_may_have_been_measured_and_does_not_count() -> None:
+    model = qwen2()
+    table = measured(hestia.plan(model))
+    plan = hestia.plan(model, sensitivity=table, skip=["*.v_proj"])
+    left = {path: trace for path, trace in table.geometric_means.items() if path in plan.layers}
+    assert len(left) == 12 and plan == hestia.plan(model, sensitivity=left, skip=["*.v_proj"])
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (
+            lambda: qwen2(num_hidden_layers=1),
+            r"lacks 7 of 14 tensors, the first is model\.layers\.1\.self_attn\.q_proj",
+        ),
+        (lambda: qwen2(num_hidden_layers=3), r"7 tensors that the model has not, the first is model\.layers\.2\.self_"),
+        (
+            lambda: qwen2(intermediate_size=96),
+            r"measured 3,072 weights in model\.layers\.0\.mlp\.gate_proj, the model has 2,048",
+        ),
+    ],
+)
+def test_the_sensitivity_of_another_model_is_refused(other: Callable[[], PreTrainedModel], message: str) -> None:
+    with pytest.raises(PlanError, match=message + r".*: was it calibrated on another model\?"):
+        hestia.plan(qwen2(), sensitivity=measured(hestia.plan(other())))
+
+
+def test_a_sensitivity_that_is_not_positive_is_refused() -> None:
+    model = qwen2()
+    traces = dict.fromkeys(hestia.plan(model).layers, 1.0)
+    path = list(traces)[5]
+    with pytest.raises(CalibrationError, match=re.escape(path)):
+        hestia.plan(model, sensitivity={**traces, path: 0.0})
+    with pytest.raises(ConfigError, match=r"no\.json"):
+        hestia.plan(model, sensitivity="no.json")
+
+
+def test_factors_of_a_plan_can_be_replaced() -> None:
+    plan = hestia.plan(qwen2())
+    first, *rest = plan.layers
+    changed = plan.with_factors({first: 1.5})
+    assert changed.layers[first] == replace(plan.layers[first], temperature_factor=1.5)
+    assert all(changed.layers[path] == plan.layers[path] for path in rest)
