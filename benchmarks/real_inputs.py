@@ -41,7 +41,7 @@ def inputs(models: Path, data: Path, runs: Path) -> dict[str, Options]:
     }
     books = {
         "model": str(models / "books-6m"),
-        "data": (str(data / "gutenberg" / "valid.txt.gz"), str(data / "openstax" / "train.txt.gz")),
+        "data": (str(data / "gutenberg" / "train.txt.gz"), str(data / "openstax" / "train.txt.gz")),
         "eval_data": (str(data / "gutenberg" / "test.txt.gz"), str(data / "openstax" / "test.txt")),
         "tokens": "2M",
         "seq_len": 256,

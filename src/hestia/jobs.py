@@ -164,7 +164,15 @@ def all_blocks(options: Options, tokenizer: PreTrainedTokenizerBase, seq_len: in
         joiner=options.joiner,  # type: ignore[arg-type]
         separator=options.separator,
     )
-    return text[: max(1, count(options.eval_tokens, "eval_tokens") // seq_len)]
+    return spread(text, count(options.eval_tokens, "eval_tokens") // seq_len)
+
+
+def spread(blocks: Blocks, most: int) -> Blocks:
+    """At most ``most`` blocks (at least one), evenly spread, so that every source keeps its share."""
+    if len(blocks) <= most:
+        return blocks
+    rows = torch.linspace(0, len(blocks) - 1, max(1, most)).round().long()
+    return Blocks(blocks.input_ids[rows], blocks.loss_mask[rows])
 
 
 def longest_block(config: Any, options: Options) -> int:

@@ -31,7 +31,7 @@ from .export import export_model
 from .export.frozen import CODES_FILE, MODEL_FOLDER, FrozenModel, save_codes
 from .export.verify import require_ok, verify
 from .files import read_json, replacing_folder, require_writable, sha256, write_json, write_text
-from .jobs import TUNING_BLOCKS, calibrate_on, choose_device, longest_block, prepare_text
+from .jobs import TUNING_BLOCKS, calibrate_on, choose_device, longest_block, prepare_text, spread
 from .options import Options, count, load_config
 from .planner import plan as make_plan
 from .plans import Plan
@@ -41,6 +41,7 @@ from .report.html import write_report
 from .report.model_card import write_model_card
 from .schedules import LearningRateSchedule
 from .training import HestiaTrainer, TrainConfig, check_loggers, checkpoints, pilot
+from .training.trainer import LOG_FILE
 
 OPTIONS_FILE, PLAN_FILE, SENSITIVITY_FILE = "run.yaml", "plan.json", "sensitivity.json"
 SCORES_FILE, REPORT_FILE, DIAGNOSTICS_FILE = "scores.json", "report.json", "diagnostics.json"
@@ -209,7 +210,7 @@ class Run:
             if self.given_plan is not None and made.to_json() != self.given_plan.to_json():
                 raise ConfigError(f"{self.folder} holds a run by another plan than the one given. Choose another --out")
             return made
-        if self.given_plan is None and plan.trains:
+        if self.given_plan is None and recipes.get(self.options.recipe, **self.options.options).uses_curvature:
             sensitivity = self._sensitivity(plan)
             if sensitivity is not None:
                 plan = self._make_plan(sensitivity)
@@ -241,13 +242,12 @@ class Run:
 
     def _train_and_freeze(self, plan: Plan) -> None:
         model: Any = nn.apply(self._load_model(), plan)
-        before = {path: module.weight.detach().cpu().clone() for path, module in nn.quantized_modules(model)}
         if plan.trains:
             checkpoint = checkpoints.newest(self.folder / "checkpoints") if self.resume else None
             config = self._train_config(plan)
             trainer = self._trainer(model, plan, config, f"training {plan.recipe['name']}")
             self.clock.measure("train", lambda: trainer.fit(checkpoint))
-        write_json(self.folder / DIAGNOSTICS_FILE, histograms(model, before))
+        write_json(self.folder / DIAGNOSTICS_FILE, histograms(model, self._load_model()))
         codes = nn.freeze(model)
         loading.cast_parameters(model, loading.parent_dtype(self.source, self.config))
         with replacing_folder(self.folder / MODEL_FOLDER) as temporary:
@@ -287,6 +287,7 @@ class Run:
     def _pilot(self, plan: Plan) -> float:
         steps = max(12, round(0.03 * self.steps))
         say(f"learning-rate pilot: four rates, {steps} steps each")
+        (self.folder / LOG_FILE).unlink(missing_ok=True)  # of a pilot that was interrupted
 
         def trial(rate: float) -> float:
             model = nn.apply(self._load_model(), plan)
@@ -295,7 +296,7 @@ class Run:
             return score(model_logits(model), self.tuning, description="pilot loss").nll
 
         width = int(getattr(self.config.get_text_config(), "hidden_size", 1024))
-        rate = self.clock.measure("pilot", lambda: pilot.choose(trial, pilot.rates(width), self.folder / "log.jsonl"))
+        rate = self.clock.measure("pilot", lambda: pilot.choose(trial, pilot.rates(width), self.folder / LOG_FILE))
         say(f"learning rate {rate:g}")
         return rate
 
@@ -405,9 +406,8 @@ class Run:
 
     @cached_property
     def scored(self) -> Blocks:
-        """The held-out blocks that the report scores."""
-        most = max(1, count(self.options.eval_tokens, "eval_tokens") // self.seq_len)
-        return self.text.held_out[:most]
+        """The held-out blocks that the report scores: all, or ``--eval-tokens`` of them spread evenly."""
+        return spread(self.text.held_out, count(self.options.eval_tokens, "eval_tokens") // self.seq_len)
 
     @cached_property
     def batch_size(self) -> int:
@@ -430,7 +430,7 @@ class Run:
 
     @property
     def bf16(self) -> bool:
-        """Whether training runs under bf16 autocast; auto says yes from a million weights on."""
+        """Whether training runs under bf16 autocast; auto says yes but for very narrow models on a CPU."""
         if self.options.precision != "auto":
             return self.options.precision == "bf16"
         width = int(getattr(self.config.get_text_config(), "hidden_size", 1024))

@@ -29,7 +29,7 @@ def plan(
     *,
     bits: float = 1.58,
     group_size: GroupSize = "row",
-    skip: Sequence[str] = (),
+    skip: str | Sequence[str] = (),
     fallback: bool = False,
     allow_partial: bool = False,
     options: Mapping[str, Any] | None = None,
@@ -43,7 +43,7 @@ def plan(
         sensitivity: a sensitivity.json, its object, or module path -> curvature; None ignores curvature.
         bits: 1, 1.58 or 2, as far as the recipe does them.
         group_size: weights that share a scale: an int, "row" or "tensor".
-        skip: shell patterns of module paths to keep.
+        skip: shell pattern or patterns of module paths to keep.
         fallback: let single tensors use another exact storage type of the target.
         allow_partial: accept a plan that leaves more than half of the non-embedding weights as they are.
         options: options of a recipe given by name.

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from conformance import ONE_WIDTH, Case, Perceptron, gradients, logits, loss, move
+from conformance import ONE_WIDTH, TIMES, Case, Perceptron, gradients, logits, loss, move
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -107,8 +107,30 @@ def test_fifty_steps_of_moving_knobs_compile_once(one: Case) -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("fresh_compiler")
-def test_a_whole_transformer_compiles_once(trained: Case) -> None:
-    one_graph_serves(trained, tied_llama, "aot_eager")
+def test_every_width_compiles_once(trained: Case) -> None:
+    one_graph_serves(trained, Perceptron, "aot_eager")
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("one", ONE_WIDTH, ids=str)
+def test_a_whole_transformer_compiles_once(one: Case) -> None:
+    one_graph_serves(one, tied_llama, "aot_eager")
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("one", ONE_WIDTH, ids=str)
+def test_layers_compiled_one_by_one_share_their_graphs(one: Case) -> None:
+    model, plan = one.converted(lambda: tied_llama(num_hidden_layers=10), t=0.0)
+    counter = CompileCounterWithBackend("aot_eager")
+    for layer in model.get_submodule("model.layers").children():
+        layer.compile(backend=counter)
+    for t in TIMES:
+        move(model, plan, t)
+        loss(model).backward()
+    # ten layers of ten different temperature factors: one graph, and one more in which the factor is a variable
+    assert counter.frame_count <= 2
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from toy_models import LINEAR, OTHER, gpt2, llama, mixtral, qwen2, qwen2_moe, tied_llama
 
+import hestia
 from hestia.errors import PlanError
 from hestia.nn import Selection, select
 
@@ -93,6 +94,10 @@ def test_a_skip_pattern_keeps_what_it_matches_and_says_so() -> None:
     assert selection.coverage() == pytest.approx(7168 / (7168 + 2048 + 9216 + 160))
 
 
+def test_one_pattern_needs_no_list() -> None:
+    assert select(llama(), "*.k_proj").kept == select(llama(), ["*.k_proj"]).kept
+
+
 @pytest.mark.parametrize("pattern", ["model.layers.2.*", "q_proj", "MODEL.*", ""])
 def test_a_skip_pattern_that_matches_nothing_is_an_error_that_shows_paths(pattern: str) -> None:
     with pytest.raises(PlanError, match=r"matches no linear layer; paths look like model\.layers\.0\.self_attn\.q_pr"):
@@ -149,8 +154,6 @@ def test_a_linear_layer_with_a_forward_of_its_own_is_kept_loudly() -> None:
 
 
 def test_a_converted_model_has_the_same_account() -> None:
-    import hestia
-
     model = qwen2()
     before = select(model)
     hestia.apply(model, hestia.plan(model))

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CalibrationError, ConfigError, nearest
-from ..progress import track
 from . import gnb
 from .table import Sensitivity, TensorSensitivity
 
@@ -57,6 +56,8 @@ def calibrate(
     """
     if estimator not in ESTIMATORS:
         raise ConfigError(f"unknown estimator {estimator!r}: {nearest(estimator, ESTIMATORS)}")
+    from ..progress import track  # here, so that listing the recipes needs torch alone
+
     _check(model, weights, sequences)
     sample = ESTIMATORS[estimator]
     started = time.perf_counter()

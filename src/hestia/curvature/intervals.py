@@ -14,8 +14,6 @@ import math
 import statistics
 from collections.abc import Sequence
 
-from scipy.special import stdtrit
-
 CONFIDENCE = 0.95
 
 
@@ -34,6 +32,8 @@ def log_mean_interval(samples: Sequence[float], confidence: float = CONFIDENCE) 
     >>> round(m, 12), round(h, 4)
     (1.0, 12.7062)
     """
+    from scipy.special import stdtrit  # here, so that listing the recipes needs torch alone
+
     logs = [math.log(sample) for sample in samples]
     quantile = float(stdtrit(len(logs) - 1, 0.5 * (1.0 + confidence)))
     return statistics.fmean(logs), quantile * statistics.stdev(logs) / math.sqrt(len(logs))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -20,24 +19,25 @@ _RANGE = 4.0
 
 
 @torch.no_grad()
-def histograms(model: nn.Module, before: Mapping[str, Tensor]) -> dict[str, Any]:
+def histograms(model: nn.Module, parent: nn.Module) -> dict[str, Any]:
     """diagnostics.json without its samples: latent weights in units of their scale, before and after, and codes.
 
     Args:
         model: converted, before freezing.
-        before: module path -> weight before training, fp32.
+        parent: the model before training.
     """
     modules = dict(quantized_modules(model))
     shown = set(list(modules)[:: max(1, -(-len(modules) // SHOWN_TENSORS))])
     record: dict[str, Any] = {"schema": 1, "histograms": {}, "codes": {}, "samples": []}
     for path, module in modules.items():
-        old, new = module.quantizer.codes(before[path]), module.codes()
+        before = parent.get_parameter(f"{path}.weight").to(module.weight.device)
+        old, new = module.quantizer.codes(before), module.codes()
         record["codes"][path] = {
             "zero_share": float((new.codes == 0).float().mean()),
-            "flipped_share": float((new.codes != old.codes.to(new.codes.device)).float().mean()),
+            "flipped_share": float((new.codes != old.codes).float().mean()),
         }
         if path in shown:
-            edges, counts_before = _histogram(module.quantizer, before[path])
+            edges, counts_before = _histogram(module.quantizer, before)
             record["histograms"][path] = {
                 "edges": edges,
                 "before": counts_before,

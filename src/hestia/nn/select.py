@@ -57,16 +57,17 @@ class Selection:
         return chosen / body if body else 0.0
 
 
-def select(model: nn.Module, skip: Sequence[str] = ()) -> Selection:
+def select(model: nn.Module, skip: str | Sequence[str] = ()) -> Selection:
     """Account for every parameter of ``model``.
 
     Args:
         model: any transformers causal LM, or any module.
-        skip: shell patterns of module paths to keep, such as ``model.layers.0.*``.
+        skip: shell pattern or patterns of module paths to keep, such as ``model.layers.0.*``.
 
     Raises:
         PlanError: a skip pattern that matches no linear layer (naming one that is kept anyway does no harm).
     """
+    skip = (skip,) if isinstance(skip, str) else skip
     head, embeddings = _head_and_embeddings(model)
     embedding_weights = {id(p) for module in embeddings for p in module.parameters()}
     owners = {id(p): module for module in model.modules() for p in module.parameters(recurse=False)}

@@ -35,6 +35,9 @@ class Recipe(Member, ABC):
     trains: ClassVar[bool] = True
     """False where rounding is all there is."""
 
+    uses_curvature: ClassVar[bool] = False
+    """Whether ``temperature_factors`` reads curvature, so that a run calibrates."""
+
     widths: ClassVar[tuple[float, ...]] = (1.58,)
     """Bit widths ``spec_for`` answers, keys of ``GRIDS``."""
 

@@ -41,6 +41,7 @@ class Hestia(Recipe):
     """
 
     name: ClassVar[str] = "hestia"
+    uses_curvature: ClassVar[bool] = True
     widths: ClassVar[tuple[float, ...]] = (1.0, 1.58, 2.0)
     alpha: float = 0.4
     centred: bool = False

@@ -33,7 +33,7 @@ STATE = "state.json"
 
 
 def folder_name(step: int) -> str:
-    """``step-000300``: sorts by step."""
+    """``step-000300``: sorts by step, up to a million of them."""
     return f"step-{step:06d}"
 
 
@@ -130,16 +130,18 @@ def complete(folder: Path) -> bool:
 
 def newest(root: Path) -> Path | None:
     """The newest complete checkpoint under ``root``; incomplete ones are passed over."""
-    for folder in sorted(root.glob("step-*"), reverse=True):
-        if complete(folder):
-            return folder
-    return None
+    return next((folder for folder in _newest_first(root) if complete(folder)), None)
 
 
 def rotate(root: Path, keep: int) -> None:
     """Delete all but the newest ``keep`` checkpoints."""
-    for folder in sorted(root.glob("step-*"), reverse=True)[max(1, keep) :]:
+    for folder in _newest_first(root)[max(1, keep) :]:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _newest_first(root: Path) -> list[Path]:
+    steps = {int(step): p for p in root.glob("step-*") if (step := p.name.removeprefix("step-")).isdecimal()}
+    return [steps[step] for step in sorted(steps, reverse=True)]
 
 
 def _unique(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -19,10 +20,12 @@ from torch.utils.data import Dataset, Sampler, SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_utils import SaveStrategy
 
 from ..data import Blocks, epoch_order
 from ..errors import ConfigError, nearest
 from ..evaluation import model_logits, score
+from ..files import read_json, write_text
 from ..nn import knobs_of, quantized_modules
 from ..plans import Plan
 from ..schedules import LearningRateSchedule
@@ -33,6 +36,7 @@ from .progress import ProgressBar
 
 LOG_FILE = "log.jsonl"
 CHECKPOINTS = "checkpoints"
+_BYSTANDERS = {"log_every", "eval_every", "save_every", "eval_blocks", "keep", "report_to"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,7 +139,9 @@ class HestiaTrainer(Trainer):
                 if isinstance(module, nn.Embedding):
                     module.requires_grad_(False)
         if config.gradient_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+            # transformers renamed it on the way to 6.0
+            enable: Any = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
         stream = BlockStream(train, config.steps * config.batch_size, config.seed)
         super().__init__(
             model=model,
@@ -153,24 +159,43 @@ class HestiaTrainer(Trainer):
         """Train to the last step, from ``resume`` if given.
 
         Raises:
+            ConfigError: ``resume`` was made by another plan or training configuration.
             GuardError: loss or gradients became NaN or infinite; the last good checkpoint is named.
             Interrupted: Ctrl-C or SIGTERM arrived; the run was saved.
         """
+        self._forget_log_after(0 if resume is None else self._check_resumed(resume))
         try:
             with self._signals:
                 self.train(resume_from_checkpoint=str(resume) if resume else None)
         finally:
             self._bar.close()
         if self._signals.requested is not None and self.state.global_step < self.config.steps:
+            saved = f"saved to {self.last_checkpoint}" if self.last_checkpoint else "there was nothing to save yet"
             raise Interrupted(
-                f"stopped at step {self.state.global_step} of {self.config.steps}; saved to {self.last_checkpoint}. "
-                "Continue with --resume.",
+                f"stopped at step {self.state.global_step} of {self.config.steps}; {saved}. Continue with --resume.",
                 self._signals.requested,
             )
 
+    def _check_resumed(self, checkpoint: Path) -> int:
+        """The step of a checkpoint; another run's is refused."""
+        record = read_json(checkpoint / checkpoints.STATE, schema=checkpoints.SCHEMA)
+        mine = self.fingerprint()
+        differing = [name for name in mine if record["fingerprint"].get(name) != mine[name]]
+        if differing:
+            raise ConfigError(f"{checkpoint}: made with another {' and another '.join(differing)} than this run's")
+        return int(record["step"])
+
+    def _forget_log_after(self, step: int) -> None:
+        """Drop the log lines of steps that an interrupted run took and this one takes again."""
+        log = self.folder / LOG_FILE
+        if log.is_file():
+            lines = log.read_text(encoding="utf-8").splitlines(keepends=True)
+            write_text(log, "".join(line for line in lines if _step_of(line) <= step))
+
     def fingerprint(self) -> dict[str, str]:
-        """What a resumed run must share: plan and training configuration."""
-        values = {"plan": self.plan.to_json(), "config": asdict(self.config)}
+        """What a resumed run must share: plan and training configuration, as far as they move a weight."""
+        config = {k: v for k, v in asdict(self.config).items() if k not in _BYSTANDERS}
+        values = {"plan": self.plan.to_json(), "config": config}
         return {k: hashlib.sha256(json.dumps(v, sort_keys=True).encode()).hexdigest() for k, v in values.items()}
 
     # --- order of the data, optimizer, schedule --------------------------------------------------------------------
@@ -215,8 +240,11 @@ class HestiaTrainer(Trainer):
         return result
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
-        norm = super()._clip_grad_norm(model)
+        """Norm, check, clip, in this order: dividing by a bad norm would make every gradient bad."""
+        parameters = [p for p in model.parameters() if p.grad is not None]
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         check_gradients(norm, model, self.state.global_step + 1, self._last_checkpoint_name())
+        nn.utils.clip_grads_with_norm_(parameters, self.args.max_grad_norm, norm)
         return norm
 
     def _last_checkpoint_name(self) -> str | None:
@@ -340,7 +368,7 @@ class _StopCallback(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Ask the Trainer to save and stop."""
         if self.signals.requested is not None:
-            control.should_save = True
+            control.should_save = args.save_strategy != SaveStrategy.NO  # a pilot's state is nobody's checkpoint
             control.should_training_stop = True
 
 
@@ -368,6 +396,14 @@ def _arguments(config: TrainConfig, folder: Path) -> TrainingArguments:
         remove_unused_columns=False,
         use_cpu=not torch.cuda.is_available(),
     )
+
+
+def _step_of(line: str) -> int:
+    """The step of a log line; the pilot's lines have none, half a line from a killed process belongs to no step."""
+    try:
+        return int(json.loads(line).get("step", 0))
+    except json.JSONDecodeError:
+        return sys.maxsize
 
 
 def _stack(examples: list[dict[str, Tensor]]) -> dict[str, Tensor]:

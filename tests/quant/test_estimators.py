@@ -1,0 +1,93 @@
+import pytest
+import torch
+from torch import Tensor
+
+from hestia.errors import ConfigError
+from hestia.quant import BINARY, INT2, STE, TERNARY, ClippedSTE, Estimator, Grid, Softmax
+
+GRIDS = [TERNARY, BINARY, INT2, Grid((-8, -1, 0, 3))]
+by_grid = pytest.mark.parametrize("grid", GRIDS, ids=lambda grid: grid.name)
+
+
+def tau(value: float, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.tensor(value, dtype=dtype)
+
+
+def line(dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.linspace(-10, 10, 4001, dtype=dtype)
+
+
+@by_grid
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_tau_zero_is_hard_forward_and_identity_backward(grid: Grid, dtype: torch.dtype) -> None:
+    """Bit for bit, ties included."""
+    ties = torch.tensor([-4.5, -1.5, -0.5, -0.0, 0.0, 0.5, 1.0, 1.5], dtype=dtype)
+    z = torch.cat([line(dtype), ties, ties * (1 + torch.finfo(dtype).eps), ties * (1 - torch.finfo(dtype).eps)])
+    assert torch.equal(Softmax().value(z.clone(), grid, tau(0, dtype)), grid.round(z))
+    assert torch.equal(Softmax().gain(z.clone(), grid, tau(0, dtype)), torch.ones_like(z))
+
+
+@by_grid
+@pytest.mark.parametrize("temperature", [1e-3, 1e-6])
+def test_a_small_tau_is_hard_away_from_ties(grid: Grid, temperature: float) -> None:
+    z = line()
+    midpoints = torch.tensor([(a + b) / 2 for a, b in zip(grid.values, grid.values[1:], strict=False)])
+    z = z[(z.unsqueeze(-1) - midpoints).abs().amin(-1) > 25 * temperature]
+    torch.testing.assert_close(Softmax().value(z.clone(), grid, tau(temperature)), grid.round(z), rtol=0, atol=1e-12)
+    assert Softmax().gain(z.clone(), grid, tau(temperature)).max() < 1e-6
+
+
+@by_grid
+@pytest.mark.parametrize("temperature", [10.0, 0.3, 0.02, 1e-4, 1e-6])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_never_subnormal(grid: Grid, temperature: float, dtype: torch.dtype) -> None:
+    """Subnormal numbers are computed fifty times slower; there is nothing to learn from a gain of 1e-40."""
+    z = torch.cat([line(dtype), torch.tensor([0.0, 1e-30, 30.0, 1e3, 1e7], dtype=dtype)])
+    smallest = torch.finfo(dtype).tiny
+    for out in (
+        Softmax().value(z.clone(), grid, tau(temperature, dtype)),
+        Softmax().gain(z.clone(), grid, tau(temperature, dtype)) * 1e-3,
+    ):
+        assert not ((out != 0) & (out.abs() < smallest) & (z.abs() > smallest)).any()
+
+
+def test_a_pruned_weight_stays_zero() -> None:
+    for temperature in (10.0, 0.3, 1e-3, 0.0):
+        assert Softmax().value(torch.zeros(3), TERNARY, tau(temperature, torch.float32)).tolist() == [0, 0, 0]
+
+
+def test_the_gain_at_a_threshold_is_half_of_one_over_tau() -> None:
+    gain = Softmax().gain(torch.tensor([0.5, -0.5], dtype=torch.float64), TERNARY, tau(1e-3))
+    torch.testing.assert_close(gain, torch.full((2,), 500.0, dtype=torch.float64))
+
+
+def test_huge_outliers_keep_their_level() -> None:
+    """z^2 of an outlier loses its neighbours' distances in fp32; products of differences do not."""
+    for grid in GRIDS:
+        z = torch.tensor([1.6e7, -1.6e7])
+        ends = [grid.values[-1], grid.values[0]]
+        assert Softmax().value(z.clone(), grid, tau(0.3, torch.float32)).tolist() == pytest.approx(ends)
+
+
+@by_grid
+def test_straight_through(grid: Grid) -> None:
+    z = line()
+    for estimator in (STE(), ClippedSTE()):
+        assert torch.equal(estimator.value(z.clone(), grid, tau(0)), grid.round(z))
+    assert STE().gain(z, grid, tau(0)) is None
+
+
+def test_the_clip_mask_is_the_grids_range_and_a_margin() -> None:
+    z = torch.tensor([-2.6, -2.5, -2.0, -1.0, 0.0, 1.0, 1.1, 1.5, 1.6])
+    inside = ClippedSTE().gain(z.clone(), INT2, tau(0, torch.float32))
+    assert inside.tolist() == [0, 0, 1, 1, 1, 1, 0, 0, 0]
+    wider = ClippedSTE(margin=0.5).gain(z.clone(), INT2, tau(0, torch.float32))
+    assert wider.tolist() == [0, 1, 1, 1, 1, 1, 1, 1, 0]
+
+
+def test_estimators_travel_as_json_and_name_the_nearest() -> None:
+    for estimator in (STE(), ClippedSTE(margin=0.25), Softmax()):
+        assert Estimator.from_json(estimator.to_json()) == estimator
+    assert Estimator.names() == ["clipped_ste", "softmax", "ste"]
+    with pytest.raises(ConfigError, match="did you mean 'softmax'"):
+        Estimator.make("softmaxx")

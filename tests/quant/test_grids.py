@@ -1,0 +1,70 @@
+import math
+
+import pytest
+import torch
+
+from hestia.errors import ConfigError
+from hestia.quant import BINARY, INT2, TERNARY, Grid
+
+
+def test_named_grids() -> None:
+    assert [g.name for g in (BINARY, TERNARY, INT2)] == ["binary", "ternary", "int2"]
+    assert [g.bits for g in (BINARY, TERNARY, INT2)] == pytest.approx([1.0, math.log2(3), 2.0])
+    assert Grid.of([1, 0, -1, 0]) == TERNARY  # order and repetition do not matter
+    assert Grid.of([-2, 0, 1]).name == "[-2, 0, 1]"
+
+
+def test_fractions_move_into_the_unit() -> None:
+    grid = Grid.of([-1.5, -0.5, 0.5, 1.5])
+    assert (grid.levels, grid.unit, grid.values) == ((-3, -1, 1, 3), 0.5, (-1.5, -0.5, 0.5, 1.5))
+
+
+@pytest.mark.parametrize(
+    ("levels", "message"),
+    [
+        ([1.0], "at least two"),
+        ([], "at least two"),
+        ([0.0, 1.0 / 3.0], "no common power-of-two step"),
+        ([0.0, math.nan], "finite"),
+        ([0.0, math.inf], "finite"),
+        ([-129, 0], "int8"),
+        ([0, 128], "int8"),
+    ],
+)
+def test_impossible_levels_are_refused(levels: list[float], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Grid.of(levels)
+
+
+def test_a_unit_must_be_a_power_of_two() -> None:
+    with pytest.raises(ConfigError, match="power of two"):
+        Grid((-1, 1), unit=0.3)
+    with pytest.raises(ConfigError, match="ascending"):
+        Grid((1, -1))
+
+
+@pytest.mark.parametrize("grid", [BINARY, TERNARY, INT2, Grid.of([-1.5, -0.5, 0.5, 1.5]), Grid((-8, -1, 0, 3))])
+def test_round_finds_the_nearest_level(grid: Grid) -> None:
+    z = torch.linspace(-10, 10, 2001, dtype=torch.float64)
+    distance = (z.unsqueeze(-1) - torch.tensor(grid.values, dtype=torch.float64)).abs()
+    nearest, _ = distance.min(-1)
+    torch.testing.assert_close((z - grid.round(z)).abs(), nearest, rtol=0, atol=1e-12)
+    assert set(grid.round(z).tolist()) == set(grid.values)
+
+
+def test_ties() -> None:
+    """Consecutive integers round half to even, as clip(round(z)) does; other grids go down."""
+    ties = torch.tensor([-2.5, -1.5, -0.5, 0.5, 1.5])
+    assert TERNARY.round(ties).tolist() == [-1, -1, 0, 0, 1]
+    assert INT2.round(ties).tolist() == [-2, -2, 0, 0, 1]
+    assert BINARY.round(torch.tensor([0.0, -0.0])).tolist() == [-1, -1]
+    assert Grid((-4, 0, 4)).round(torch.tensor([-2.0, 2.0])).tolist() == [-4, 0]
+
+
+@pytest.mark.parametrize("grid", [TERNARY, BINARY])
+def test_rounding_leaves_its_argument_and_keeps_nan(grid: Grid) -> None:
+    z = torch.tensor([0.7, math.nan, math.inf])
+    rounded = grid.round(z)
+    assert z[0].item() == pytest.approx(0.7)
+    assert rounded[0] == rounded[2] == 1
+    assert rounded[1].isnan()

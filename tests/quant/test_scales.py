@@ -1,0 +1,94 @@
+import pytest
+import torch
+from torch import Tensor
+
+from hestia.errors import ConfigError
+from hestia.quant import BINARY, INT2, TERNARY, TWN, AbsMax, AbsMean, Grid, LeastSquares, ScaleRule, snap
+from hestia.quant.scales import LARGEST_SCALE, SMALLEST_SCALE
+
+
+def weights(seed: int = 0) -> Tensor:
+    return torch.randn(5, 3, 64, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def test_absmean_and_absmax() -> None:
+    w = weights()
+    step, level = AbsMean()(w, TERNARY)
+    assert step is level
+    torch.testing.assert_close(step, w.abs().mean(-1, keepdim=True) + 1e-5)
+    torch.testing.assert_close(AbsMax()(w, INT2).step, w.abs().amax(-1, keepdim=True) / 2 + 1e-5)
+
+
+@pytest.mark.parametrize("rule", [LeastSquares(), TWN()], ids=lambda rule: rule.name)
+@pytest.mark.parametrize("grid", [BINARY, TERNARY, INT2], ids=lambda grid: grid.name)
+def test_the_level_is_the_best_one_for_the_codes(rule: ScaleRule, grid: Grid) -> None:
+    w = weights()
+    step, level = rule(w, grid)
+    q = grid.round(w / step)
+
+    def error(s: Tensor) -> Tensor:
+        return (w - s * q).square().sum(-1, keepdim=True)
+
+    best = error(level)
+    for factor in torch.linspace(0.5, 1.5, 201, dtype=torch.float64):
+        assert (best <= error(level * factor) + 1e-12).all()
+
+
+def test_least_squares_keeps_the_codes_of_absmean() -> None:
+    w = weights()
+    assert torch.equal(LeastSquares()(w, TERNARY).step, AbsMean()(w, TERNARY).step)
+
+
+def test_twn_is_the_papers_formula() -> None:
+    w = weights()
+    step, level = TWN(eps=1e-12)(w, TERNARY)
+    delta = 0.75 * w.abs().mean(-1, keepdim=True)
+    survives = w.abs() > delta
+    assert torch.equal(TERNARY.round(w / step), w.sign() * survives)
+    expected = (w.abs() * survives).sum(-1, keepdim=True) / survives.sum(-1, keepdim=True)
+    torch.testing.assert_close(level, expected)
+
+
+def test_gaussian_errors_are_the_known_ones() -> None:
+    """Relative squared error of ternary codes on a Gaussian: 0.264, 0.213 and 0.190 (the optimum is 0.190)."""
+    w = torch.randn(1, 1, 400_000, generator=torch.Generator().manual_seed(0))
+    for rule, known in ((AbsMean(), 0.264), (LeastSquares(), 0.213), (TWN(), 0.190)):
+        step, level = rule(w, TERNARY)
+        error = (w - level * TERNARY.round(w / step)).square().mean() / w.square().mean()
+        assert error.item() == pytest.approx(known, abs=0.002)
+
+
+@pytest.mark.parametrize("name", ScaleRule.names())
+def test_a_group_of_zeros_has_a_positive_scale(name: str) -> None:
+    step, level = ScaleRule.make(name)(torch.zeros(2, 1, 8), TERNARY)
+    assert (step > 0).all()
+    assert torch.equal(step, level)
+
+
+def test_snap_is_exact_in_every_format_and_idempotent() -> None:
+    scales = torch.logspace(-12, 8, 20_001)
+    snapped = snap(scales)
+    assert torch.equal(snap(snapped), snapped)
+    for dtype in (torch.float16, torch.bfloat16):
+        assert torch.equal(snapped.to(dtype).float(), snapped)
+    inside = (scales >= SMALLEST_SCALE) & (scales <= LARGEST_SCALE)
+    assert ((snapped / scales - 1).abs()[inside] <= 2**-8).all()
+    assert (snapped.min(), snapped.max()) == (SMALLEST_SCALE, LARGEST_SCALE)
+
+
+def test_every_scale_that_snap_can_return_survives_fp16() -> None:
+    """All bf16 numbers in [2^-14, 65280], 3840 of them."""
+    every = torch.arange(0, 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16).float()
+    allowed = every[(every >= SMALLEST_SCALE) & (every <= LARGEST_SCALE)]
+    assert len(allowed) == 3840
+    assert torch.equal(snap(allowed), allowed)
+    assert torch.equal(allowed.half().float(), allowed)
+
+
+def test_rules_travel_as_json_and_name_the_nearest() -> None:
+    for rule in (AbsMean(eps=1e-3), AbsMax(), LeastSquares(), TWN(factor=0.7)):
+        assert ScaleRule.from_json(rule.to_json()) == rule
+    with pytest.raises(ConfigError, match="did you mean 'absmean'"):
+        ScaleRule.make("absmeen")
+    with pytest.raises(ConfigError, match="no option 'epsilon'.*eps"):
+        ScaleRule.make("absmean", epsilon=1.0)

@@ -1,0 +1,262 @@
+"""Checkpoints: complete or absent, without pickle, and exact."""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import toy_models
+import torch
+from safetensors.torch import load_file
+from toy_training import At, converted, log_rows, trainer
+
+import hestia
+from hestia.errors import ConfigError
+from hestia.training import checkpoints
+
+
+def trained(folder: Path, make: Callable[[], Any] = toy_models.llama, **config: Any) -> tuple[Any, Any]:
+    """A model after six steps with a checkpoint every second, and its trainer."""
+    model, plan = converted(make)
+    work = trainer(folder, model, plan, **{"save_every": 2, **config})
+    work.fit()
+    return model, work
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any, Path]:
+    """A trained model, its trainer and its checkpoints/, which nobody may change."""
+    folder = tmp_path_factory.mktemp("finished")
+    model, work = trained(folder)
+    return model, work, folder / "checkpoints"
+
+
+Finished = tuple[Any, Any, Path]
+
+
+def test_checkpoints_are_safetensors_and_json_and_rotate(finished: Finished) -> None:
+    root = finished[2]
+    assert sorted(p.name for p in root.iterdir()) == ["step-000004", "step-000006"]
+    names = {p.name for p in (root / "step-000006").iterdir()}
+    assert names == {
+        "model.safetensors", "optimizer.safetensors", "random.safetensors", "trainer_state.json", "state.json",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("make", [toy_models.llama, toy_models.tied_llama, toy_models.qwen2])
+def test_model_optimizer_and_scheduler_come_back_bit_for_bit(tmp_path: Path, make: Callable[[], Any]) -> None:
+    model, work = trained(tmp_path, make)
+    folder = tmp_path / "checkpoints" / "step-000006"
+    fresh, plan = converted(make)
+    with torch.no_grad():
+        for parameter in fresh.parameters():
+            parameter.zero_()
+    other = trainer(tmp_path / "other", fresh, plan)
+    optimizer = other.create_optimizer()
+    scheduler = other.create_scheduler(6, optimizer)
+    checkpoints.load_model(folder, fresh)
+    checkpoints.load_optimizer(folder, fresh, optimizer, scheduler)
+    assert toy_models.same_bits(toy_models.snapshot(model), toy_models.snapshot(fresh))
+    if make is not toy_models.llama:
+        assert fresh.lm_head.weight is fresh.model.embed_tokens.weight
+
+    before = getattr(work.optimizer, "optimizer", work.optimizer)
+    names = {id(p): n for n, p in fresh.named_parameters()}
+    states = {names[id(p)]: optimizer.state[p] for g in optimizer.param_groups for p in g["params"]}
+    for name, parameter in model.named_parameters():
+        assert set(states[name]) == {"exp_avg", "exp_avg_sq", "step"}
+        for key, value in before.state[parameter].items():
+            assert torch.equal(value, states[name][key]), (name, key)
+    assert scheduler.last_epoch == work.lr_scheduler.last_epoch == 6
+    assert scheduler.get_last_lr() == work.lr_scheduler.get_last_lr()
+
+
+def test_ties_are_stored_once(tmp_path: Path) -> None:
+    trained(tmp_path, toy_models.tied_llama)
+    stored = load_file(tmp_path / "checkpoints" / "step-000006" / "model.safetensors")
+    assert ("lm_head.weight" in stored) != ("model.embed_tokens.weight" in stored)
+    assert all(not name.startswith("_hestia") for name in stored)
+
+
+def test_every_random_generator_comes_back(finished: Finished, tmp_path: Path) -> None:
+    model, work, _ = finished
+    random.seed(11)
+    np.random.seed(12)
+    torch.manual_seed(13)
+    random.gauss(0, 1)
+    np.random.standard_normal()
+    folder = tmp_path / "step-000009"
+    checkpoints.save(
+        folder, model=model, optimizer=work.optimizer, scheduler=work.lr_scheduler, trainer_state={}, step=9,
+        fingerprint={},
+    )  # fmt: skip
+
+    def draws() -> tuple[float, ...]:
+        return random.random(), random.gauss(0, 1), np.random.standard_normal(), float(torch.rand(()))
+
+    expected = draws()
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+    assert draws() != expected
+    checkpoints.load_random(folder)
+    assert draws() == expected
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda folder: (folder / "state.json").unlink(),
+        lambda folder: (folder / "optimizer.safetensors").unlink(),
+        lambda folder: (folder / "state.json").write_text("{", encoding="utf-8"),
+        lambda folder: (folder / "state.json").write_text('{"schema": 1}', encoding="utf-8"),
+        lambda folder: _flip(folder / "model.safetensors"),
+        lambda folder: _flip(folder / "random.safetensors"),
+        lambda folder: _truncate(folder / "optimizer.safetensors"),
+        lambda folder: (folder / "trainer_state.json").write_text("{}", encoding="utf-8"),
+    ],
+)
+def test_a_damaged_checkpoint_is_passed_over(
+    finished: Finished, tmp_path: Path, damage: Callable[[Path], object]
+) -> None:
+    root = Path(shutil.copytree(finished[2], tmp_path / "checkpoints"))
+    assert checkpoints.newest(root) == root / "step-000006"
+    damage(root / "step-000006")
+    assert not checkpoints.complete(root / "step-000006")
+    assert checkpoints.newest(root) == root / "step-000004"
+
+
+def _flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    path.write_bytes(content)
+
+
+def _truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def test_newest_of_nothing_is_none(tmp_path: Path) -> None:
+    assert checkpoints.newest(tmp_path / "none") is None
+    (tmp_path / "step-000001").mkdir()
+    (tmp_path / "step-000002").write_text("a file", encoding="utf-8")
+    assert checkpoints.newest(tmp_path) is None
+
+
+def test_the_newest_is_the_highest_step_also_beyond_a_million(finished: Finished, tmp_path: Path) -> None:
+    model, work, _ = finished
+    for step in (999_999, 1_000_000):
+        checkpoints.save(
+            tmp_path / checkpoints.folder_name(step), model=model, optimizer=work.optimizer,
+            scheduler=work.lr_scheduler, trainer_state={}, step=step, fingerprint={},
+        )  # fmt: skip
+    newest = checkpoints.newest(tmp_path)
+    assert newest is not None
+    assert newest.name == checkpoints.folder_name(1_000_000)
+    checkpoints.rotate(tmp_path, 1)
+    assert checkpoints.newest(tmp_path) == newest
+
+
+def test_a_full_disk_leaves_no_half_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, plan = converted()
+    saved = checkpoints.save_file
+
+    def full(tensors: Any, path: Path, *args: Any, **kwargs: Any) -> None:
+        if "step-000004" in str(path) and path.name == "optimizer.safetensors":
+            path.write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        saved(tensors, path, *args, **kwargs)
+
+    monkeypatch.setattr(checkpoints, "save_file", full)
+    with pytest.raises(OSError, match="No space"):
+        trainer(tmp_path, model, plan, save_every=2).fit()
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-000002"]
+    assert checkpoints.newest(tmp_path / "checkpoints") is not None
+
+
+def test_saving_over_a_damaged_checkpoint_of_the_same_step(finished: Finished, tmp_path: Path) -> None:
+    model, work, root = finished
+    folder = Path(shutil.copytree(root, tmp_path / "checkpoints")) / "step-000006"
+    (folder / "state.json").unlink()
+    (folder.parent / f".{folder.name}.tmp").mkdir()  # what a killed process leaves
+    checkpoints.save(
+        folder, model=model, optimizer=work.optimizer, scheduler=work.lr_scheduler, trainer_state={}, step=6,
+        fingerprint={},
+    )  # fmt: skip
+    assert checkpoints.complete(folder)
+    assert not (folder.parent / f".{folder.name}.tmp").exists()
+
+
+def test_a_checkpoint_of_another_model_is_refused(finished: Finished) -> None:
+    folder = finished[2] / "step-000006"
+    with pytest.raises(ConfigError, match="made from another model"):
+        checkpoints.load_model(folder, converted(toy_models.qwen3)[0])
+
+
+def test_a_checkpoint_of_another_plan_or_configuration_is_refused(finished: Finished, tmp_path: Path) -> None:
+    folder = finished[2] / "step-000004"
+    model, plan = converted()
+    with pytest.raises(ConfigError, match="another config"):
+        trainer(tmp_path / "a", model, plan, learning_rate=5e-3).fit(folder)
+    with pytest.raises(ConfigError, match="another config"):
+        trainer(tmp_path / "b", model, plan, steps=12).fit(folder)
+    model, plan = converted(rho=0.7)
+    with pytest.raises(ConfigError, match="another plan"):
+        trainer(tmp_path / "c", model, plan).fit(folder)
+
+
+class Crash(Exception):
+    """Stands for a power cut."""
+
+
+def _crash(model: Any) -> None:
+    raise Crash
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("make", [toy_models.llama, toy_models.tied_llama])
+def test_a_resumed_run_ends_bit_for_bit_where_an_uninterrupted_one_does(
+    tmp_path: Path, make: Callable[[], Any], accumulation: int
+) -> None:
+    config = {"save_every": 3, "steps": 7, "eval_every": 7, "accumulation": accumulation}
+    whole, _ = trained(tmp_path / "whole", make, **config)
+
+    model, plan = converted(make)
+    broken = tmp_path / "broken"
+    with pytest.raises(Crash):
+        trainer(broken, model, plan, callbacks=[At(5, _crash)], **config).fit()
+    checkpoint = checkpoints.newest(broken / "checkpoints")
+    assert checkpoint is not None
+    assert checkpoint.name == "step-000003"
+    model, plan = converted(make)
+    torch.manual_seed(99)
+    trainer(broken, model, plan, **config).fit(checkpoint)
+
+    assert toy_models.same_bits(toy_models.snapshot(whole), toy_models.snapshot(model))
+    rows = [log_rows(tmp_path / name) for name in ("whole", "broken")]
+    assert [row.get("hard_loss") for row in rows[0]] == [row.get("hard_loss") for row in rows[1]]
+    assert [row.get("loss") for row in rows[0]] == [row.get("loss") for row in rows[1]]
+    assert [row["step"] for row in rows[1] if "loss" in row] == [1, 2, 3, 4, 5, 6, 7]
+    assert [row.get("learning_rate") for row in rows[0]] == [row.get("learning_rate") for row in rows[1]]
+    codes = [hestia.freeze(m) for m in (whole, model)]
+    assert all(torch.equal(codes[0][path].codes, codes[1][path].codes) for path in codes[0])
+
+
+def test_the_checkpoint_does_not_grow_with_the_run(tmp_path: Path) -> None:
+    trained(tmp_path, save_every=2, keep=9)
+    sizes = [
+        (tmp_path / "checkpoints" / checkpoints.folder_name(step) / "trainer_state.json").stat().st_size
+        for step in (2, 6)
+    ]
+    assert sizes[1] < sizes[0] + 20
+    state = json.loads((tmp_path / "checkpoints" / "step-000006" / "state.json").read_text(encoding="utf-8"))
+    assert state["step"] == 6
+    assert not math.isnan(state["random"]["numpy"][4])

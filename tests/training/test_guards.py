@@ -1,0 +1,154 @@
+"""What stops a run: NaN and Inf by name, signals with the run saved."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from toy_training import At, converted, log_rows, trainer
+
+from hestia.errors import GuardError
+from hestia.training import Interrupted, checkpoints
+from hestia.training.guards import StopSignals, first_bad
+
+TENSOR = "model.layers.1.mlp.up_proj.weight"
+
+
+def _poison_weight(value: float) -> Callable[[Any], None]:
+    def poison(model: Any) -> None:
+        with torch.no_grad():
+            model.get_parameter(TENSOR)[3, 5] = value
+
+    return poison
+
+
+def _poison_gradient(value: float) -> Callable[[Any], None]:
+    def poison(model: Any) -> None:
+        model.get_parameter(TENSOR).register_hook(lambda grad: torch.full_like(grad, value))
+
+    return poison
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_bad_loss_names_the_first_bad_weight_and_the_last_checkpoint(tmp_path: Path, value: float) -> None:
+    model, plan = converted()
+    work = trainer(tmp_path, model, plan, save_every=2, callbacks=[At(3, _poison_weight(value))])
+    with pytest.raises(GuardError) as caught:
+        work.fit()
+    message = str(caught.value)
+    assert caught.value.exit_status == 4
+    assert "step 4: the loss is nan" in message
+    assert f"the first bad weight is {TENSOR} ({'NaN' if value != value else 'infinity'})" in message
+    checkpoint = checkpoints.newest(tmp_path / "checkpoints")
+    assert str(checkpoint) in message
+    assert checkpoint is not None
+    assert checkpoint.name == "step-000002"
+    fresh, _ = converted()
+    checkpoints.load_model(checkpoint, fresh)
+    assert first_bad(list(fresh.named_parameters())) is None
+    assert [row["step"] for row in log_rows(tmp_path) if "loss" in row] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("clip", [1.0, 0.0])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_a_bad_gradient_stops_before_the_weights_move(tmp_path: Path, value: float, clip: float) -> None:
+    model, plan = converted()
+    before: dict[str, torch.Tensor] = {}
+
+    def remember(model: Any) -> None:
+        before.update({name: p.detach().clone() for name, p in model.named_parameters()})
+        _poison_gradient(value)(model)
+
+    work = trainer(tmp_path, model, plan, save_every=1, clip=clip, callbacks=[At(2, remember)])
+    with pytest.raises(GuardError) as caught:
+        work.fit()
+    message = str(caught.value)
+    assert message.startswith("step 3: gradients are not finite; ")
+    assert f"the first bad one is that of {TENSOR} ({'NaN' if value != value else 'infinity'})" in message
+    assert str(tmp_path / "checkpoints" / "step-000002") in message
+    assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
+
+
+def test_a_loss_that_is_bad_while_all_weights_are_good(tmp_path: Path) -> None:
+    model, plan = converted()
+
+    def spoil_logits(model: Any) -> None:
+        model.lm_head.register_forward_hook(lambda _, __, out: out * float("nan"))
+
+    with pytest.raises(GuardError, match="all weights are still finite. No checkpoint was written yet"):
+        trainer(tmp_path, model, plan, callbacks=[At(1, spoil_logits)]).fit()
+
+
+def test_without_clipping_the_gradients_are_as_they_are(tmp_path: Path) -> None:
+    norms = []
+    for clip in (0.0, 1e9):
+        model, plan = converted()
+        trainer(tmp_path / str(clip), model, plan, clip=clip, steps=3).fit()
+        norms.append([row["grad_norm"] for row in log_rows(tmp_path / str(clip)) if "grad_norm" in row])
+    assert norms[0] == norms[1]
+    assert len(norms[0]) == 3
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_and_stops_after_the_step(tmp_path: Path, number: int, status: int) -> None:
+    model, plan = converted()
+    previous = signal.getsignal(number)
+    config: dict[str, Any] = {"save_every": 100, "steps": 6}
+    work = trainer(tmp_path, model, plan, callbacks=[At(2, lambda _: os.kill(os.getpid(), number))], **config)
+    with pytest.raises(Interrupted) as caught:
+        work.fit()
+    assert caught.value.exit_status == status
+    assert "stopped at step 3 of 6" in str(caught.value)
+    assert "--resume" in str(caught.value)
+    assert signal.getsignal(number) is previous
+    checkpoint = checkpoints.newest(tmp_path / "checkpoints")
+    assert checkpoint is not None
+    assert checkpoint.name == "step-000003"
+
+    whole, plan = converted()
+    trainer(tmp_path / "whole", whole, plan, **config).fit()
+    resumed, plan = converted()
+    trainer(tmp_path, resumed, plan, **config).fit(checkpoint)
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
+
+
+def test_a_trainer_that_never_saves_does_not_save_on_a_signal_either(tmp_path: Path) -> None:
+    """A pilot's weights must not be mistaken for the run's."""
+    model, plan = converted()
+    stop = At(2, lambda _: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(Interrupted, match="nothing to save"):
+        trainer(tmp_path, model, plan, log_every=0, callbacks=[stop]).fit()
+    assert checkpoints.newest(tmp_path / "checkpoints") is None
+
+
+def test_a_signal_in_the_last_step_lets_the_run_end_well(tmp_path: Path) -> None:
+    model, plan = converted()
+    trainer(tmp_path, model, plan, callbacks=[At(5, lambda _: os.kill(os.getpid(), signal.SIGINT))]).fit()
+    assert log_rows(tmp_path)[-1]["step"] == 6
+
+
+def test_the_second_signal_is_not_caught() -> None:
+    with pytest.raises(KeyboardInterrupt), StopSignals() as signals:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert signals.requested == 130
+        os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_outside_the_main_thread_signals_are_left_alone() -> None:
+    entered: list[bool] = []
+
+    def work() -> None:
+        with StopSignals() as signals:
+            entered.append(signals.requested is None)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert entered == [True]

@@ -1,0 +1,279 @@
+"""HestiaTrainer: the clock, the log, the order of the data, and what is trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import toy_models
+import torch
+from torch import nn
+from toy_training import blocks, converted, log_rows, trainer
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+import hestia
+from hestia.data import batch_indices
+from hestia.errors import ConfigError
+from hestia.evaluation import model_logits, score
+from hestia.nn import knobs_of, quantized_modules
+from hestia.schedules import LearningRateSchedule
+from hestia.training import check_loggers
+from hestia.training.trainer import BlockStream, saturated_share
+
+
+class Recorder(TrainerCallback):
+    """The knobs as every forward pass sees them."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[float, float]] = []
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        knobs = knobs_of(model)
+        assert float(knobs.pressure) == pytest.approx(knobs.values["pressure"])
+        self.seen.append((knobs.values["pressure"], knobs.values["temperature"]))
+
+
+def test_the_knobs_follow_the_schedule(tmp_path: Path) -> None:
+    model, plan = converted(rho=0.5)
+    recorder = Recorder()
+    trainer(tmp_path, model, plan, callbacks=[recorder], steps=8).fit()
+    times = [k / 8 for k in range(8)]
+    assert recorder.seen == [(plan.schedule.pressure(t), plan.schedule.base_temperature(t)) for t in times]
+    assert recorder.seen[0] == (0.0, 0.3)
+    assert knobs_of(model).values == {"pressure": 1.0, "temperature": 0.0}
+
+
+def test_three_lines_on_a_plain_trainer(tmp_path: Path) -> None:
+    """The use that DESIGN promises: any Trainer, one callback."""
+    model = toy_models.llama()
+    plan = hestia.plan(model, recipe="hestia", target="hf", options={"rho": 0.5})
+    hestia.apply(model, plan)
+    recorder = Recorder()
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), max_steps=4, per_device_train_batch_size=2, report_to="none", disable_tqdm=True,
+        use_cpu=True, learning_rate=1e-2, save_strategy="no",
+    )  # fmt: skip
+    dataset = BlockStream(blocks(), 8, seed=0)
+    before = model.get_parameter("model.layers.0.mlp.up_proj.weight").detach().clone()
+    Trainer(model, arguments, train_dataset=dataset, callbacks=[hestia.QATCallback(plan), recorder]).train()
+    expected = [(plan.schedule.pressure(k / 4), plan.schedule.base_temperature(k / 4)) for k in range(4)]
+    assert recorder.seen == expected
+    assert not torch.equal(before, model.get_parameter("model.layers.0.mlp.up_proj.weight"))
+    assert len(hestia.freeze(model)) == 14
+
+
+def test_a_callback_on_a_model_that_was_not_converted_says_so(tmp_path: Path) -> None:
+    plan = hestia.plan(toy_models.llama())
+    with pytest.raises(ConfigError, match=r"hestia\.apply"):
+        trainer(tmp_path, toy_models.llama(), plan).fit()
+
+
+def test_every_training_row_of_the_log_is_whole(tmp_path: Path) -> None:
+    model, plan = converted()
+    factors = {path: 0.5 + 0.1 * i for i, path in enumerate(plan.layers)}
+    plan = plan.with_factors(factors)
+    for path, module in quantized_modules(model):
+        module.temperature_factor = factors[path]
+    trainer(tmp_path, model, plan, steps=6, eval_every=2).fit()
+    rows = log_rows(tmp_path)
+    soft = [row for row in rows if "loss" in row]
+    assert [row["step"] for row in soft] == [1, 2, 3, 4, 5, 6]
+    for row in soft:
+        t = (row["step"] - 1) / 6
+        assert row["pressure"] == plan.schedule.pressure(t)
+        base = plan.schedule.base_temperature(t)
+        assert row["temperature"]["min"] == pytest.approx(0.5 * base)
+        assert row["temperature"]["max"] == pytest.approx(1.8 * base)
+        assert row["temperature"]["mean"] == pytest.approx(base * sum(factors.values()) / len(factors))
+        assert 0 <= row["saturated"] <= 1
+        assert row["tokens"] == row["step"] * 4 * 16
+        assert row["grad_norm"] > 0
+    assert all(row["tokens_per_second"] > 0 for row in soft[1:])
+    hard = [row for row in rows if "hard_loss" in row]
+    assert [row["step"] for row in hard] == [2, 4, 6]
+    assert soft[-1]["loss"] < soft[0]["loss"]
+
+
+def test_the_learning_rate_follows_its_schedule(tmp_path: Path) -> None:
+    model, plan = converted()
+    schedule = LearningRateSchedule(warmup=0.25, decay=0.5, final=0.0)
+    trainer(tmp_path, model, plan, steps=8, schedule=schedule, learning_rate=2e-3).fit()
+    rates = [row["learning_rate"] for row in log_rows(tmp_path) if "loss" in row]
+    # The row of step k names the rate of the step that was just taken or of the next one; either way it is on the curve.
+    curve = [2e-3 * schedule.factor(min(1.0, (k + 1) / 8)) for k in range(9)]
+    assert rates in (pytest.approx(curve[:8]), pytest.approx(curve[1:]))
+
+
+def test_the_first_step_has_the_rate_of_its_place_and_the_last_the_final_one(tmp_path: Path) -> None:
+    model, plan = converted()
+    seen: list[float] = []
+
+    class Rates(TrainerCallback):
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
+            seen.append(optimizer.param_groups[0]["lr"])
+
+    schedule = LearningRateSchedule(warmup=0.5, decay=0.5, final=0.1)
+    trainer(tmp_path, model, plan, steps=4, schedule=schedule, learning_rate=1e-3, callbacks=[Rates()]).fit()
+    assert seen == pytest.approx([5e-4, 1e-3, 5.5e-4, 1e-4])
+
+
+def test_hard_loss_is_the_score_of_the_frozen_model(tmp_path: Path) -> None:
+    model, plan = converted()
+    trainer(tmp_path, model, plan, eval_every=6).fit()
+    logged = [row["hard_loss"] for row in log_rows(tmp_path) if "hard_loss" in row]
+    assert len(logged) == 1
+    hestia.freeze(model)
+    frozen = score(model_logits(model), blocks(6, seed=1)).nll
+    assert logged[0] == pytest.approx(frozen, abs=1e-6)
+
+
+def test_evaluating_in_between_changes_nothing(tmp_path: Path) -> None:
+    final = []
+    for every in (0, 1):
+        model, plan = converted()
+        trainer(tmp_path / str(every), model, plan, eval_every=every, save_every=every).fit()
+        final.append(toy_models.snapshot(model))
+    assert toy_models.same_bits(*final)
+
+
+def test_the_order_of_the_data_is_a_pure_function_of_seed_and_step(tmp_path: Path) -> None:
+    data = blocks(10)
+    stream = BlockStream(data, 28, seed=5)
+    for step in range(7):
+        rows = batch_indices(10, 4, 5, step)
+        batch = torch.stack([stream[step * 4 + k]["input_ids"] for k in range(4)])
+        assert torch.equal(batch, data.input_ids[rows])
+    backwards = BlockStream(data, 28, seed=5)
+    assert all(torch.equal(backwards[i]["input_ids"], stream[i]["input_ids"]) for i in reversed(range(28)))
+    assert not all(torch.equal(BlockStream(data, 28, seed=6)[i]["input_ids"], stream[i]["input_ids"]) for i in range(9))
+
+    seen: list[torch.Tensor] = []
+    model, plan = converted()
+    model.model.embed_tokens.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].clone()))
+    torch.manual_seed(123)  # a generator that someone else moved makes no difference
+    trainer(tmp_path, model, plan, steps=7, seed=5, train=data).fit()
+    for step, batch in enumerate(seen):
+        assert torch.equal(batch, data.input_ids[batch_indices(10, 4, 5, step)])
+
+
+def test_tokens_that_do_not_count_are_not_learnt() -> None:
+    data = blocks(4)
+    data.loss_mask[:, :8] = False
+    labels = BlockStream(data, 4, seed=0)[0]["labels"]
+    assert (labels[:8] == -100).all()
+    assert (labels[8:] >= 0).all()
+
+
+def test_accumulation_gives_the_gradients_of_the_whole_batch(tmp_path: Path) -> None:
+    weights = []
+    for accumulation in (1, 4):
+        model, plan = converted()
+        trainer(tmp_path / str(accumulation), model, plan, accumulation=accumulation, steps=3).fit()
+        weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    assert torch.allclose(*weights, atol=2e-4)
+    assert float((weights[0] - weights[1]).abs().mean()) < 2e-6
+    model, plan = converted()
+    work = trainer(tmp_path / "rows", model, plan, accumulation=2, steps=3)
+    work.fit()
+    assert [row["step"] for row in log_rows(tmp_path / "rows") if "loss" in row] == [1, 2, 3]
+
+
+def test_gradient_checkpointing_gives_the_same_weights(tmp_path: Path) -> None:
+    final = []
+    for on in (False, True):
+        model, plan = converted()
+        trainer(tmp_path / str(on), model, plan, gradient_checkpointing=on).fit()
+        assert model.model.layers[0].gradient_checkpointing is on
+        final.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    assert torch.allclose(*final, atol=1e-6)
+
+
+@pytest.mark.parametrize("make", [toy_models.llama, toy_models.tied_llama])
+def test_frozen_embeddings_do_not_move(tmp_path: Path, make: Any) -> None:
+    model, plan = converted(make)
+    before = toy_models.snapshot(model)
+    trainer(tmp_path, model, plan, train_embeddings=False, weight_decay=0.5).fit()
+    after = toy_models.snapshot(model)
+    assert torch.equal(before["model.embed_tokens.weight"], after["model.embed_tokens.weight"])
+    assert torch.equal(before["lm_head.weight"], after["lm_head.weight"]) is (make is toy_models.tied_llama)
+    moved = [name for name in before if not torch.equal(before[name], after[name])]
+    assert len(moved) == len(before) - (2 if make is toy_models.tied_llama else 1)
+
+
+def test_trained_embeddings_move_and_stay_tied(tmp_path: Path) -> None:
+    model, plan = converted(toy_models.tied_llama)
+    before = toy_models.snapshot(model)
+    trainer(tmp_path, model, plan).fit()
+    assert not torch.equal(before["model.embed_tokens.weight"], model.model.embed_tokens.weight)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_only_matrices_decay(tmp_path: Path) -> None:
+    model, plan = converted(toy_models.qwen2)
+    optimizer = trainer(tmp_path, model, plan, weight_decay=0.3).create_optimizer()
+    decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    for name, parameter in model.named_parameters():
+        assert decay[id(parameter)] == (0.3 if parameter.ndim >= 2 else 0.0), name
+
+
+def test_latent_weights_are_fp32_under_bf16_autocast(tmp_path: Path) -> None:
+    model, plan = converted()
+    work = trainer(tmp_path, model, plan, bf16=True, steps=3)
+    seen: list[torch.dtype] = []
+    model.model.layers[0].mlp.register_forward_hook(lambda _, __, out: seen.append(out.dtype))
+    work.fit()
+    assert seen[0] == torch.bfloat16
+    assert all(module.weight.dtype == torch.float32 for _, module in quantized_modules(model))
+
+
+def test_saturated_share_counts_weights_with_a_small_gain() -> None:
+    model, _ = converted()
+    knobs_of(model).set(pressure=1.0, temperature=0.05)
+    share = saturated_share(model)
+    total = stuck = 0
+    for _, module in quantized_modules(model):
+        weight = module.weight.detach().clone().requires_grad_()
+        scale = (weight.detach().abs().mean(dim=1, keepdim=True) + 1e-5)
+        module.quantizer.fake(weight, torch.tensor(1.0), torch.tensor(0.05)).sum().backward()
+        assert weight.grad is not None
+        total += weight.numel()
+        stuck += int((weight.grad < 0.1).sum())
+        assert scale.shape == (weight.shape[0], 1)
+    assert share == pytest.approx(stuck / total, abs=1e-3)
+    assert 0.3 < share < 1
+
+
+def test_tensorboard_writes_under_the_runs_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("tensorboard")
+    elsewhere = tmp_path / "cwd"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    run = tmp_path / "run"
+    model, plan = converted()
+    trainer(run, model, plan, report_to=("tensorboard",), eval_every=3).fit()
+    events = list(run.rglob("events.out.tfevents.*"))
+    assert events
+    assert all(event.stat().st_size > 100 for event in events)
+    assert not list(elsewhere.iterdir())
+
+
+def test_unknown_loggers_are_refused() -> None:
+    check_loggers(())
+    check_loggers(("tensorboard",))
+    with pytest.raises(ConfigError, match="did you mean 'wandb'"):
+        check_loggers(("wandbb",))
+
+
+def test_nothing_is_written_without_being_asked(tmp_path: Path) -> None:
+    model, plan = converted()
+    trainer(tmp_path, model, plan, log_every=0).fit()
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+def test_the_model_is_left_whole(tmp_path: Path) -> None:
+    model, plan = converted()
+    names = list(model.state_dict())
+    trainer(tmp_path, model, plan, save_every=2).fit()
+    assert list(model.state_dict()) == names
+    assert isinstance(model.model.layers[0].mlp.up_proj, nn.Linear)
