@@ -186,12 +186,12 @@ def main() -> int:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     block = f"<!-- results -->\n{table(found)}\n<!-- /results -->"
     readme = re.sub(r"<!-- results -->.*?<!-- /results -->", lambda _: block, readme, flags=re.DOTALL)
-    written = {ROOT / "benchmarks" / "RESULTS.md": page, ROOT / "README.md": readme, FIGURE: figure(found)}
-    stale = [path for path, text in written.items() if not path.exists() or path.read_text(encoding="utf-8") != text]
+    written = {ROOT / "benchmarks" / "RESULTS.md": page, ROOT / "README.md": readme}
     if check:
+        stale = [path for path, text in written.items() if not path.exists() or path.read_text("utf-8") != text]
         print("\n".join(f"stale: {path.relative_to(ROOT)}" for path in stale) or "all generated texts are current")
         return 1 if stale else 0
-    for path, text in written.items():
+    for path, text in {**written, FIGURE: figure(found)}.items():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
     return 0

@@ -13,6 +13,7 @@ from . import curvature, loading, recipes
 from .data import Blocks, TokenizedText, epoch_order, pack_all, prepare, read_documents
 from .errors import ConfigError
 from .evaluation import Logits, hestia_protocol_perplexity, model_logits, run_tasks, score
+from .export import llama_cpp
 from .export.frozen import MODEL_FOLDER
 from .nn import select
 from .options import Options, count
@@ -72,8 +73,8 @@ def evaluate_model(
     """``hestia eval``: NLL on text, KL to a parent, lm-eval tasks.
 
     Args:
-        options: model (folder, hub id or run), data and machine.
-        against: the parent for KL and top-1 agreement.
+        options: model (folder, hub id, run or .gguf file), data and machine.
+        against: the parent, or run, for KL and top-1 agreement.
         tasks: lm-eval task names, or names of .jsonl files in ``tasks_dir``.
         tasks_dir: folder of local tasks.
         limit: items a task.
@@ -85,27 +86,47 @@ def evaluate_model(
     if not options.data and not tasks:
         raise ConfigError("nothing to evaluate on: give --data, --tasks or both")
     device = choose_device(options)
-    run = Path(options.model)
-    source = loading.resolve(str(run / MODEL_FOLDER) if (run / MODEL_FOLDER).is_dir() else options.model)
+    packed = options.model.endswith(".gguf")
+    if packed and (against is None or tasks):
+        raise ConfigError("a .gguf file needs --against (its run or parent, for the tokenizer) and cannot run --tasks")
+    source = _model_source(against if packed and against is not None else options.model)
     config = loading.load_config(source, trust_remote_code=options.trust_remote_code)
     tokenizer = loading.load_tokenizer(source, trust_remote_code=options.trust_remote_code)
-    model: Any = loading.load_model(source, trust_remote_code=options.trust_remote_code)
-    model.to(device)
     seq_len = longest_block(config, options)
+    model: Any = None
+    if packed:
+        logits = _llama_logits(Path(options.model))
+    else:
+        model = loading.load_model(source, trust_remote_code=options.trust_remote_code)
+        logits = model_logits(model.to(device))
     record: dict[str, Any] = {"model": options.model}
     if options.data and protocol == "hestia":
-        record |= _paper_protocol(model_logits(model), options, tokenizer, min(2048, seq_len))
+        record |= _paper_protocol(logits, options, tokenizer, min(2048, seq_len))
     elif options.data:
         blocks = all_blocks(options, tokenizer, seq_len)
         parent: Logits | None = None
         if against is not None:
-            parent_model: Any = loading.load_model(loading.resolve(against))
+            parent_model: Any = loading.load_model(_model_source(against))
             parent = model_logits(parent_model.to(device))
-        record |= score(model_logits(model), blocks, parent=parent).to_json()
+        record |= score(logits, blocks, parent=parent).to_json()
     if tasks:
         folder = Path(tasks_dir) if tasks_dir else None
         record["tasks"] = run_tasks(model, tokenizer, tasks, data_dir=folder, limit=limit)
     return record
+
+
+def _model_source(name: str) -> loading.Source:
+    """A model folder, a hub id, or the frozen model of a run."""
+    frozen = Path(name) / MODEL_FOLDER
+    return loading.resolve(str(frozen) if frozen.is_dir() else name)
+
+
+def _llama_logits(path: Path) -> Logits:
+    """A .gguf file in llama.cpp as a callable; every batch is a child process."""
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such file")
+    threads = torch.get_num_threads()
+    return lambda ids: torch.from_numpy(llama_cpp.logits_all(path, ids.tolist(), threads=threads))
 
 
 def _paper_protocol(

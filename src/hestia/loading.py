@@ -6,6 +6,8 @@ is resolved to a commit first, so that a run records exactly what it started fro
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import re
 import shutil
@@ -117,16 +119,17 @@ def load_model(source: Source, *, trust_remote_code: bool = False) -> PreTrained
         ConfigError: damaged files, weights that are missing for the configured architecture, of another shape or not
             finite, remote code needed.
     """
-    loaded = _read(
-        source,
-        "model weights",
-        AutoModelForCausalLM.from_pretrained,
-        dtype=torch.float32,
-        use_safetensors=True,
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,  # they are refused below, by name
-        trust_remote_code=trust_remote_code,
-    )
+    with contextlib.redirect_stderr(io.StringIO()):  # compressed-tensors draws a bar for each of its stages
+        loaded = _read(
+            source,
+            "model weights",
+            AutoModelForCausalLM.from_pretrained,
+            dtype=torch.float32,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
+            trust_remote_code=trust_remote_code,
+        )
     model, info = loaded
     missing = sorted(info["missing_keys"])
     if missing:
@@ -226,7 +229,7 @@ def license_of(source: Source) -> str | None:
     card = Path(source.location) / "README.md"
     if not source.is_local or not card.is_file():
         return None
-    found = re.search(r"\A---\n.*?^license:\s*([\w.-]+)\s*$.*?^---$", card.read_text("utf-8"), re.MULTILINE | re.DOTALL)
+    found = re.search(r"\A---\n.*?^license:\s*([\w.-]+)\s*$.*?^---$", card.read_text("utf-8", "replace"), re.MULTILINE | re.DOTALL)
     return found.group(1) if found else None
 
 

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from .errors import ConfigError, PlanError
+from .errors import ConfigError, PlanError, nearest
 from .files import read_json, write_json
+from .quant.grouping import group_shape
 from .quant.spec import QuantSpec
 from .schedules import KnobSchedule
 from .targets import target
@@ -128,10 +129,11 @@ class Plan:
         """The inverse of ``to_json``.
 
         Raises:
-            PlanError: a missing or bad value; the place is named.
+            PlanError: a missing or bad value, or a storage type that cannot hold its tensor; the place is named.
         """
         place = where
         try:
+            targets = tuple(target(name).name for name in record["targets"])
             layers: dict[str, LayerPlan] = {}
             for path, entry in record["layers"].items():
                 place = f"{where}: {path}"
@@ -139,17 +141,16 @@ class Plan:
                 factor = float(entry["temperature_factor"])
                 if not 0.0 < factor < 1e6:
                     raise PlanError(f"temperature_factor must be positive and finite, got {factor}")
-                layers[path] = LayerPlan(
-                    spec=QuantSpec.from_json(entry),
-                    shape=(rows, columns),
-                    temperature_factor=factor,
-                    stored=dict(entry["stored"]),
-                )
+                spec, shape, stored = QuantSpec.from_json(entry), (rows, columns), dict(entry["stored"])
+                group_shape(shape, spec.group_size)
+                for name in targets:
+                    _check_stored(name, stored.get(name), spec, shape)
+                layers[path] = LayerPlan(spec=spec, shape=shape, temperature_factor=factor, stored=stored)
             place = where
             return cls(
                 recipe=dict(record["recipe"]),
                 trains=bool(record["trains"]),
-                targets=tuple(target(name).name for name in record["targets"]),
+                targets=targets,
                 schedule=KnobSchedule(**record["schedule"]),
                 layers=layers,
                 kept={k: Kept(reason=str(v["reason"]), weights=int(v["weights"])) for k, v in record["kept"].items()},
@@ -190,3 +191,13 @@ class Plan:
             lines.append(f"{name}: {self.bits_per_weight(name):.4f} bits a quantized weight, scales included")
         lines += [f"WARNING: {warning}" for warning in self.warnings]
         return "\n".join(lines)
+
+
+def _check_stored(target_name: str, type_name: str | None, spec: QuantSpec, shape: tuple[int, int]) -> None:
+    """Refuse a storage type that the target lacks or that cannot hold the tensor: plan.json may have been edited."""
+    types = {t.name: t for t in target(target_name).types}
+    if type_name not in types:
+        raise PlanError(f"stored: {target_name} has no type {type_name!r}: {nearest(str(type_name), types)}")
+    refusal = types[type_name].refusal(spec.grid, spec.group_size, shape)
+    if refusal is not None:
+        raise PlanError(f"stored: {refusal}")

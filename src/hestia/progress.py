@@ -80,4 +80,4 @@ def track(items: Iterable[T], description: str, total: int | None = None) -> Ite
 def announce(message: str) -> None:
     """One line on standard error, where progress is shown."""
     if _enabled:
-        console.print(message, markup=False, soft_wrap=True)
+        console.print(message, markup=False, emoji=False, soft_wrap=True)

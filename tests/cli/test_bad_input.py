@@ -135,7 +135,15 @@ def test_a_folder_without_config(refuse: Refuse, job: Job, parent_copy: Path) ->
 
 @pytest.mark.parametrize(
     "content",
-    ["", "{", "[]", "{}", '{"model_type": "llamma"}', '{"model_type": "t5"}', '{"model_type": "llama", "hidden_size": "x"}'],
+    [
+        "",
+        "{",
+        "[]",
+        "{}",
+        '{"model_type": "llamma"}',
+        '{"model_type": "t5"}',
+        '{"model_type": "llama", "hidden_size": "x"}',
+    ],
 )
 def test_a_damaged_config(refuse: Refuse, job: Job, parent_copy: Path, content: str) -> None:
     (parent_copy / "config.json").write_text(content, encoding="utf-8")

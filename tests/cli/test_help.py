@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -128,3 +130,28 @@ def _seconds(command: list[str]) -> float:
     started = time.perf_counter()
     subprocess.run(command, capture_output=True, check=True)
     return time.perf_counter() - started
+
+
+def test_a_sigterm_outside_of_training_leaves_with_143(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stack unwinds, so that temporary files are removed; training itself saves first (see test_guards)."""
+    from hestia.cli import main as module
+
+    tidied: list[bool] = []
+
+    def work() -> int:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)
+        finally:
+            tidied.append(True)
+        return 0
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(module, "main", work)
+    try:
+        with pytest.raises(SystemExit) as caught:
+            module.run()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert caught.value.code == 143
+    assert tidied == [True]

@@ -48,9 +48,7 @@ def test_calibrate_writes_what_plan_reads(
     assert one_object(text) == made
 
 
-def test_train_follows_its_plan(
-    invoke: Invoke, toy_parent: Path, toy_text: Path, tmp_path: Path, lean: None
-) -> None:
+def test_train_follows_its_plan(invoke: Invoke, toy_parent: Path, toy_text: Path, tmp_path: Path, lean: None) -> None:
     plan = tmp_path / "plan.json"
     assert invoke("plan", toy_parent, "--recipe", "bitnet_ste", "--skip", "*.v_proj", "--out", plan)[0] == 0
     words = [word for word in QUICK if word not in ("--calibrate", "2")]

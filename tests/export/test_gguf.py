@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from hestia.errors import ConfigError, ExportError, PlanError, VerifyError
 from hestia.export import gguf as exporter
 from hestia.export.frozen import FrozenModel, save_codes
-from hestia.export.gguf import check_gguf, export_gguf
+from hestia.export.gguf import check_gguf, export_gguf, file_target
 from hestia.export.packing import codes_digest
 from hestia.quant import AbsMean, GroupSize, QuantizedTensor, Quantizer, QuantSpec
 from hestia.targets import target
@@ -179,6 +179,7 @@ def test_the_gguf_package_reads_the_frozen_model(tmp_path: Path, model_type: str
     record = export_gguf(frozen, target(target_name), path)
     assert check_gguf(path, frozen, target_name) == []
     assert record["bytes"] == path.stat().st_size
+    assert file_target(path) == target_name
     weights, main = sum(frozen.codes(p).codes.numel() for p in frozen.quantized), target(target_name).types[0]
     assert record["quantized_bytes"] == weights // main.block * main.block_bytes
 

@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from hestia.errors import ConfigError, VerifyError
+from hestia.errors import VerifyError
 from hestia.export import verify as verify_module
 from hestia.export.frozen import FrozenModel
 from hestia.export.huggingface import export_hf, logits
@@ -279,7 +279,9 @@ def _gguf_modules(monkeypatch: pytest.MonkeyPatch, *, available: bool, noise: fl
     gguf, engine = ModuleType("hestia.export.gguf"), ModuleType("hestia.export.llama_cpp")
     gguf.check_gguf = lambda path, frozen, name: []  # type: ignore[attr-defined]
     engine.available = lambda: available  # type: ignore[attr-defined]
-    engine.logits = lambda path, ids: np.full((len(ids), 96), 0.0) + noise * np.eye(len(ids), 96)  # type: ignore[attr-defined]
+    length = 32  # of the verification's own probe
+    noisy = np.zeros((1, length, 96)) + noise * np.eye(length, 96)
+    engine.logits_all = lambda path, ids: noisy  # type: ignore[attr-defined]
     engine.activation_kl_bound = lambda names: 1e-3  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "hestia.export.gguf", gguf)
     monkeypatch.setitem(sys.modules, "hestia.export.llama_cpp", engine)
@@ -305,22 +307,20 @@ def test_gguf_is_held_to_the_activation_bound(
     assert result.notes == ("llama-cpp-python not installed: engine check skipped",)
 
 
-def test_target_of_a_gguf_file_comes_from_the_run(tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    file = run / "somewhere" / "model.gguf"
-    file.parent.mkdir(parents=True)
-    file.touch()
-    with pytest.raises(ConfigError, match=r"give its target: gguf:tq2_0"):
-        detect_target(file, run)
-    (run / "plan.json").write_text(json.dumps({"targets": ["hf", "gguf:q2_0"]}))
-    assert detect_target(file, run) == "gguf:q2_0"
-    named = run / "exports" / "gguf-tq1_0" / "model.gguf"
-    named.parent.mkdir(parents=True)
-    named.touch()
-    assert detect_target(named, run) == "gguf:tq1_0"
+def test_target_of_a_gguf_file_comes_from_the_report_then_from_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from hestia.export import gguf
+
+    file = tmp_path / "model.gguf"
+    file.write_bytes(b"GGUF")
+    with pytest.raises(VerifyError, match=r"model\.gguf"):
+        detect_target(file, tmp_path)
+    monkeypatch.setattr(gguf, "file_target", lambda path: "gguf:q2_0")
+    assert detect_target(file, tmp_path) == "gguf:q2_0"
     record = {"exports": [{"target": "hf", "path": "exports/hf"}, {"target": "gguf:q4_0", "path": str(file)}]}
-    (run / "report.json").write_text(json.dumps(record))
-    assert detect_target(file, run) == "gguf:q4_0"
+    (tmp_path / "report.json").write_text(json.dumps(record))
+    assert detect_target(file, tmp_path) == "gguf:q4_0"
 
 
 def test_require_ok_counts_the_rest() -> None:

@@ -1,4 +1,4 @@
-"""The paper's equations as they stand there: no care for overflow, memory or speed. Trust it in float64 at moderate tau.
+"""The paper's equations as they stand there: no care for overflow, memory or speed. Use float64 and a moderate tau.
 
 pi(q|z) = softmax_q(-(z - q)^2 / tau),   H = s sum_q q pi(q|z),   s = mean|w| + 1e-5 over the group, detached
 """

@@ -26,7 +26,9 @@ def test_a_group_holds_consecutive_inputs_of_one_row() -> None:
 
 
 def test_a_group_that_does_not_divide_names_those_that_do() -> None:
-    with pytest.raises(ConfigError, match=r"group_size=128 does not divide in_features=64\. Groups that do: 64, 32, 16"):
+    with pytest.raises(
+        ConfigError, match=r"group_size=128 does not divide in_features=64\. Groups that do: 64, 32, 16"
+    ):
         group_shape((4, 64), 128)
     with pytest.raises(ConfigError, match="Write 'row'"):
         group_shape((4, 43), 32)

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-import toy_models
 import torch
+import toy_models
 from safetensors.torch import load_file
 from toy_training import At, converted, log_rows, trainer
 

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import toy_models
 import torch
+import toy_models
 from torch import nn
 from toy_training import blocks, converted, log_rows, trainer
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -110,7 +110,9 @@ def test_the_first_step_has_the_rate_of_its_place_and_the_last_the_final_one(tmp
     seen: list[float] = []
 
     class Rates(TrainerCallback):
-        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
+        def on_pre_optimizer_step(
+            self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any
+        ) -> None:
             seen.append(optimizer.param_groups[0]["lr"])
 
     schedule = LearningRateSchedule(warmup=0.5, decay=0.5, final=0.1)
@@ -234,7 +236,7 @@ def test_saturated_share_counts_weights_with_a_small_gain() -> None:
     total = stuck = 0
     for _, module in quantized_modules(model):
         weight = module.weight.detach().clone().requires_grad_()
-        scale = (weight.detach().abs().mean(dim=1, keepdim=True) + 1e-5)
+        scale = weight.detach().abs().mean(dim=1, keepdim=True) + 1e-5
         module.quantizer.fake(weight, torch.tensor(1.0), torch.tensor(0.05)).sum().backward()
         assert weight.grad is not None
         total += weight.numel()

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import toy_models
 import torch
+import toy_models
 from torch import nn
 from transformers import TrainerCallback
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import importlib
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -71,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         status = cli.main(args=arguments, prog_name="hestia", standalone_mode=False)
         return status if isinstance(status, int) else 0
     except click.exceptions.Abort:
-        return _fail("interrupted", 130)
+        return _fail("interrupted; --resume goes on where a run was", 130)
     except click.exceptions.NoArgsIsHelpError as error:
         error.show()
         return 2
@@ -81,8 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(f"{error.format_message()}{where}", 2)
     except HestiaError as error:
         return _fail(str(error), error.exit_status)
-    except KeyboardInterrupt:
-        return _fail("interrupted before training had anything to save", 130)
+
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             return _fail(f"the disk is full ({error}); earlier checkpoints are intact", 1)
@@ -115,7 +115,8 @@ def _fail(message: str, status: int) -> int:
 
 
 def run() -> None:
-    """The console script."""
+    """The console script; a SIGTERM outside of training tidies up and leaves too."""
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(_fail("terminated", 128 + number)))
     sys.exit(main())
 
 

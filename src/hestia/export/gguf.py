@@ -38,7 +38,7 @@ from ..errors import ConfigError, ExportError, PlanError, VerifyError, nearest
 from ..files import replacing
 from ..quant.codes import QuantizedTensor
 from ..quant.grids import Grid
-from ..targets import F16, F32, StorageType, Target
+from ..targets import F16, F32, TARGETS, StorageType, Target
 from ..targets import target as target_by_name
 from .frozen import FrozenModel
 from .gguf_tokenizer import Value, tokenizer_metadata
@@ -233,6 +233,22 @@ def check_gguf(path: Path, frozen: FrozenModel, target_name: str) -> list[str]:
 
 
 # --- what the file must hold -----------------------------------------------------------------------------------------
+
+
+def file_target(path: Path) -> str:
+    """The target that a GGUF file says it is: ``gguf:tq2_0``, from its ``general.file_type``.
+
+    Raises:
+        ConfigError: no such file.
+        VerifyError: damaged, or of a type that hestia does not write.
+    """
+    raw = dict(_read(path).metadata).get("general.file_type")
+    number = struct.unpack("<I", raw.items[0])[0] if raw is not None and raw.type == "u32" else None
+    for name, file_type in FILE_TYPES.items():
+        for target in TARGETS.values():
+            if file_type == number and target.types[0].name == name:
+                return target.name
+    raise VerifyError(f"{path}: general.file_type is {number}, which hestia does not write")
 
 
 def _layout(frozen: FrozenModel, target: Target, *, fallback: bool) -> _Layout:

@@ -27,7 +27,6 @@ from torch import Tensor
 
 from ..errors import ConfigError, ExportError, VerifyError
 from ..files import read_json
-from ..targets import TARGETS
 from ..targets import target as target_named
 from .frozen import FrozenModel
 from .huggingface import choose_scheme, logits, quantization_config
@@ -155,12 +154,10 @@ def check(path: Path, frozen: FrozenModel, target: str) -> list[str]:
 def detect_target(path: Path, run: Path) -> str:
     """The target of an exported file.
 
-    A folder with a config.json is ``hf``. A .gguf file is looked up in the run's report.json, then in the name of its
-    folder (``RUN/exports/gguf-tq2_0``), then in plan.json if that names one GGUF target.
+    A folder with a config.json is ``hf``. A .gguf file is looked up in the run's report.json, then asked itself.
 
     Raises:
-        VerifyError: neither a folder with a config.json nor a .gguf file.
-        ConfigError: a .gguf file that the run does not know.
+        VerifyError: neither a folder with a config.json nor a .gguf file that says what it is.
     """
     if path.is_dir():
         if (path / "config.json").is_file():
@@ -168,20 +165,15 @@ def detect_target(path: Path, run: Path) -> str:
         raise VerifyError(f"{path}: no config.json in this folder, so it is not an exported model")
     if path.suffix != ".gguf":
         raise VerifyError(f"{path}: neither an exported folder nor a .gguf file")
-    report, plan = run / "report.json", run / "plan.json"
+    report = run / "report.json"
     if report.is_file():
         for entry in read_json(report).get("exports", []):
             recorded = Path(str(entry.get("path")))
             if path.resolve() in (recorded.resolve(), (run / recorded).resolve()):
                 return target_named(str(entry.get("target"))).name
-    folder = path.resolve().parent.name.replace("-", ":", 1)
-    if folder in TARGETS:
-        return folder
-    planned = [t for t in read_json(plan).get("targets", []) if t.startswith("gguf:")] if plan.is_file() else []
-    if len(planned) == 1:
-        return target_named(planned[0]).name
-    names = ", ".join(t for t in TARGETS if t.startswith("gguf:"))
-    raise ConfigError(f"{path}: {run} does not say which type this file has; give its target: {names}")
+    from .gguf import file_target
+
+    return file_target(path)
 
 
 # --- what the engines compute --------------------------------------------------------------------------------------

@@ -5,9 +5,10 @@ The rules, in order; the first that applies names the reason:
     1. a weight shared with an embedding, or the output head    -> kept: "output head" (tied or not)
     2. an embedding                                             -> kept: "embedding"
     3. a linear weight that several layers share                -> kept, loudly
-    4. the weight of an ``nn.Linear`` inside the blocks         -> candidate, unless a skip pattern names it
-    5. a bias, a norm (1-d)                                     -> kept
-    6. a matrix that is not an ``nn.Linear`` (GPT-2's Conv1D,
+    4. a router of experts, by its name                         -> kept: few weights that decide much
+    5. the weight of an ``nn.Linear`` inside the blocks         -> candidate, unless a skip pattern names it
+    6. a bias, a norm (1-d)                                     -> kept
+    7. a matrix that is not an ``nn.Linear`` (GPT-2's Conv1D,
        a stacked tensor of experts, a convolution, a linear
        layer with a forward of its own)                         -> kept, loudly: ``Selection.warnings``
 """
@@ -25,6 +26,7 @@ from ..plans import Kept
 from .linear import QuantLinear
 
 NOT_LINEAR = "not an nn.Linear"
+ROUTER, ROUTERS = "router of experts", ("gate", "router", "shared_expert_gate")
 EMBEDDING, HEAD = "embedding", "output head"
 
 
@@ -89,10 +91,10 @@ def select(model: nn.Module, skip: str | Sequence[str] = ()) -> Selection:
             reason = f"shared by {' and '.join(users[id(parameter)])}"
             strange[reason] = parameter.numel()
         elif path is not None and isinstance(module, nn.Linear):
-            if pattern is None:
+            if pattern is None and path.rpartition(".")[2] not in ROUTERS:
                 candidates[path] = module
                 continue
-            reason = f"skipped by {pattern!r}"
+            reason = f"skipped by {pattern!r}" if pattern is not None else ROUTER
         elif parameter.ndim < 2:
             reason = "bias" if name.endswith("bias") else "norm or vector"
         else:

@@ -19,6 +19,9 @@ class Member:
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if "name" in cls.__dict__:
+            known = Member._registry.get(cls.family, {}).get(cls.name)
+            if known is not None and known.__qualname__ != cls.__qualname__:
+                raise ConfigError(f"two {cls.family}s are called {cls.name!r}: {known.__module__} and {cls.__module__}")
             Member._registry.setdefault(cls.family, {})[cls.name] = cls
 
     @classmethod

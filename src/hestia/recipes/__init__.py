@@ -11,6 +11,7 @@ import pkgutil
 from importlib.metadata import entry_points
 from typing import Any
 
+from ..errors import ConfigError
 from .base import GRIDS, Recipe
 
 ENTRY_POINTS = "hestia.recipes"
@@ -21,7 +22,10 @@ def _discover() -> None:
     for module in pkgutil.iter_modules(__path__):
         importlib.import_module(f"{__name__}.{module.name}")
     for entry in entry_points(group=ENTRY_POINTS):
-        entry.load()
+        try:
+            entry.load()
+        except ImportError as error:
+            raise ConfigError(f"the recipe {entry.name!r} of another package cannot be imported: {error}") from None
 
 
 def names() -> list[str]:

@@ -9,6 +9,7 @@ Source: Wang et al. 2026 (Hestia, arXiv:2601.20745), eq. 10, 14 and 15, where ho
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -32,7 +33,8 @@ class KnobSchedule:
         end_temperature: tau at t = 1.
 
     Raises:
-        ConfigError: a share outside [0, 1], a negative temperature, an end above the start, an unknown decay.
+        ConfigError: a share outside [0, 1], a temperature that is negative, infinite or ends above its start, or an
+            unknown decay.
     """
 
     rho: float = 0.2
@@ -45,9 +47,9 @@ class KnobSchedule:
         for name, share in (("rho", self.rho), ("hold", self.hold)):
             if share is not None and not 0.0 <= share <= 1.0:
                 raise ConfigError(f"{name} is a share of the run in [0, 1], got {share}")
-        if not self.temperature >= 0.0 or not 0.0 <= self.end_temperature <= max(self.temperature, 0.0):
+        if not 0.0 <= self.end_temperature <= self.temperature < math.inf:
             raise ConfigError(
-                f"temperatures must satisfy 0 <= end_temperature <= temperature, "
+                f"temperatures must be finite and satisfy 0 <= end_temperature <= temperature, "
                 f"got temperature={self.temperature}, end_temperature={self.end_temperature}"
             )
         if self.decay not in ("cosine", "linear"):

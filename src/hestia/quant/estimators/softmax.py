@@ -35,8 +35,8 @@ from .base import Estimator
 
 _VANISHING = 2.0**-100  # stands for tau = 0; a power of two, so z/tau is exact and a tie stays a tie
 
-# Exponents are clamped where a level's share is below e^-40 = 4e-18 and changes no result, fp64 included. Without it they
-# would run into subnormal numbers, which CPUs compute fifty times slower, here and wherever the gradient is used.
+# Exponents are clamped where a level's share is below e^-40 = 4e-18 and changes no result, not even in fp64. Without it
+# they would run into subnormal numbers, which CPUs compute fifty times slower, here and wherever the gradient is used.
 _LARGEST_LOG_K = 40.0
 _LARGEST_X = 80.0
 _SMALLEST_SHARE = -40.0

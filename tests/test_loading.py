@@ -1,0 +1,254 @@
+"""Model and tokenizer in: safetensors only, no code of the folder, and everything that could be wrong by name."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from safetensors.torch import load_file, save_file
+from toy_runs import make_parent
+from transformers import LlamaForCausalLM
+
+from hestia import loading
+from hestia.errors import ConfigError
+
+
+def edit_config(folder: Path, **values: Any) -> None:
+    """Change some keys of config.json; a None removes its key."""
+    path = folder / "config.json"
+    record = {**json.loads(path.read_text(encoding="utf-8")), **values}
+    path.write_text(json.dumps({k: v for k, v in record.items() if v is not None}), encoding="utf-8")
+
+
+def test_a_model_comes_in_fp32_and_eval_mode_whatever_it_is_stored_in(tmp_path: Path) -> None:
+    folder = make_parent(tmp_path / "model")
+    LlamaForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).save_pretrained(folder)
+    source = loading.resolve(str(folder))
+    model = loading.load_model(source)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert not model.training
+    stored = load_file(folder / "model.safetensors")
+    assert all(torch.equal(p, stored[name].float()) for name, p in model.named_parameters())
+    assert loading.parent_dtype(source, loading.load_config(source)) == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_the_parents_dtype_without_a_word_in_the_config_is_that_of_its_tensors(
+    parent_copy: Path, dtype: torch.dtype
+) -> None:
+    tensors = {name: t.to(dtype) for name, t in load_file(parent_copy / "model.safetensors").items()}
+    save_file(tensors, parent_copy / "model.safetensors", metadata={"format": "pt"})
+    edit_config(parent_copy, dtype=None, torch_dtype=None)
+    source = loading.resolve(str(parent_copy))
+    assert loading.parent_dtype(source, loading.load_config(source)) == dtype
+
+
+def test_the_empty_model_has_every_shape_and_no_weight(toy_parent: Path) -> None:
+    source = loading.resolve(str(toy_parent))
+    empty = loading.empty_model(source, loading.load_config(source))
+    full = loading.load_model(source)
+    assert {p.device.type for p in empty.parameters()} == {"meta"}
+    assert {n: p.shape for n, p in empty.named_parameters()} == {n: p.shape for n, p in full.named_parameters()}
+
+
+def _remove(*names: str) -> Callable[[Path], None]:
+    return lambda folder: [(folder / name).unlink() for name in names] and None
+
+
+def _write(name: str, content: bytes) -> Callable[[Path], None]:
+    def write(folder: Path) -> None:
+        (folder / name).write_bytes(content)
+
+    return write
+
+
+INDEX = b'{"weight_map": {"a": "model.safetensors", "b": "model-00002-of-00002.safetensors"}}'
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (_remove("config.json"), "no config.json"),
+        (_remove("model.safetensors"), "no .safetensors weights. Convert the checkpoint"),
+        (_write("model.safetensors", b""), "damaged or truncated safetensors file"),
+        (_write("model.safetensors", b"\xff" * 64), "damaged or truncated safetensors file"),
+        (_write("model.safetensors.index.json", b"{"), "damaged index"),
+        (_write("model.safetensors.index.json", b"[1]"), "damaged index"),
+        (_write("model.safetensors.index.json", INDEX), "model-00002-of-00002.safetensors, which are not there"),
+    ],
+)
+def test_a_damaged_folder_is_refused_before_any_weight_is_read(
+    parent_copy: Path, damage: Callable[[Path], None], message: str
+) -> None:
+    damage(parent_copy)
+    with pytest.raises(ConfigError, match=message.replace(".", r"\.")):
+        loading.resolve(str(parent_copy))
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".pt", ".pth", ".ckpt"])
+def test_pickled_weights_are_named_and_left_alone(parent_copy: Path, suffix: str) -> None:
+    (parent_copy / "model.safetensors").rename(parent_copy / f"weights{suffix}")
+    with pytest.raises(ConfigError, match=rf"weights\{suffix}, and pickled weights can run code"):
+        loading.resolve(str(parent_copy))
+
+
+def test_pickled_weights_beside_safetensors_are_not_read(parent_copy: Path) -> None:
+    (parent_copy / "pytorch_model.bin").write_bytes(b"\x80\x04not a model")
+    assert loading.load_model(loading.resolve(str(parent_copy))).num_parameters() > 0
+
+
+def test_weights_that_do_not_fit_are_named(parent_copy: Path) -> None:
+    source = loading.resolve(str(parent_copy))
+    tensors = load_file(parent_copy / "model.safetensors")
+    cut = {name: t for name, t in tensors.items() if "layers.1.mlp" not in name}
+    save_file(cut, parent_copy / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match=r"lacks 3 weights, the first is model\.layers\.1\.mlp\.down_proj\.weight"):
+        loading.load_model(source)
+    save_file(
+        {**tensors, "model.norm.weight": torch.ones(32)}, parent_copy / "model.safetensors", metadata={"format": "pt"}
+    )
+    with pytest.raises(ConfigError, match=r"another shape than in config\.json, first .*model\.norm\.weight"):
+        loading.load_model(source)
+    tensors["model.layers.0.input_layernorm.weight"][7] = torch.inf
+    save_file(tensors, parent_copy / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match=r"model\.layers\.0\.input_layernorm\.weight holds NaN or infinity"):
+        loading.load_model(source)
+
+
+def test_a_tokenizer_that_is_missing_or_damaged(parent_copy: Path) -> None:
+    source = loading.resolve(str(parent_copy))
+    (parent_copy / "tokenizer.json").write_text('{"version": "1.0"', encoding="utf-8")
+    with pytest.raises(ConfigError, match="cannot read the tokenizer"):
+        loading.load_tokenizer(source)
+    (parent_copy / "tokenizer.json").unlink()
+    with pytest.raises(ConfigError, match=r"no tokenizer in the folder \(looked for tokenizer\.json"):
+        loading.load_tokenizer(source)
+
+
+@pytest.mark.slow
+def test_code_in_the_folder_is_run_only_when_asked_for(parent_copy: Path, tmp_path: Path) -> None:
+    """A subprocess, because transformers keeps modules that it imported."""
+    mark = tmp_path / "was run"
+    (parent_copy / "configuration_own.py").write_text(
+        "from transformers import LlamaConfig\n"
+        f"open({str(mark)!r}, 'w').close()\n"
+        "class OwnConfig(LlamaConfig):\n    model_type = 'own'\n",
+        encoding="utf-8",
+    )
+    edit_config(parent_copy, model_type="own", auto_map={"AutoConfig": "configuration_own.OwnConfig"})
+    code = (
+        "import sys; from hestia import loading, errors\n"
+        "source = loading.resolve(sys.argv[1])\n"
+        "try: loading.load_config(source)\n"
+        "except errors.ConfigError as error: assert '--trust-remote-code' in str(error), error\n"
+        "else: raise SystemExit('it was read')\n"
+        "import pathlib; assert not pathlib.Path(sys.argv[2]).exists()\n"
+        "assert loading.load_config(source, trust_remote_code=True).hidden_size == 64\n"
+        "assert pathlib.Path(sys.argv[2]).exists()\n"
+    )
+    words = [sys.executable, "-c", code, str(parent_copy), str(mark)]
+    environment = {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1", "PATH": "", "HOME": str(tmp_path)}
+    done = subprocess.run(words, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("name", ["./nothing", "/nothing/at/all", "a/b/c", "~/model"])
+def test_a_name_that_is_a_path_is_not_asked_of_the_hub(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("the hub was asked")
+
+    monkeypatch.setattr(loading.HfApi, "model_info", never)
+    with pytest.raises(ConfigError, match="no such model folder"):
+        loading.resolve(name)
+
+
+def test_a_file_is_no_model_folder(toy_parent: Path) -> None:
+    with pytest.raises(ConfigError, match="no such model folder"):
+        loading.resolve(str(toy_parent / "config.json"))
+
+
+def test_a_hub_id_is_pinned_to_its_commit(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Info:
+        sha = "0123abcd"
+
+    monkeypatch.setattr(loading.HfApi, "model_info", lambda self, name, timeout: Info())
+    source = loading.resolve("owner/name")
+    assert (source.location, source.commit, source.is_local) == ("owner/name", "0123abcd", False)
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (HFValidationError("bad"), "not a hub id"),
+        (OSError("no network\nand more"), "the hub could not be asked (OSError: no network)"),
+        (TimeoutError(), "the hub could not be asked (TimeoutError: )"),
+        (None, "the hub could not be asked"),
+    ],
+)
+def test_a_hub_that_does_not_answer_is_one_sentence(
+    error: Exception | None, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class NotFound(HfHubHTTPError):
+        def __init__(self) -> None:
+            Exception.__init__(self, "404 Not Found")
+
+    def fails(*_: object, **__: object) -> None:
+        raise error or NotFound()
+
+    monkeypatch.setattr(loading.HfApi, "model_info", fails)
+    with pytest.raises(ConfigError) as caught:
+        loading.resolve("owner/name")
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_frozen_child_carries_its_parents_tokenizer_files_byte_for_byte(parent_copy: Path, tmp_path: Path) -> None:
+    (parent_copy / "chat_template.jinja").write_text("{{ messages }}", encoding="utf-8")
+    (parent_copy / "evil.py").write_text("", encoding="utf-8")
+    source = loading.resolve(str(parent_copy))
+    model = loading.load_model(source)
+    loading.cast_parameters(model, torch.bfloat16)
+    loading.save(model, source, tmp_path / "child")
+    names = {path.name for path in (tmp_path / "child").iterdir()}
+    assert names == {
+        "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
+        "chat_template.jinja",
+    }  # fmt: skip
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
+        assert (tmp_path / "child" / name).read_bytes() == (parent_copy / name).read_bytes(), name
+    assert {t.dtype for t in load_file(tmp_path / "child" / "model.safetensors").values()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize(
+    ("card", "found"),
+    [
+        ("---\nlanguage: en\nlicense: apache-2.0\n---\n# Model", "apache-2.0"),
+        ("---\nlanguage: en\n---\nlicense: mit\n", None),
+        ("license: mit\n", None),
+        ("", None),
+    ],
+)
+def test_the_licence_is_read_from_the_front_matter_alone(parent_copy: Path, card: str, found: str | None) -> None:
+    (parent_copy / "README.md").write_text(card, encoding="utf-8")
+    assert loading.license_of(loading.resolve(str(parent_copy))) == found
+
+
+def test_a_card_that_is_not_utf_8_does_no_harm(parent_copy: Path) -> None:
+    (parent_copy / "README.md").write_bytes(b"---\nlicense: mit\n---\n\xff\xfe")
+    assert loading.license_of(loading.resolve(str(parent_copy))) == "mit"
+
+
+def test_what_a_run_records_of_its_parent(toy_parent: Path) -> None:
+    source = loading.resolve(str(toy_parent))
+    record = loading.fingerprint(source, loading.load_config(source))
+    assert record == {
+        "name": "parent", "commit": None, "model_type": "llama", "hidden_size": 64, "num_hidden_layers": 2,
+        "vocab_size": 320,
+    }  # fmt: skip
