@@ -43,7 +43,7 @@ def inputs(models: Path, data: Path, runs: Path) -> dict[str, Options]:
         "model": str(models / "books-6m"),
         "data": (str(data / "gutenberg" / "train.txt.gz"), str(data / "openstax" / "train.txt.gz")),
         "eval_data": (str(data / "gutenberg" / "test.txt.gz"), str(data / "openstax" / "test.txt")),
-        "tokens": "2M",
+        "tokens": "1M",
         "seq_len": 256,
         "target": ("gguf:tq2_0", "gguf:q2_0", "gguf:tq1_0", "hf"),
     }

@@ -195,12 +195,12 @@ def test_a_hub_id_is_pinned_to_its_commit(monkeypatch: pytest.MonkeyPatch) -> No
 def test_a_hub_that_does_not_answer_is_one_sentence(
     error: Exception | None, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class NotFound(HfHubHTTPError):
+    class NotFoundError(HfHubHTTPError):
         def __init__(self) -> None:
             Exception.__init__(self, "404 Not Found")
 
     def fails(*_: object, **__: object) -> None:
-        raise error or NotFound()
+        raise error or NotFoundError()
 
     monkeypatch.setattr(loading.HfApi, "model_info", fails)
     with pytest.raises(ConfigError) as caught:

@@ -1,4 +1,4 @@
-"""The main job end to end: one command from a checkpoint to verified files, and what survives when it is interrupted."""
+"""The main job end to end: one command from a checkpoint to verified files, and what survives an interruption."""
 
 from __future__ import annotations
 
@@ -238,7 +238,7 @@ def test_a_bf16_parent_with_a_tied_head_and_frozen_embeddings(
 # --- interruptions ---------------------------------------------------------------------------------------------------
 
 
-class Crash(Exception):
+class CrashError(Exception):
     """Stands for a power cut."""
 
 
@@ -248,7 +248,7 @@ class CrashAt(TrainerCallback):
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == self.step:
-            raise Crash
+            raise CrashError
 
 
 def test_resume_after_a_crash_ends_where_the_uninterrupted_run_did(
@@ -257,7 +257,7 @@ def test_resume_after_a_crash_ends_where_the_uninterrupted_run_did(
     run = tmp_path / "run"
     with monkeypatch.context() as patch:
         patch.setattr(pipeline, "HestiaTrainer", lambda *a, **k: HestiaTrainer(*a, **k, callbacks=[CrashAt(6)]))
-        with pytest.raises(Crash):
+        with pytest.raises(CrashError):
             invoke(*job("--save-every", "4"))
     assert [p.name for p in (run / "checkpoints").iterdir()] == ["step-000004"]
     assert not (run / "report.json").exists()
@@ -299,7 +299,7 @@ def test_a_damaged_newest_checkpoint_costs_only_the_steps_since_the_one_before(
     run = tmp_path / "run"
     with monkeypatch.context() as patch:
         patch.setattr(pipeline, "HestiaTrainer", lambda *a, **k: HestiaTrainer(*a, **k, callbacks=[CrashAt(7)]))
-        with pytest.raises(Crash):
+        with pytest.raises(CrashError):
             invoke(*job("--save-every", "3"))
     (run / "checkpoints" / "step-000006" / "optimizer.safetensors").write_bytes(b"half")
     assert invoke(*job("--save-every", "3", "--resume"))[0] == 0

@@ -229,7 +229,9 @@ def license_of(source: Source) -> str | None:
     card = Path(source.location) / "README.md"
     if not source.is_local or not card.is_file():
         return None
-    found = re.search(r"\A---\n.*?^license:\s*([\w.-]+)\s*$.*?^---$", card.read_text("utf-8", "replace"), re.MULTILINE | re.DOTALL)
+    found = re.search(
+        r"\A---\n.*?^license:\s*([\w.-]+)\s*$.*?^---$", card.read_text("utf-8", "replace"), re.MULTILINE | re.DOTALL
+    )
     return found.group(1) if found else None
 
 

@@ -213,12 +213,12 @@ def test_a_checkpoint_of_another_plan_or_configuration_is_refused(finished: Fini
         trainer(tmp_path / "c", model, plan).fit(folder)
 
 
-class Crash(Exception):
+class CrashError(Exception):
     """Stands for a power cut."""
 
 
 def _crash(model: Any) -> None:
-    raise Crash
+    raise CrashError
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
@@ -231,7 +231,7 @@ def test_a_resumed_run_ends_bit_for_bit_where_an_uninterrupted_one_does(
 
     model, plan = converted(make)
     broken = tmp_path / "broken"
-    with pytest.raises(Crash):
+    with pytest.raises(CrashError):
         trainer(broken, model, plan, callbacks=[At(5, _crash)], **config).fit()
     checkpoint = checkpoints.newest(broken / "checkpoints")
     assert checkpoint is not None

@@ -81,7 +81,7 @@ def test_a_loss_that_is_bad_while_all_weights_are_good(tmp_path: Path) -> None:
     def spoil_logits(model: Any) -> None:
         model.lm_head.register_forward_hook(lambda _, __, out: out * float("nan"))
 
-    with pytest.raises(GuardError, match="all weights are still finite. No checkpoint was written yet"):
+    with pytest.raises(GuardError, match=r"all weights are still finite\. No checkpoint was written yet"):
         trainer(tmp_path, model, plan, callbacks=[At(1, spoil_logits)]).fit()
 
 
