@@ -141,7 +141,7 @@ def test_a_folder_without_config(refuse: Refuse, job: Job, parent_copy: Path) ->
         "[]",
         "{}",
         '{"model_type": "llamma"}',
-        '{"model_type": "t5"}',
+        pytest.param('{"model_type": "t5"}', marks=pytest.mark.slow),
         '{"model_type": "llama", "hidden_size": "x"}',
     ],
 )

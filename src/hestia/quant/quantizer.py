@@ -134,7 +134,7 @@ def fake_quantize(
 
     Source: Wang et al. 2026, arXiv:2601.20745, eq. 10 and section 4.1.
 
-    >>> w = torch.tensor([[0.9, -0.1, -0.5, 0.5]])
+    >>> w = torch.tensor([[0.9, 0.1, -0.5, 0.5]])
     >>> fake_quantize(w, estimator="ste")
     tensor([[ 0.5000,  0.0000, -0.5000,  0.5000]])
     """
