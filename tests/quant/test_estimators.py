@@ -42,7 +42,7 @@ def test_a_small_tau_is_hard_away_from_ties(grid: Grid, temperature: float) -> N
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_never_subnormal(grid: Grid, temperature: float, dtype: torch.dtype) -> None:
     """Subnormal numbers are computed fifty times slower; there is nothing to learn from a gain of 1e-40."""
-    z = torch.cat([line(dtype), torch.tensor([0.0, 1e-30, 30.0, 1e3, 1e7], dtype=dtype)])
+    z = torch.cat([line(dtype) * 4, torch.tensor([0.0, 1e-30, 1e3, 1e7], dtype=dtype)])
     smallest = torch.finfo(dtype).tiny
     for out in (
         Softmax().value(z.clone(), grid, tau(temperature, dtype)),
