@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from .errors import ConfigError
+from .files import read_json
 from .options import Options
-from .pipeline import Run, quantize
+from .pipeline import SCORES_FILE, Run, quantize
 from .progress import announce
 from .tiny import model_path, text_path
 
@@ -35,6 +36,7 @@ def demo(out: Path, *, tokens: str = "400k", threads: int | None = None) -> dict
             target=target,
             tokens=tokens,
             seq_len=256,
+            batch_size=8,
             lr=LEARNING_RATE,
             calibrate=calibrate,
             eval_tokens="32k",
@@ -48,6 +50,7 @@ def demo(out: Path, *, tokens: str = "400k", threads: int | None = None) -> dict
     plain = quantize(first)
     announce("2 of 2: hestia, softened rounding paced by curvature")
     run = Run(second)
+    run.reference = read_json(out / "bitnet_ste" / SCORES_FILE)
     run.baselines.append(
         {
             "recipe": plain["recipe"],

@@ -121,6 +121,8 @@ class Run:
         self.started = datetime.now(UTC)
         self.device = choose_device(options)
         self.baselines: list[dict[str, Any]] = []
+        self.reference: dict[str, Any] | None = None
+        """scores.json of another run by the same plan and text, whose parent and rounding need no second scoring."""
         self.source = loading.resolve(options.model)
         self.config = loading.load_config(self.source, trust_remote_code=options.trust_remote_code)
 
@@ -319,26 +321,26 @@ class Run:
         blocks = self.scored
         parent: Any = self._load_model()
         parent.to(self.device)
-        of_parent = score(model_logits(parent), blocks, description="scoring the parent")
-        rounded = nn.apply(self._load_model(), round_to_nearest_twin(plan)).to(self.device)
-        of_rounded = self._score_against(parent, rounded, blocks, "scoring round-to-nearest")
-        del rounded
+        if self.reference is None:
+            of_parent = _numbers(score(model_logits(parent), blocks, description="scoring the parent"))
+            rounded = nn.apply(self._load_model(), round_to_nearest_twin(plan)).to(self.device)
+            of_rounded = _numbers(self._score_against(parent, rounded, blocks, "scoring round-to-nearest"))
+            del rounded
+        else:
+            of_parent, of_rounded = self.reference["parent"], self.reference["round_to_nearest"]
         frozen: Any = loading.load_model(loading.Source(str(self.folder), str(self.folder / MODEL_FOLDER)))
         frozen.to(self.device)
-        of_frozen = self._score_against(parent, frozen, blocks, "scoring the frozen model")
-        difference = paired_difference(of_frozen.block_nll.tolist(), of_rounded.block_nll.tolist())
+        of_frozen = _numbers(self._score_against(parent, frozen, blocks, "scoring the frozen model"))
+        ours, theirs = of_frozen["block_nll"], of_rounded["block_nll"]
+        interval = paired_difference(ours, theirs).to_json() if len(ours) > 1 else None
         diagnostics = read_json(self.folder / DIAGNOSTICS_FILE)
         diagnostics["samples"] = continuations(parent, frozen, self.tokenizer, blocks)
         write_json(self.folder / DIAGNOSTICS_FILE, diagnostics)
         record = {
-            "parent": of_parent.to_json(),
-            "round_to_nearest": of_rounded.to_json(),
-            "quantized": of_frozen.to_json(),
-            "quantized_minus_round_to_nearest": {
-                "mean": difference.mean,
-                "low": difference.low,
-                "high": difference.high,
-            },
+            "parent": of_parent,
+            "round_to_nearest": of_rounded,
+            "quantized": of_frozen,
+            "quantized_minus_round_to_nearest": interval,
             "blocks": len(blocks),
         }
         write_json(path, record)
@@ -473,8 +475,11 @@ class Run:
             "tokens_per_second": tokens / seconds["train"] if seconds.get("train") else None,
             "exports": exports,
             "baselines": self.baselines,
-            "scores": scores,
-            "nll_interval": {"quantized_minus_round_to_nearest": scores["quantized_minus_round_to_nearest"]},
+            "scores": {
+                kind: {k: v for k, v in scores[kind].items() if k != "block_nll"}
+                for kind in ("parent", "round_to_nearest", "quantized")
+            },
+            "nll_interval": {k: scores[k] for k in ("quantized_minus_round_to_nearest",) if scores[k] is not None},
             "steps": self.steps if plan.trains else 0,
             "batch_size": self.batch_size,
             "seq_len": self.seq_len,
@@ -491,6 +496,11 @@ class Run:
         write_report(self.folder)
         write_model_card(self.folder)
         return record
+
+
+def _numbers(result: Score) -> dict[str, Any]:
+    """A score as scores.json keeps it: the means, and every block's NLL for paired comparisons."""
+    return {**result.to_json(), "block_nll": result.block_nll[result.block_tokens > 0].tolist()}
 
 
 def round_to_nearest_twin(plan: Plan) -> Plan:

@@ -57,7 +57,7 @@ def check_gradients(norm: float | Tensor | None, model: nn.Module, step: int, la
 
 def _advice(last_checkpoint: str | None) -> str:
     kept = f"The last good checkpoint is {last_checkpoint}" if last_checkpoint else "No checkpoint was written yet"
-    return f"{kept}. Try a lower --lr."
+    return f"{kept}. Try a lower --lr, in another --out."
 
 
 class StopSignals:
