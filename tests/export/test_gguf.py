@@ -16,6 +16,7 @@ from hestia.errors import ConfigError, ExportError, PlanError, VerifyError
 from hestia.export import gguf as exporter
 from hestia.export.frozen import FrozenModel, save_codes
 from hestia.export.gguf import check_gguf, export_gguf, file_target
+from hestia.export.gguf_reader import read
 from hestia.export.packing import codes_digest
 from hestia.quant import AbsMean, GroupSize, QuantizedTensor, Quantizer, QuantSpec
 from hestia.targets import target
@@ -288,7 +289,7 @@ def test_every_flipped_bit_is_found_and_named(tmp_path: Path) -> None:
 
 def places_of_tensors(path: Path) -> dict[str, tuple[int, int]]:
     """First byte and length of every tensor of a file (the gguf package cannot read Q2_0)."""
-    file = exporter._read(path)
+    file = read(path)
     sizes = {0: (1, 4), 1: (1, 2), 42: (64, 18)}
     lengths = {i.name: math.prod(i.shape) // sizes[i.type_id][0] * sizes[i.type_id][1] for i in file.tensors}
     return {i.name: (file.data_start + i.offset, lengths[i.name]) for i in file.tensors}

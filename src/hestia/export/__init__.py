@@ -4,6 +4,7 @@
     huggingface.py  a compressed-tensors folder for transformers, vLLM and llama.cpp's converter
     packing.py      the block layouts of GGUF
     gguf.py         a .gguf file for llama.cpp and what is built on it
+    gguf_reader.py  its own reader of such files, for the check
     llama_cpp.py    the door to llama-cpp-python, where it is installed
     verify.py       reads a written file back, compares it with the frozen model, and runs it
 

@@ -34,17 +34,17 @@ import numpy as np
 import torch
 
 from .. import progress
-from ..errors import ConfigError, ExportError, PlanError, VerifyError, nearest
+from ..errors import ExportError, PlanError, VerifyError, nearest
 from ..files import replacing
 from ..quant.codes import QuantizedTensor
 from ..quant.grids import Grid
 from ..targets import F16, F32, TARGETS, StorageType, Target
 from ..targets import target as target_by_name
 from .frozen import FrozenModel
+from .gguf_reader import FORMATS, File, Raw, aligned, read
 from .gguf_tokenizer import Value, tokenizer_metadata
 from .packing import PACKINGS, Bytes, codes_digest
 
-ALIGNMENT = 32
 FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "TQ1_0": 36, "TQ2_0": 37, "Q2_0": 41}
 
 
@@ -121,7 +121,7 @@ class _Layout:
         """Start of every tensor in the data section, and the section's length at the end."""
         out = [0]
         for entry in self.entries:
-            out.append(_aligned(out[-1] + entry.bytes))
+            out.append(aligned(out[-1] + entry.bytes))
         return out
 
 
@@ -184,7 +184,7 @@ def check_gguf(path: Path, frozen: FrozenModel, target_name: str) -> list[str]:
         VerifyError: not a GGUF file, truncated, or a tensor that reaches beyond the end; the part is named.
     """
     chosen = target_by_name(target_name)
-    file = _read(path)
+    file = read(path)
     layout = _layout(frozen, chosen, fallback=True)
     differences = list(_compare_metadata(file, layout))
     offsets = layout.offsets()
@@ -242,7 +242,7 @@ def file_target(path: Path) -> str:
         ConfigError: no such file.
         VerifyError: damaged, or of a type that hestia does not write.
     """
-    raw = dict(_read(path).metadata).get("general.file_type")
+    raw = dict(read(path).metadata).get("general.file_type")
     number = struct.unpack("<I", raw.items[0])[0] if raw is not None and raw.type == "u32" else None
     for name, file_type in FILE_TYPES.items():
         for target in TARGETS.values():
@@ -444,10 +444,6 @@ def _interleaved(rows: int, heads: int) -> Any:
     return np.arange(rows).reshape(heads, 2, rows // heads // 2).swapaxes(1, 2).reshape(-1)
 
 
-def _aligned(position: int) -> int:
-    return -(-position // ALIGNMENT) * ALIGNMENT
-
-
 _GGUF_TYPES = {
     "u32": gguf_py.GGUFValueType.UINT32,
     "i32": gguf_py.GGUFValueType.INT32,
@@ -463,125 +459,18 @@ def _gguf_types(value: Value) -> tuple[gguf_py.GGUFValueType, gguf_py.GGUFValueT
     return _GGUF_TYPES[value.kind], None
 
 
-# --- reading a file back, from the specification alone ---------------------------------------------------------------
-
-_SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
-_TYPE_NAMES = ("u8", "i8", "u16", "i16", "u32", "i32", "f32", "bool", "str", "array", "u64", "i64", "f64")
-_STRING, _ARRAY = 8, 9
-_FORMATS = {"u32": "<I", "i32": "<i", "f32": "<f", "bool": "<B"}
+# --- comparing a file with the frozen model -----------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Raw:
-    """A metadata value as stored: its type, and the bytes of each item."""
-
-    type: str
-    items: list[bytes]
-
-    def __str__(self) -> str:
-        return self.show(0) if self.items and not self.type.endswith("[]") else f"{len(self.items)} items"
-
-    def show(self, index: int) -> str:
-        base, item = self.type.removesuffix("[]"), self.items[index]
-        if base == "str":
-            text = item.decode("utf-8", "backslashreplace")
-            return repr(text if len(text) <= 60 else text[:60] + "...")
-        return repr(struct.unpack(_FORMATS[base], item)[0]) if base in _FORMATS else f"{base} 0x{item.hex()}"
-
-
-@dataclass(frozen=True)
-class _Info:
-    name: str
-    shape: tuple[int, ...]
-    type_id: int
-    offset: int
-
-
-@dataclass(frozen=True)
-class _File:
-    data: Bytes
-    metadata: list[tuple[str, _Raw]]
-    tensors: list[_Info]
-    infos_end: int
-    data_start: int
-
-
-class _Cursor:
-    """Reads little-endian fields off the front of a file and refuses to run past its end."""
-
-    def __init__(self, path: Path, data: Bytes) -> None:
-        self.path, self.data, self.position = path, data, 0
-
-    def take(self, length: int, what: str) -> bytes:
-        stop = self.position + length
-        if stop > len(self.data):
-            raise VerifyError(
-                f"{self.path}: truncated or damaged: {what} needs bytes {self.position} to {stop}, "
-                f"the file has {len(self.data)}"
-            )
-        piece = self.data[self.position : stop].tobytes()
-        self.position = stop
-        return piece
-
-    def number(self, size: int, what: str) -> int:
-        return int.from_bytes(self.take(size, what), "little")
-
-    def string(self, what: str) -> bytes:
-        return self.take(self.number(8, f"length of {what}"), what)
-
-    def value(self, what: str) -> _Raw:
-        kind = self.number(4, f"type of {what}")
-        if kind == _ARRAY:
-            kind = self.number(4, f"item type of {what}")
-            count = self.number(8, f"length of {what}")
-            if kind in _SIZES:
-                size = _SIZES[kind]
-                block = self.take(count * size, what)
-                return _Raw(f"{_TYPE_NAMES[kind]}[]", [block[i : i + size] for i in range(0, len(block), size)])
-            if kind == _STRING:
-                return _Raw("str[]", [self.string(f"{what}[{i}]") for i in range(count)])
-        elif kind in _SIZES:
-            return _Raw(_TYPE_NAMES[kind], [self.take(_SIZES[kind], what)])
-        elif kind == _STRING:
-            return _Raw("str", [self.string(what)])
-        raise VerifyError(f"{self.path}: damaged: {what} has value type {kind}")
-
-
-def _read(path: Path) -> _File:
-    if not path.is_file():
-        raise ConfigError(f"{path}: no such file")
-    data = np.asarray(np.memmap(path, np.uint8, "r")) if path.stat().st_size else np.zeros(0, np.uint8)
-    cursor = _Cursor(path, data)
-    if cursor.take(4, "magic") != b"GGUF":
-        raise VerifyError(f"{path}: not a GGUF file: it begins with {bytes(data[:4])!r}")
-    version = cursor.number(4, "version")
-    if version != 3:
-        raise VerifyError(f"{path}: GGUF version {version}, hestia writes version 3")
-    tensors, keys = cursor.number(8, "number of tensors"), cursor.number(8, "number of keys")
-    metadata: list[tuple[str, _Raw]] = []
-    for index in range(keys):
-        key = cursor.string(f"key {index}").decode("utf-8", "backslashreplace")
-        metadata.append((key, cursor.value(key)))
-    infos: list[_Info] = []
-    for index in range(tensors):
-        name = cursor.string(f"name of tensor {index}").decode("utf-8", "backslashreplace")
-        dimensions = cursor.number(4, f"number of dimensions of {name}")
-        if dimensions > 4:
-            raise VerifyError(f"{path}: damaged: {name} has {dimensions} dimensions")
-        shape = tuple(cursor.number(8, f"dimensions of {name}") for _ in range(dimensions))[::-1]
-        infos.append(_Info(name, shape, cursor.number(4, f"type of {name}"), cursor.number(8, f"offset of {name}")))
-    return _File(data, metadata, infos, cursor.position, _aligned(cursor.position))
-
-
-def _expected_raw(value: Value) -> _Raw:
+def _expected_raw(value: Value) -> Raw:
     base = value.kind.removesuffix("[]")
     items = value.value if value.kind.endswith("[]") else [value.value]
     if base == "str":
-        return _Raw(value.kind, [item.encode() for item in items])
-    return _Raw(value.kind, [struct.pack(_FORMATS[base], item) for item in items])
+        return Raw(value.kind, [item.encode() for item in items])
+    return Raw(value.kind, [struct.pack(FORMATS[base], item) for item in items])
 
 
-def _compare_metadata(file: _File, layout: _Layout) -> Iterator[str]:
+def _compare_metadata(file: File, layout: _Layout) -> Iterator[str]:
     found = dict(file.metadata)
     if len(found) != len(file.metadata):
         yield "metadata: some key occurs twice"
