@@ -134,7 +134,7 @@ def _ask(path: Path, request: dict[str, Any], threads: int) -> np.ndarray:
 
 def _answer(request: dict[str, Any]) -> np.ndarray:
     """The child's work, in a process of its own."""
-    import llama_cpp
+    import llama_cpp  # pyright: ignore[reportMissingImports] - an extra
 
     defaults = llama_cpp.llama_cpp.llama_model_default_params
 
