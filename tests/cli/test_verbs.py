@@ -10,6 +10,8 @@ import pytest
 from safetensors.torch import load_file
 from toy_runs import QUICK, Invoke
 
+from hestia.cli.main import main
+
 
 def one_object(out: str) -> dict[str, object]:
     """Standard output as the one JSON object that it must be."""
@@ -174,3 +176,12 @@ def test_compare_report_and_recipes(invoke: Invoke, toy_run: Path, tmp_path: Pat
     assert "arXiv:2601.20745" in out
     assert "--option alpha=0.4" in out
     assert "widths: 1, 1.58, 2 bits" in out
+
+
+def test_run_needs_a_gguf_file_that_is_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, content, status in (("model.bin", b"x", 2), ("missing.gguf", None, 2), ("broken.gguf", b"GGML....", 3)):
+        file = tmp_path / name
+        if content is not None:
+            file.write_bytes(content)
+        assert main(["run", str(file), "--prompt", "hello"]) == status
+        assert name in capsys.readouterr().err

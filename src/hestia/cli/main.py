@@ -26,6 +26,7 @@ VERBS = {
     "export": "write a run's model in a file format",
     "verify": "compare a written file with the run it comes from",
     "eval": "score a model on text or tasks",
+    "run": "continue a prompt with a .gguf file in llama.cpp",
     "compare": "runs side by side",
     "report": "write a run's report.html and model card again",
     "recipes": "list the recipes, or show one",
