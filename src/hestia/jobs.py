@@ -20,6 +20,9 @@ from .options import Options, count
 from .planner import plan as make_plan
 from .plans import Plan
 
+LARGEST_DEFAULT_BATCH = 16
+"""Blocks a step where --batch-size is not given, at most."""
+
 TUNING_BLOCKS = 32
 """Training blocks set aside for the logged hard loss and the learning-rate pilot; the held-out text is scored once."""
 
@@ -162,6 +165,8 @@ def prepare_text(
 ) -> TokenizedText:
     """Training and held-out blocks as the options ask for."""
     tokens = count(options.tokens, "tokens")
+    if options.steps is not None:
+        tokens = options.steps * (options.batch_size or LARGEST_DEFAULT_BATCH) * seq_len
     return prepare(
         options.data,
         options.eval_data or None,

@@ -31,7 +31,7 @@ from .export import export_model
 from .export.frozen import CODES_FILE, MODEL_FOLDER, FrozenModel, save_codes
 from .export.verify import require_ok, verify
 from .files import read_json, replacing_folder, require_writable, sha256, write_json, write_text
-from .jobs import TUNING_BLOCKS, calibrate_on, choose_device, longest_block, prepare_text, spread
+from .jobs import LARGEST_DEFAULT_BATCH, TUNING_BLOCKS, calibrate_on, choose_device, longest_block, prepare_text, spread
 from .options import Options, count, load_config
 from .planner import plan as make_plan
 from .plans import Plan
@@ -418,7 +418,7 @@ class Run:
             size = self.options.batch_size
         else:
             tokens = count(self.options.tokens, "tokens")
-            size = max(1, min(16, tokens // (300 * self.seq_len)))
+            size = max(1, min(LARGEST_DEFAULT_BATCH, tokens // (300 * self.seq_len)))
             size = max(self.options.accumulation, size - size % self.options.accumulation)
         if size % self.options.accumulation:
             raise ConfigError(f"--accumulation {self.options.accumulation} does not divide --batch-size {size}")
