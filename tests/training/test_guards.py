@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +133,15 @@ def test_a_signal_in_the_last_step_lets_the_run_end_well(tmp_path: Path) -> None
     assert log_rows(tmp_path)[-1]["step"] == 6
 
 
+@pytest.fixture
+def ordinary_ctrl_c() -> Iterator[None]:
+    """Python's own Ctrl-C, also where the shell that started the tests ignores it (a job in the background)."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ordinary_ctrl_c")
 def test_the_second_signal_is_not_caught() -> None:
     with pytest.raises(KeyboardInterrupt), StopSignals() as signals:
         os.kill(os.getpid(), signal.SIGINT)
