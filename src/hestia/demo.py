@@ -16,7 +16,7 @@ LEARNING_RATE = "2e-3"
 """For both recipes: the pilot's choice for this model (docs/log.md), so that the demo need not run it."""
 
 
-def demo(out: Path, *, tokens: str = "400k", threads: int | None = None) -> dict[str, Any]:
+def demo(out: Path, *, tokens: str = "150k", threads: int | None = None) -> dict[str, Any]:
     """Train the bundled model by ``bitnet_ste`` and by ``hestia`` on the same blocks and report them side by side.
 
     Returns:
@@ -39,13 +39,13 @@ def demo(out: Path, *, tokens: str = "400k", threads: int | None = None) -> dict
             batch_size=8,
             lr=LEARNING_RATE,
             calibrate=calibrate,
-            eval_tokens="32k",
+            eval_tokens="16k",
             threads=threads,
         )
 
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} exists already; choose another --out, or delete it to start the demo again")
-    first, second = options("bitnet_ste", ("hf",), 0), options("hestia", ("hf", "gguf:tq2_0"), 32)
+    first, second = options("bitnet_ste", ("hf",), 0), options("hestia", ("hf", "gguf:tq2_0"), 16)
     announce("1 of 2: bitnet_ste, hard rounding from the first step")
     plain = quantize(first)
     announce("2 of 2: hestia, softened rounding paced by curvature")

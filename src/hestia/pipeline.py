@@ -282,6 +282,7 @@ class Run:
             seed=o.seed,
             log_every=(o.log_every or max(1, steps // 50)) if save else 0,
             eval_every=max(1, steps // 10) if save else 0,
+            eval_blocks=min(TUNING_BLOCKS, max(8, steps * self.batch_size // 160)),  # about 2 % of the run's time
             save_every=(o.save_every or max(1, steps // 5)) if save else 0,
             report_to=o.report_to if save else (),
         )

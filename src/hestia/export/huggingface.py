@@ -363,7 +363,7 @@ def logits(folder: Path, token_ids: Tensor) -> Tensor:
             model = AutoModelForCausalLM.from_pretrained(
                 folder, dtype=torch.float32, trust_remote_code=False, local_files_only=True
             )
-        return model.eval()(input_ids=token_ids).logits.float()
+            return model.eval()(input_ids=token_ids).logits.float()
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         raise VerifyError(f"{folder}: transformers cannot load and run it ({_first_line(error)})") from None
 
