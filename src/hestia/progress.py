@@ -67,7 +67,10 @@ class Lines:
 
 
 def track(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
-    """Iterate over ``items`` and show count, rate and time left."""
+    """Iterate over ``items`` and show count, rate and time left; an empty description shows nothing."""
+    if not description:
+        yield from items
+        return
     lines = Lines(description, total)
     with bar() as display:
         task = display.add_task(description, total=total, note="")
