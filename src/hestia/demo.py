@@ -16,7 +16,7 @@ LEARNING_RATE = "2e-3"
 """For both recipes: the pilot's choice for this model (docs/log.md), so that the demo need not run it."""
 
 
-def demo(out: Path, *, tokens: str = "150k", threads: int | None = None) -> dict[str, Any]:
+def demo(out: Path, *, tokens: str = "120k", threads: int | None = None) -> dict[str, Any]:
     """Train the bundled model by ``bitnet_ste`` and by ``hestia`` on the same blocks and report them side by side.
 
     Returns:

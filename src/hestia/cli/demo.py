@@ -12,7 +12,7 @@ from .shared import json_option, show
 
 @click.command(name="demo")
 @click.option("--out", default="demo", show_default=True, help="folder for the two runs; must not exist")
-@click.option("--tokens", default="150k", show_default=True, help="tokens to train each recipe on")
+@click.option("--tokens", default="120k", show_default=True, help="tokens to train each recipe on")
 @click.option("--threads", type=int, help="CPU threads")
 @json_option
 def command(out: str, tokens: str, threads: int | None, as_json: bool) -> None:
