@@ -43,9 +43,9 @@ def demo(out: Path, *, tokens: str = "120k", threads: int | None = None) -> dict
             threads=threads,
         )
 
+    first, second = options("bitnet_ste", ("hf",), 0), options("hestia", ("hf", "gguf:tq2_0"), 16)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} exists already; choose another --out, or delete it to start the demo again")
-    first, second = options("bitnet_ste", ("hf",), 0), options("hestia", ("hf", "gguf:tq2_0"), 16)
     announce("1 of 2: bitnet_ste, hard rounding from the first step")
     plain = quantize(first)
     announce("2 of 2: hestia, softened rounding paced by curvature")
