@@ -76,7 +76,7 @@ def test_round_trip_is_exact(tmp_path: Path) -> None:
     written.save(tmp_path / "sensitivity.json")
     assert Sensitivity.load(tmp_path / "sensitivity.json") == written
     record = json.loads((tmp_path / "sensitivity.json").read_text())
-    assert record["schema"] == 1
+    assert record["schema"] == 2
     assert record["tensors"]["layers.0.q"]["trace"] == written.traces["layers.0.q"]
     assert len(record["tensors"]["layers.0.q"]["samples"]) == 8
 
@@ -111,8 +111,8 @@ def test_a_damaged_file_is_refused_with_the_place(tmp_path: Path, change: object
 
 
 def test_another_schema_and_a_missing_file_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "s.json").write_text('{"schema": 2}')
-    with pytest.raises(ConfigError, match="schema 2, this version reads schema 1"):
+    (tmp_path / "s.json").write_text('{"schema": 1}')
+    with pytest.raises(ConfigError, match="schema 1, this version reads schema 2"):
         Sensitivity.load(tmp_path / "s.json")
     with pytest.raises(ConfigError, match="no such file"):
         Sensitivity.load(tmp_path / "none.json")
