@@ -60,7 +60,9 @@ def calibrate(
     chosen = estimator if isinstance(estimator, CurvatureEstimator) else CurvatureEstimator.make(estimator)
     _check(model, weights, sequences)
     if chosen.needs_candidates and not candidates:
-        raise CalibrationError(f"the estimator {chosen.name!r} needs candidate quantizers: whose damage is it to measure?")
+        raise CalibrationError(
+            f"the estimator {chosen.name!r} needs candidate quantizers: whose damage is it to measure?"
+        )
     started = time.perf_counter()
     with _prepared(model, weights):
         ids = sequences.to(next(iter(weights.values())).device, copy=True)

@@ -38,7 +38,9 @@ def gathered(mine: Mapping[int, Row], start: int, stop: int) -> list[Row]:
     if not _running():
         return [mine[k] for k in range(start, stop)]
     if stop - start < world_size():
-        raise CalibrationError(f"{stop - start} sequences are too few for {world_size()} processes; give at least one each")
+        raise CalibrationError(
+            f"{stop - start} sequences are too few for {world_size()} processes; give at least one each"
+        )
     names = sorted({(path, name) for row in mine.values() for path, samples in row.items() for name in samples})
     sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(world_size())]
     dist.all_gather(sizes, torch.tensor([len(names)], dtype=torch.int64))

@@ -162,7 +162,10 @@ def test_the_last_token_is_not_scored() -> None:
         norms.append([float(g.square().sum()) for g in gradients])
     assert norms[0] == pytest.approx(norms[1], rel=1e-5)
     problem = Problem(
-        model=model, forward=lambda ids: model(input_ids=ids).logits, weights=weights, candidates=Candidates(weights, {})
+        model=model,
+        forward=lambda ids: model(input_ids=ids).logits,
+        weights=weights,
+        candidates=Candidates(weights, {}),
     )
     row = GaussNewton().sample(problem, sequence)
     assert row.keys() == weights.keys()

@@ -38,7 +38,9 @@ def send_back(problem: Problem, logits: Tensor, cotangents: Tensor, positions: i
     """
     row: Row = {}
     weights = problem.weights
-    handles = [weight.register_hook(partial(_consume, problem, row, path, positions)) for path, weight in weights.items()]
+    handles = [
+        weight.register_hook(partial(_consume, problem, row, path, positions)) for path, weight in weights.items()
+    ]
     try:
         torch.autograd.grad(logits, list(weights.values()), grad_outputs=cotangents, allow_unused=True)
     finally:

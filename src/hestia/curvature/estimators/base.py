@@ -88,7 +88,9 @@ class Candidates:
 
     def _squared_errors(self, path: str, weight: Tensor) -> dict[str, float]:
         return {
-            label: sum(float(error.square_().sum(dtype=torch.float64)) for _, error in self._error_rows(path, label, weight))
+            label: sum(
+                float(error.square_().sum(dtype=torch.float64)) for _, error in self._error_rows(path, label, weight)
+            )
             for label in self.labels
         }
 
@@ -140,7 +142,9 @@ class Diagonals:
 
     def state(self) -> dict[str, Tensor]:
         """The running sums themselves, in a fixed order: what parallel processes add up."""
-        return {f"{kind}/{p}": v for kind, s in (("c", self._channel), ("g", self._group)) for p, v in sorted(s.items())}
+        return {
+            f"{kind}/{p}": v for kind, s in (("c", self._channel), ("g", self._group)) for p, v in sorted(s.items())
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,7 +189,7 @@ class CurvatureEstimator(Member, ABC):
         Raises:
             CalibrationError: with the reason.
         """
-        return None
+        return
 
     @abstractmethod
     def sample(self, problem: Problem, ids: Tensor) -> Row:
