@@ -11,14 +11,15 @@ from .shared import DATA, MACHINE, job_options, json_option, options_from, outpu
 
 @click.command(name="calibrate")
 @click.argument("model")
-@job_options((*DATA, *MACHINE, "calibrate", "skip", "out"))
+@job_options((*DATA, *MACHINE, "calibrate", "estimator", "group_size", "skip", "out"))
 @json_option
 def command(model: str, as_json: bool, **typed: Any) -> None:
-    """Estimate the Gauss-Newton trace of every quantizable tensor of MODEL, with intervals."""
+    """Measure which tensors of MODEL matter: curvature and predicted damage, with intervals."""
+    from ..curvature.show import table
     from ..jobs import calibrate_model
 
     options = options_from(None, {"model": model, "allow_partial": True, **typed})
     path = output_file(options.out or "sensitivity.json")
     sensitivity = calibrate_model(options)
     sensitivity.save(path)
-    show(sensitivity.to_json(), as_json, f"{sensitivity.table()}\n\nwritten to {path}")
+    show(sensitivity.to_json(), as_json, f"{table(sensitivity)}\n\nwritten to {path}")

@@ -1,4 +1,4 @@
-"""Calibrate: run an estimator over sequences of text until they suffice, leave the model as it was, keep every number."""
+"""Calibrate: run an estimator over sequences of text until they suffice, and leave the model as it was."""
 
 from __future__ import annotations
 
@@ -60,9 +60,7 @@ def calibrate(
     chosen = estimator if isinstance(estimator, CurvatureEstimator) else CurvatureEstimator.make(estimator)
     _check(model, weights, sequences)
     if chosen.needs_candidates and not candidates:
-        raise CalibrationError(
-            f"the estimator {chosen.name!r} needs candidate quantizers: whose damage is it to measure?"
-        )
+        raise CalibrationError(f"the estimator {chosen.name!r} needs candidates: whose damage is it to measure?")
     started = time.perf_counter()
     with _prepared(model, weights):
         ids = sequences.to(next(iter(weights.values())).device, copy=True)
@@ -114,6 +112,7 @@ def _rows(
 
     primary = _primary(estimator, problem.candidates)
     rows: list[Row] = []
+    found = ""
     stops = [len(ids)] if stopping is None else _doubling(stopping.start, len(ids))
     for stop in stops:
         share = range(len(rows) + parallel.rank(), stop, parallel.world_size())

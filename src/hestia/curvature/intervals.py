@@ -57,11 +57,11 @@ def mean_interval(samples: Sequence[float], confidence: float = CONFIDENCE) -> t
 
         h = t_{(1 + confidence) / 2, n - 1} * sd(S) / sqrt(n)
 
-    Tails are heavy, so it covers less than it promises (0.79 for a nominal 0.95 where it was measured): good enough to ask
-    whether a signed estimate is distinguishable from zero, not to quote.
+    Tails are heavy, so it covers less than it promises (0.79 for a nominal 0.95 where it was measured): good enough to
+    ask whether a signed estimate is distinguishable from zero, not to quote.
 
     >>> mean_interval([1.0, 3.0])
-    (2.0, 12.706204736174...)
+    (2.0, 12.706204736174694)
     """
     from scipy.special import stdtrit
 

@@ -40,11 +40,11 @@ class TensorSensitivity:
         log_mean, half_width: mean of log S and half-width of its 95 % t interval, in natural log units; None where a
             sample is not positive.
         geometric_mean: exp(log_mean); steadier than ``trace``, and another quantity: below it where tails are heavy.
-        low, high: exp(log_mean -+ half_width), the 95 % interval of the geometric mean (not of the trace); where a sample
-            is not positive, the t interval of ``trace``.
+        low, high: exp(log_mean -+ half_width), the 95 % interval of the geometric mean (not of the trace); where a
+            sample is not positive, the t interval of ``trace``.
         largest_share: the largest sample over the sum of all; None where a sample is not positive.
-        gauss_newton: K Gauss-Newton samples that stand in for a signed estimate whose interval contains zero; None where
-            the estimate stands on its own.
+        gauss_newton: K Gauss-Newton samples that stand in for a signed estimate whose interval contains zero; None
+            where the estimate stands on its own.
     """
 
     path: str
@@ -82,7 +82,8 @@ class TensorSensitivity:
             gauss_newton: the substitute, kept if the signed interval contains zero.
 
         Raises:
-            CalibrationError: fewer than two samples, one that is not finite, or one that is not positive where it must be.
+            CalibrationError: fewer than two samples, one that is not finite, or one that is not positive where it must
+            be.
         """
         if len(samples) < 2:
             raise CalibrationError(f"{path}: an interval needs at least 2 sequences, got {len(samples)}")
@@ -128,9 +129,8 @@ class TensorSensitivity:
         if self.gauss_newton is not None:
             return statistics.fmean(self.gauss_newton)
         if self.low <= 0.0:
-            raise CalibrationError(
-                f"{self.path}: the estimate {self.trace:.4g} ({self.low:.4g} .. {self.high:.4g}) cannot be told from zero"
-            )
+            interval = f"{self.trace:.4g} ({self.low:.4g} .. {self.high:.4g})"
+            raise CalibrationError(f"{self.path}: the estimate {interval} cannot be told from zero")
         return self.trace
 
     def mean(self, quantity: str) -> float:
@@ -140,9 +140,8 @@ class TensorSensitivity:
             CalibrationError: it was not measured; those that were are named.
         """
         if quantity not in self.others:
-            raise CalibrationError(
-                f"{self.path}: {quantity!r} was not measured; there are {', '.join(self.others) or 'none but the trace'}"
-            )
+            measured = ", ".join(self.others) or "none but the primary one"
+            raise CalibrationError(f"{self.path}: {quantity!r} was not measured; there are {measured}")
         return statistics.fmean(self.others[quantity])
 
 

@@ -129,7 +129,7 @@ NORMAL_STEPS = {
 
 @dataclass(frozen=True)
 class Gaussian(ScaleRule):
-    """The step that suits the grid if the group's weights are normal, and the level that reconstructs these very weights.
+    """The step that suits the grid if the weights are normal, and the level that rebuilds these very weights best.
 
         step = c(C) sqrt(pi/2) mean|w| + eps,   c(C) = argmin_c E[(x - a Q(x / c))^2],   x ~ N(0, 1)
         level = sum(q w) / sum(q^2)             as a in c(C)

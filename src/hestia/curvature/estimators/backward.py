@@ -38,9 +38,8 @@ def send_back(problem: Problem, logits: Tensor, cotangents: Tensor, positions: i
     """
     row: Row = {}
     weights = problem.weights
-    handles = [
-        weight.register_hook(partial(_consume, problem, row, path, positions)) for path, weight in weights.items()
-    ]
+    consume = partial(_consume, problem, row, positions)
+    handles = [weight.register_hook(partial(consume, path)) for path, weight in weights.items()]
     try:
         torch.autograd.grad(logits, list(weights.values()), grad_outputs=cotangents, allow_unused=True)
     finally:
@@ -49,7 +48,7 @@ def send_back(problem: Problem, logits: Tensor, cotangents: Tensor, positions: i
     return row
 
 
-def _consume(problem: Problem, row: Row, path: str, positions: int, gradient: Tensor) -> Tensor:
+def _consume(problem: Problem, row: Row, positions: int, path: str, gradient: Tensor) -> Tensor:
     """Note the numbers; a view of one zero takes the gradient's place, so that only one gradient is alive at a time."""
     wide = torch.promote_types(gradient.dtype, torch.float32)
     samples = {"trace": float(torch.linalg.vector_norm(gradient, dtype=wide)) ** 2 / positions}

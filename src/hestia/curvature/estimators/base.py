@@ -41,8 +41,8 @@ def quantity(name: str, label: str | None = None) -> str:
 class Candidates:
     """What each tensor would become under each candidate quantizer, held as int8 codes and fp32 scales.
 
-    One byte a weight and candidate, plus the scales (``nbytes``); the error ``dW = codes scales - W`` is rebuilt in pieces
-    of ``CHUNK`` weights when it is needed.
+    One byte a weight and candidate, plus the scales (``nbytes``); the error ``dW = codes scales - W`` is rebuilt in
+    pieces of ``CHUNK`` weights when it is needed.
 
     Args:
         weights: module path -> weight matrix ``[O, I]``.
@@ -87,12 +87,11 @@ class Candidates:
             yield label, signed, absolute
 
     def _squared_errors(self, path: str, weight: Tensor) -> dict[str, float]:
-        return {
-            label: sum(
-                float(error.square_().sum(dtype=torch.float64)) for _, error in self._error_rows(path, label, weight)
-            )
-            for label in self.labels
-        }
+        def squared(label: str) -> float:
+            errors = (error for _, error in self._error_rows(path, label, weight))
+            return sum(float(error.square_().sum(dtype=torch.float64)) for error in errors)
+
+        return {label: squared(label) for label in self.labels}
 
     @torch.no_grad()
     def _error_rows(self, path: str, label: str, weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
@@ -142,9 +141,8 @@ class Diagonals:
 
     def state(self) -> dict[str, Tensor]:
         """The running sums themselves, in a fixed order: what parallel processes add up."""
-        return {
-            f"{kind}/{p}": v for kind, s in (("c", self._channel), ("g", self._group)) for p, v in sorted(s.items())
-        }
+        stores = (("channel", self._channel), ("group", self._group))
+        return {f"{kind}/{path}": value for kind, store in stores for path, value in sorted(store.items())}
 
 
 @dataclass(frozen=True, kw_only=True)

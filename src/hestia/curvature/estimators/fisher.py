@@ -4,8 +4,8 @@
     g_i = sum_t J_t' r_t           the gradient of the summed cross entropy of one sequence
     tr(E_i) = ||g_i||^2 / N        flavour: squared after summing over a sequence, so positions correlate
 
-It equals the Gauss-Newton trace in expectation only where the model's distribution is the data's; on a well-fitted model
-the two agree within tens of per cent. Kept because GuidedQuant-style tools are built on it.
+It equals the Gauss-Newton trace in expectation only where the model's distribution is the data's; on a well-fitted
+model the two agree within tens of per cent. Kept because GuidedQuant-style tools are built on it.
 
 Source: Kunstner et al. 2019, arXiv:1905.12558 (what it is, and what it is not).
 """

@@ -13,13 +13,13 @@ One random vector per position, sent backwards through the network once, serves 
     delta_loss     = E sum |g_i dW| / sqrt(N)                    DeltaLoss with this gradient in place of the labels'
 
 Why: with s = sqrt(p), |s| = 1 and r = diag(s)(I - s s')e, so E[r r'] = diag(p) - p p'; the independence over positions
-removes the cross terms. Each trace sample is positive, and no double backward is needed: default attention kernels, bf16
-and activation checkpointing work. Most of the spread lies between sequences, so the way to a better estimate is more
-sequences, not more probes for each.
+removes the cross terms. Each trace sample is positive, and no double backward is needed: default attention kernels,
+bf16 and activation checkpointing work. Most of the spread lies between sequences, so the way to a better estimate is
+more sequences, not more probes for each.
 
 Sources: the Gauss-Newton-Bartlett estimator of Sophia (Liu et al. 2023, arXiv:2305.14342) with Rademacher cotangents in
-place of sampled labels: the same expectation, 10-20 % less spread. DeltaLoss: SignRoundV2 (arXiv:2512.04746), which takes
-the gradient at the quantized model; here it is taken at the parent.
+place of sampled labels: the same expectation, 10-20 % less spread. DeltaLoss: SignRoundV2 (arXiv:2512.04746), which
+takes the gradient at the quantized model; here it is taken at the parent.
 """
 
 from __future__ import annotations
