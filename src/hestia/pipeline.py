@@ -227,12 +227,13 @@ class Run:
         elif self.options.calibrate == 0:
             return None
         else:
-            model = self._load_model()
+            model: Any = self._load_model()
+            model.to(self.device)
+            candidates = {layer.spec.grid.name: layer.spec for layer in plan.layers.values()}
+            identity = loading.fingerprint(self.source, self.config)
             sensitivity = self.clock.measure(
                 "calibrate",
-                lambda: calibrate_on(
-                    model, plan, self.training, self.options, loading.fingerprint(self.source, self.config)
-                ),
+                lambda: calibrate_on(model, list(plan.layers), candidates, self.training, self.options, identity),
             )
         sensitivity.save(path)
         return sensitivity

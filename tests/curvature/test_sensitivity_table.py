@@ -14,6 +14,7 @@ from scipy import stats
 
 from hestia.curvature import Sensitivity, TensorSensitivity
 from hestia.curvature.intervals import jackknife_error, log_mean_interval
+from hestia.curvature.show import table
 from hestia.errors import CalibrationError, ConfigError
 
 positive = st.floats(1e-20, 1e20)
@@ -127,7 +128,7 @@ def test_a_sample_is_never_clipped(bad: float) -> None:
 
 
 def test_the_table_is_sorted_by_trace_and_warns_of_one_large_sequence() -> None:
-    text = a_sensitivity().table()
+    text = table(a_sensitivity())
     assert text.index("layers.0.k") < text.index("layers.0.q")
     assert "8 sequences x 5 scored positions" in text
     assert "one sequence carries over 10%" in text

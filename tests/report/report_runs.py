@@ -133,7 +133,7 @@ def sensitivity() -> dict[str, Any]:
             "samples": [mean, 1.1 * mean],
         }
     return {
-        "schema": 1,
+        "schema": 2,
         "estimator": "gauss_newton",
         "seed": 0,
         "sequences": 64,

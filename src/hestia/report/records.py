@@ -25,7 +25,7 @@ import yaml
 from ..errors import ConfigError
 from ..files import read_json
 
-SCHEMA = 1
+SCHEMA, SENSITIVITY_SCHEMA = 1, 2
 REPORT_FILE = "report.json"
 
 
@@ -308,7 +308,7 @@ class RunRecord:
             options=_options(run / "run.yaml"),
             recipe_options=_mapping(report.raw.get("recipe_options")),
             plan=None if plan is None else plan.raw,
-            sensitivity=_sensitivity(_optional(run / "sensitivity.json")),
+            sensitivity=_sensitivity(_optional(run / "sensitivity.json", SENSITIVITY_SCHEMA)),
             log=_log(run / "log.jsonl"),
             histograms=_histograms(diagnostics),
             codes=_codes(diagnostics),
@@ -365,8 +365,8 @@ class _Object:
         return [_Object(v, self.where, f"{self.prefix}{key}[{i}].") for i, v in enumerate(values)]
 
 
-def _optional(path: Path) -> _Object | None:
-    return _Object(read_json(path, schema=SCHEMA), str(path)) if path.is_file() else None
+def _optional(path: Path, schema: int = SCHEMA) -> _Object | None:
+    return _Object(read_json(path, schema=schema), str(path)) if path.is_file() else None
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:
