@@ -202,9 +202,7 @@ class Sensitivity:
         if quantity == self.primary:
             return {path: tensor.samples for path, tensor in self.tensors.items()}
         if quantity not in self.quantities:
-            raise CalibrationError(
-                f"{quantity!r} was not measured; this sensitivity holds {', '.join(self.quantities)}"
-            )
+            raise CalibrationError(f"{quantity!r} was not measured; measured were {', '.join(self.quantities)}")
         return {path: tensor.others[quantity] for path, tensor in self.tensors.items()}
 
     def means(self, quantity: str) -> dict[str, float]:
