@@ -34,8 +34,8 @@ from hestia.provenance import machine, versions
 RESULTS = Path(__file__).parents[1] / "results" / "curvature"
 LABELS = ("ternary", "int2", "int3", "int4")
 SEQ_LEN, CALIBRATION, HELD_OUT, HESSIAN = 256, 64, 32, 16
-"""Tokens a sequence; sequences of the metrics, of the truth, and of those that cost a Hessian-vector product a
-tensor.""" DRAWS = 2000
+"""Tokens a sequence; sequences of the metrics, of the truth, of what costs a forward or more a tensor."""
+DRAWS = 2000
 
 
 def texts(data: Path) -> dict[str, tuple[list[str], list[str]]]:
