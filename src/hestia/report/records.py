@@ -101,12 +101,12 @@ class Trace:
 
     path: str
     trace: float | None
-    standard_error: float | None
-    geometric_mean: float | None
-    low: float | None
-    high: float | None
-    largest_share: float | None
-    weights: int | None
+    standard_error: float | None = None
+    geometric_mean: float | None = None
+    low: float | None = None
+    high: float | None = None
+    largest_share: float | None = None
+    weights: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
