@@ -163,8 +163,8 @@ def _substitutes(
     if not unsure:
         return {}
     bare = replace(problem, weights=unsure, candidates=Candidates(unsure, {}), diagonals=None)
-    positive, _ = _rows(GaussNewton(), bare, ids, None)
-    return {path: _columns(positive, path, "trace", signed=False)["trace"] for path in unsure}
+    positive, _ = _rows(estimator.stand_in() or GaussNewton(), bare, ids, None)
+    return {path: _columns(positive, path, primary, signed=False)[primary] for path in unsure}
 
 
 def _primary(estimator: CurvatureEstimator, candidates: Candidates) -> str:

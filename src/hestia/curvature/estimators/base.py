@@ -3,7 +3,8 @@
 A quantity is a name, with the label of a candidate quantizer behind a colon where it depends on one:
 
     trace               tr(G_i) or tr(H_i), nats per squared weight unit
-    eigenvalue          the largest eigenvalue of H_i, same unit
+    trace_error         one sequence's own standard error of its trace, where an estimator has one (xtrace)
+    eigenvalue          the eigenvalue of H_i with the largest magnitude, same unit
     quadratic:LABEL     dW' G dW for that candidate's rounding error, nats; half of it predicts the KL
     delta_loss:LABEL    sum |g dW|, first order
     kl:LABEL            KL to the parent with this one tensor quantized, nats a token: the ground truth
@@ -180,6 +181,10 @@ class CurvatureEstimator(Member, ABC):
 
     needs_candidates: ClassVar[bool] = False
     """Whether it measures nothing without a candidate quantizer."""
+
+    def stand_in(self) -> CurvatureEstimator | None:
+        """What replaces a signed estimate whose interval contains zero, in the same primary quantity; None: ``gnb``."""
+        return None
 
     def prepare(self, problem: Problem, sequences: Tensor) -> None:
         """Refuse what this estimator cannot do, before any work; ``sequences`` are all that may be used.
