@@ -272,7 +272,10 @@ def _trainer() -> str:
     before = score(model_logits(model), blocks, description="").nll
     with tempfile.TemporaryDirectory() as scratch:
         settings = TrainConfig(steps=8, batch_size=8, learning_rate=1e-2, bf16=False, log_every=0)
-        HestiaTrainer(model, plan=plan, config=settings, train=blocks, held_out=blocks, folder=Path(scratch)).fit()
+        folder = Path(scratch)
+        HestiaTrainer(
+            model, plan=plan, config=settings, train=blocks, held_out=blocks, folder=folder, description="self-test"
+        ).fit()
     after = score(model_logits(model), blocks, description="").nll
     freeze(model)
     frozen = score(model_logits(model.eval()), blocks, description="").nll
