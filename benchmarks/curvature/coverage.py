@@ -1,4 +1,4 @@
-"""Does the 95 % interval hold what it promises? Coverage of the log-mean t interval of every tensor of the bundled model.
+"""Does the 95 % interval hold what it promises? Coverage of every tensor's log-mean t interval on the bundled model.
 
     python benchmarks/curvature/coverage.py
 
