@@ -3,8 +3,9 @@
     frozen.py       the frozen model on disk: what everything here reads
     huggingface.py  a compressed-tensors folder for transformers, vLLM and llama.cpp's converter
     packing.py      the block layouts of GGUF
-    gguf.py         a .gguf file for llama.cpp and what is built on it
-    gguf_reader.py  its own reader of such files, for the check
+    gguf.py         a .gguf file for llama.cpp and what is built on it: gguf_families, gguf_layout, gguf_tokenizer say
+                    what must be in it, gguf_writer writes
+    gguf_check.py   compares such a file with the frozen model, or with its own claims; gguf_reader is its own parser
     llama_cpp.py    the door to llama-cpp-python, where it is installed
     verify.py       reads a written file back, compares it with the frozen model, and runs it
 
@@ -22,7 +23,9 @@ if TYPE_CHECKING:
 __all__ = ["export_model"]
 
 
-def export_model(frozen: FrozenModel, target: str, path: Path, *, fallback: bool = False) -> dict[str, Any]:
+def export_model(
+    frozen: FrozenModel, target: str, path: Path, *, fallback: bool = False, head: str = "auto"
+) -> dict[str, Any]:
     """Write the frozen model to ``path`` in the file format ``target``, ``hf`` or ``gguf:tq2_0``.
 
     Args:
@@ -30,6 +33,7 @@ def export_model(frozen: FrozenModel, target: str, path: Path, *, fallback: bool
         target: a name of ``hestia.targets.TARGETS``.
         path: the folder (hf) or file (gguf) to create.
         fallback: let single tensors that the format's own type cannot hold be stored as another exact type.
+        head: how a GGUF file stores embedding and head: ``auto`` keeps every number, ``f16`` and ``q8_0`` may round.
 
     Returns:
         ``{"target", "path", "bytes", ...}``; the exporter adds what it knows.
@@ -47,4 +51,4 @@ def export_model(frozen: FrozenModel, target: str, path: Path, *, fallback: bool
         return export_hf(frozen, path, fallback=fallback)
     from .gguf import export_gguf
 
-    return export_gguf(frozen, chosen, path, fallback=fallback)
+    return export_gguf(frozen, chosen, path, fallback=fallback, head=head)

@@ -146,7 +146,7 @@ def check(path: Path, frozen: FrozenModel, target: str) -> list[str]:
     """
     if target == "hf":
         return check_hf(path, frozen)
-    from .gguf import check_gguf
+    from .gguf_check import check_gguf
 
     return check_gguf(path, frozen, target)
 
@@ -171,7 +171,7 @@ def detect_target(path: Path, run: Path) -> str:
             recorded = Path(str(entry.get("path")))
             if path.resolve() in (recorded.resolve(), (run / recorded).resolve()):
                 return target_named(str(entry.get("target"))).name
-    from .gguf import file_target
+    from .gguf_check import file_target
 
     return file_target(path)
 
