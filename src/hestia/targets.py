@@ -113,6 +113,11 @@ class Target:
         """``gguf``, ``hf`` or ``mlx``."""
         return self.name.split(":")[0]
 
+    @property
+    def dense(self) -> bool:
+        """Whether it stores plain numbers: files to compare with, not low-bit ones."""
+        return self.types[0].levels is None
+
     def storage(self, grid: Grid, group_size: GroupSize, shape: tuple[int, int], *, fallback: bool) -> StorageType:
         """The type that holds one tensor exactly.
 
@@ -129,7 +134,7 @@ class Target:
         others = [
             t.name
             for t in TARGETS.values()
-            if t.name != self.name and t.types[0].refusal(grid, group_size, shape) is None
+            if t.name != self.name and not t.dense and t.types[0].refusal(grid, group_size, shape) is None
         ]
         if others:
             hints.append(f"--target {' or '.join(others)} would hold it")
@@ -165,6 +170,8 @@ TARGETS: dict[str, Target] = {
         _gguf(Q4_0, "llama.cpp: all backends"),
         _gguf(Q4_K, "llama.cpp: CPU, CUDA, Metal, Vulkan, SYCL, OpenCL, WebGPU"),
         _gguf(Q1_0, "llama.cpp: CPU, CUDA, Metal, Vulkan, SYCL, WebGPU", "binary models only"),
+        Target("gguf:f16", (F16, F32), "llama.cpp: all backends", "not low-bit: to compare with"),
+        Target("gguf:f32", (F32,), "llama.cpp: all backends", "not low-bit: to compare with"),
         Target("mlx", (MLX2,), "mlx-lm: Apple GPUs, CPU"),
     )
 }
@@ -218,15 +225,10 @@ def matrix(
     rows: list[dict[str, Any]] = []
     for chosen in TARGETS.values():
         first = chosen.types[0]
-        assert first.levels is not None
-        widest = max(first.levels, key=len)
-        grid = Grid((-1, 1)) if 0 not in widest and len(widest) == 2 else Grid((-1, 0, 1))
+        levels = first.levels or (range(-128, 128),)
+        grid = Grid((-1, 1)) if first is Q1_0 else Grid((-1, 0, 1))
         fits: bool | str | None = None
-        bits = (
-            8.0 * first.stored_bytes((1024, 1024), 128) / 2**20
-            if not first.block
-            else 8.0 * first.block_bytes / first.block
-        )
+        bits = 8.0 * first.stored_bytes((1024, 1024), 128) / 2**20
         try:
             stored = [(chosen.storage(g, size, shape, fallback=fallback), size, shape) for _, g, size, shape in layers]
             if stored:
@@ -240,7 +242,7 @@ def matrix(
                 "target": chosen.name,
                 "type": first.name,
                 "groups": list(chosen.groups_held(grid)),
-                "levels": " or ".join(_spelled(levels) for levels in first.levels),
+                "levels": " or ".join(map(_spelled, levels)) if first.levels else "any",
                 "engines": chosen.loads_in,
                 "caution": chosen.caution,
                 "bits_per_weight": bits,

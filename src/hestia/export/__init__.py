@@ -6,8 +6,10 @@
     gguf.py         a .gguf file for llama.cpp and what is built on it: gguf_families, gguf_layout, gguf_tokenizer say
                     what must be in it, gguf_writer writes
     gguf_check.py   compares such a file with the frozen model, or with its own claims; gguf_reader is its own parser
-    llama_cpp.py    the door to llama-cpp-python, where it is installed
-    verify.py       reads a written file back, compares it with the frozen model, and runs it
+    mlx.py          a folder for mlx-lm
+    verify.py       reads a written file back (huggingface_check, gguf_check, mlx_check), compares it with the frozen
+                    model, and has it run: engines, with activations, the rounding of llama.cpp's kernels in PyTorch
+    llama_cpp.py    the door to llama-cpp-python, where it is installed; mlx_engine.py the one to mlx-lm
 
 ``hestia.export.verify.verify`` is not repeated here: a package cannot have a function and a module of one name.
 """
@@ -48,7 +50,11 @@ def export_model(
     if chosen.container == "hf":
         from .huggingface import export_hf
 
-        return export_hf(frozen, path, fallback=fallback)
+        return export_hf(frozen, path, bits=4 if chosen.name == "hf:int4" else 2)
+    if chosen.container == "mlx":
+        from .mlx import export_mlx
+
+        return export_mlx(frozen, path)
     from .gguf import export_gguf
 
     return export_gguf(frozen, chosen, path, fallback=fallback, head=head)

@@ -129,6 +129,7 @@ def layout_of(
     if target.container != "gguf":
         raise ExportError(f"{target.name} is no GGUF target")
     shape = shape_of(frozen.folder / "config.json", config)
+    head = F32 if head is None and target.types[0] is F32 else head
     entries = list(_entries(frozen, target, shape, head, fallback=fallback))
     rows = next(e.shape[0] for e in entries if e.name == "token_embd.weight")
     metadata = {**shape.metadata, f"{shape.family.arch}.vocab_size": Value("u32", rows)}
