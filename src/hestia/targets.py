@@ -230,7 +230,9 @@ def matrix(
         fits: bool | str | None = None
         bits = 8.0 * first.stored_bytes((1024, 1024), 128) / 2**20
         try:
-            stored = [(chosen.storage(g, size, shape, fallback=fallback), size, shape) for _, g, size, shape in layers]
+            stored: list[tuple[StorageType, GroupSize, tuple[int, int]]] = [
+                (chosen.storage(g, size, shape, fallback=fallback), size, shape) for _, g, size, shape in layers
+            ]
             if stored:
                 fits = True
                 weights = sum(shape[0] * shape[1] for _, _, shape in stored)

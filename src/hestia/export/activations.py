@@ -105,9 +105,7 @@ def emulating(
         for module in model.modules():
             if type(module).__name__ == "GELUTanh":
                 undo.append(module.register_forward_pre_hook(_before(round_f16)).remove)
-                undo.append(
-                    module.register_forward_hook(lambda m, x, y: torch.where(x[0].abs() < 10, round_f16(y), y)).remove
-                )
+                undo.append(module.register_forward_hook(_through_table).remove)
         yield
     finally:
         for step in reversed(undo):
@@ -123,6 +121,11 @@ def _module(model: nn.Module, path: str) -> nn.Module | None:
 
 def _before(rounding: Callable[[Tensor], Tensor]) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
     return lambda module, inputs: (rounding(inputs[0]), *inputs[1:])
+
+
+def _through_table(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    del module
+    return torch.where(inputs[0].abs() < 10, round_f16(output), output)
 
 
 def _replace(parameter: nn.Parameter, values: Tensor) -> Callable[[], None]:

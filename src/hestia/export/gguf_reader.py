@@ -16,9 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from ..errors import ConfigError, VerifyError
-from .packing import Bytes
+
+Bytes = npt.NDArray[np.uint8]  # not imported from packing: an engine's child process must not load torch
 
 ALIGNMENT = 32
 
@@ -163,6 +165,15 @@ def read(path: Path) -> File:
     if not path.is_file():
         raise ConfigError(f"{path}: no such file" if not path.is_dir() else f"{path}: is a folder, not a .gguf file")
     data = np.asarray(np.memmap(path, np.uint8, "r")) if path.stat().st_size else np.zeros(0, np.uint8)
+    return parse(path, data)
+
+
+def parse(path: Path, data: Bytes) -> File:
+    """``read`` for bytes that are at hand; ``path`` is only named in messages.
+
+    Raises:
+        VerifyError: as ``read``.
+    """
     cursor = _Cursor(path, data)
     if cursor.take(4, "magic") != b"GGUF":
         raise VerifyError(f"{path}: not a GGUF file: it begins with {bytes(data[:4])!r}")
@@ -175,16 +186,22 @@ def read(path: Path) -> File:
     metadata: list[tuple[str, Raw]] = []
     for index in range(keys):
         key = cursor.string(f"key {index}").decode("utf-8", "backslashreplace")
-        metadata.append((key, cursor.value(key)))
+        metadata.append((key, cursor.value(shown(key))))
     infos: list[Info] = []
     for index in range(tensors):
         name = cursor.string(f"name of tensor {index}").decode("utf-8", "backslashreplace")
-        dimensions = cursor.number(4, f"number of dimensions of {name}")
+        label = shown(name)
+        dimensions = cursor.number(4, f"number of dimensions of {label}")
         if dimensions > 4:
-            raise VerifyError(f"{path}: damaged: {name} has {dimensions} dimensions")
-        shape = tuple(cursor.number(8, f"dimensions of {name}") for _ in range(dimensions))[::-1]
-        infos.append(Info(name, shape, cursor.number(4, f"type of {name}"), cursor.number(8, f"offset of {name}")))
+            raise VerifyError(f"{path}: damaged: {label} has {dimensions} dimensions")
+        shape = tuple(cursor.number(8, f"dimensions of {label}") for _ in range(dimensions))[::-1]
+        infos.append(Info(name, shape, cursor.number(4, f"type of {label}"), cursor.number(8, f"offset of {label}")))
     return File(data, metadata, infos, cursor.position, aligned(cursor.position))
+
+
+def shown(name: str) -> str:
+    """A key or tensor name for a message: as it is if it is plain, else quoted, escaped and cut."""
+    return name if _NAME.fullmatch(name) and len(name) <= _LONGEST_NAME else ascii(name[:_LONGEST_NAME])
 
 
 def check_structure(path: Path, file: File) -> None:
@@ -196,7 +213,7 @@ def check_structure(path: Path, file: File) -> None:
     keys = [key for key, _ in file.metadata]
     double = next((key for key in keys if keys.count(key) > 1), None) if len(set(keys)) < len(keys) else None
     if double is not None:
-        raise VerifyError(f"{path}: damaged: the key {double!r} occurs twice")
+        raise VerifyError(f"{path}: damaged: the key {shown(double)} occurs twice")
     alignment = file.integer("general.alignment")
     if alignment not in (None, ALIGNMENT):
         raise VerifyError(f"{path}: general.alignment is {alignment}, hestia reads files aligned to {ALIGNMENT} bytes")
@@ -207,7 +224,7 @@ def check_structure(path: Path, file: File) -> None:
     names: set[str] = set()
     end = 0
     for info in sorted(file.tensors, key=lambda i: i.offset):
-        where = f"{path}: damaged: {info.name[:80]!r}"
+        where = f"{path}: damaged: {shown(info.name)}"
         if not _NAME.fullmatch(info.name) or len(info.name) > _LONGEST_NAME:
             raise VerifyError(f"{where} is not a tensor's name (letters, digits, '.', '_', '-', at most 63)")
         if info.name in names:

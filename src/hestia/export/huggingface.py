@@ -320,25 +320,25 @@ def _write_shards(folder: Path, entries: list[Entry], max_bytes: int, file_forma
             shards.append([])
         shards[-1].append(entry)
     if len(shards) == 1:
-        _write_safetensors(folder / "model.safetensors", shards[0], file_format)
+        write_safetensors(folder / "model.safetensors", shards[0], {"format": file_format})
         return
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        _write_safetensors(folder / name, shard, file_format)
+        write_safetensors(folder / name, shard, {"format": file_format})
         weight_map.update({entry.name: name for entry in shard})
     index = {"metadata": {"total_size": sum(e.nbytes for e in entries)}, "weight_map": weight_map}
     write_text(folder / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
 
 
-def _write_safetensors(path: Path, entries: list[Entry], file_format: str) -> None:
+def write_safetensors(path: Path, entries: list[Entry], metadata: dict[str, str]) -> None:
     """One safetensors file: an eight-byte length, a JSON header, then the tensors' bytes without gaps.
 
     The library's own writer wants all tensors of a file in memory at once. Wide numbers come first and the header is
     padded to eight bytes, so every tensor is aligned to its own width when the file is mapped.
     """
     ordered = sorted(entries, key=lambda e: -e.dtype.itemsize)
-    header: dict[str, Any] = {"__metadata__": {"format": file_format}}
+    header: dict[str, Any] = {"__metadata__": metadata}
     offset = 0
     for entry in ordered:
         end = offset + entry.nbytes

@@ -310,9 +310,9 @@ def _checked(storage: StorageType, codes_OI: npt.ArrayLike, scales_OB: npt.Array
         )
     with np.errstate(over="ignore"):
         halves = scales.astype("<f2")
-    inexact = ~(np.isfinite(halves) & (halves.astype(np.float32) == scales) & ~np.signbit(scales))
-    if inexact.any():
-        row, block = np.argwhere(inexact)[0]
+    exact = np.isfinite(halves) & (halves.astype(np.float32) == scales) & ~np.signbit(scales)
+    if not exact.all():
+        row, block = (int(i) for i in np.argwhere(np.logical_not(exact))[0])
         raise ExportError(
             f"{storage.name} stores scales as fp16, which cannot hold {scales[row, block]!r} (row {row}, block "
             f"{block}) exactly; freeze the model with hestia, which snaps every scale to a number that fp16 holds"
@@ -339,7 +339,7 @@ def _mirrored(storage: StorageType, codes: Codes, d: Bytes) -> tuple[Codes, Byte
     """Codes and scale bytes with the sign of both changed in every block that only the mirrored range holds."""
     assert storage.levels is not None
     low, high = storage.levels[0][0], storage.levels[0][-1]
-    flip = ((codes < low) | (codes > high)).any(axis=-1)
+    flip = np.asarray(((codes < low) | (codes > high)).any(axis=-1))
     if not flip.any():
         return codes, d
     codes, d = np.where(flip[..., None], -codes, codes), d.copy()

@@ -95,8 +95,8 @@ def verify(
     """
     if not path.exists():
         raise VerifyError(f"{path}: no such file or folder")
-    frozen = FrozenModel(run)
     name = target_named(target).name if target else detect_target(path, run)
+    frozen = FrozenModel(_home(path, run))
     if path.is_dir() != (not name.startswith("gguf")):
         raise VerifyError(f"{path}: a {'folder' if path.is_dir() else 'single file'} cannot be {name}")
     differences = check(path, frozen, name)
@@ -111,6 +111,8 @@ def verify(
     else:
         from . import engines  # here, because it imports transformers
 
+        if frozen.run != run:
+            notes.append(f"compared with the refitted model in {frozen.run}, as the run recorded")
         text = token_ids if token_ids is not None else kept_text(run)
         ran = engines.run(path, frozen, name, probe(frozen) if text is None else text)
         largest, kl, used = ran.max_abs_logit_diff, ran.kl, ran.engine
@@ -177,15 +179,28 @@ def detect_target(path: Path, run: Path) -> str:
         return _folder_target(path)
     if path.suffix != ".gguf":
         raise VerifyError(f"{path}: neither an exported folder nor a .gguf file")
-    report = run / "report.json"
-    if report.is_file():
-        for entry in read_json(report).get("exports", []):
-            recorded = Path(str(entry.get("path")))
-            if path.resolve() in (recorded.resolve(), (run / recorded).resolve()):
-                return target_named(str(entry.get("target"))).name
+    entry = _recorded(path, run)
+    if entry is not None:
+        return target_named(str(entry.get("target"))).name
     from .gguf_check import file_target
 
     return file_target(path)
+
+
+def _recorded(path: Path, run: Path) -> dict[str, Any] | None:
+    """The entry of the run's report.json for a file."""
+    report = run / "report.json"
+    for entry in read_json(report).get("exports", []) if report.is_file() else []:
+        recorded = Path(str(entry.get("path")))
+        if path.resolve() in (recorded.resolve(), (run / recorded).resolve()):
+            return entry
+    return None
+
+
+def _home(path: Path, run: Path) -> Path:
+    """The folder of the frozen model that a file holds: the run, or a refit of it that was made for this file."""
+    refit = (_recorded(path, run) or {}).get("refit")
+    return run / "refits" / str(refit["folder"]) if isinstance(refit, dict) else run
 
 
 def _folder_target(path: Path) -> str:
