@@ -38,7 +38,7 @@ from ..errors import ExportError, PlanError, VerifyError, nearest
 from ..files import replacing
 from ..quant.codes import QuantizedTensor
 from ..quant.grids import Grid
-from ..targets import F16, F32, TARGETS, StorageType, Target
+from ..targets import F16, F32, LLAMA_CPP_BIASES, TARGETS, StorageType, Target
 from ..targets import target as target_by_name
 from .frozen import FrozenModel
 from .gguf_reader import FORMATS, File, Raw, aligned, read
@@ -61,8 +61,7 @@ class _Family:
     own_head_size: bool = True
 
 
-_QKV_BIAS = frozenset(f"self_attn.{x}_proj.bias" for x in "qkv")
-_LLAMA_BIAS = _QKV_BIAS | {"self_attn.o_proj.bias"} | {f"mlp.{x}_proj.bias" for x in ("gate", "up", "down")}
+_BIASES = {kind: frozenset(f"{layer}.bias" for layer in layers) for kind, layers in LLAMA_CPP_BIASES.items()}
 _BLOCK = frozenset(
     f"{x}.weight"
     for x in (
@@ -72,10 +71,10 @@ _BLOCK = frozenset(
     )
 )
 _FAMILIES = {
-    "llama": _Family("llama", _LLAMA_BIAS, _BLOCK, permuted=True),
+    "llama": _Family("llama", _BIASES["llama"], _BLOCK, permuted=True),
     "mistral": _Family("llama", frozenset(), _BLOCK, permuted=True),
-    "qwen2": _Family("qwen2", _QKV_BIAS, _BLOCK, own_head_size=False),
-    "qwen3": _Family("qwen3", _QKV_BIAS, _BLOCK | {"self_attn.q_norm.weight", "self_attn.k_norm.weight"}),
+    "qwen2": _Family("qwen2", _BIASES["qwen2"], _BLOCK, own_head_size=False),
+    "qwen3": _Family("qwen3", _BIASES["qwen3"], _BLOCK | {"self_attn.q_norm.weight", "self_attn.k_norm.weight"}),
     "gemma": _Family("gemma", frozenset(), _BLOCK, norm_shift=1.0, activation="gelu_pytorch_tanh"),
 }
 

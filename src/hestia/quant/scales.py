@@ -19,6 +19,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from ..errors import ConfigError
 from .family import Member
 from .grids import Grid
 
@@ -111,6 +112,28 @@ class TWN(ScaleRule):
     def __call__(self, w_RGN: Tensor, grid: Grid) -> Scales:
         step = 2.0 * self.factor * w_RGN.abs().mean(dim=-1, keepdim=True) + self.eps
         return Scales(step, _best_level(w_RGN, grid.round(w_RGN / step), step))
+
+
+@dataclass(frozen=True)
+class RootMeanSquare(ScaleRule):
+    """``step = level = c rms(w) + eps``, c such that a Gaussian is rounded with the least squared error (QuEST).
+
+    c = 0.798 on {-1, 1} and 1.224 on {-1, 0, 1}, as published for clipping at c rms (Panferov et al. 2025,
+    arXiv:2502.05003); both grids end at that clip.
+
+    Raises:
+        ConfigError: another grid; the constants were published for evenly spaced grids that end at the clip.
+    """
+
+    name: ClassVar[str] = "rms"
+    eps: float = 1e-5
+
+    def __call__(self, w_RGN: Tensor, grid: Grid) -> Scales:
+        constants = {(-1.0, 1.0): 0.798, (-1.0, 0.0, 1.0): 1.224}
+        if grid.values not in constants:
+            raise ConfigError(f"rms: no constant for the grid {grid.name}; it does -1, 1 and -1, 0, 1")
+        s = constants[grid.values] * w_RGN.square().mean(dim=-1, keepdim=True).sqrt() + self.eps
+        return Scales(s, s)
 
 
 def _best_level(w_RGN: Tensor, q_RGN: Tensor, fallback: Tensor) -> Tensor:
