@@ -24,11 +24,12 @@ class Knobs(nn.Module):
 
     pressure: Tensor
     temperature: Tensor
-    residual: Tensor | None = None
+    residual: Tensor | None
 
     def __init__(self, pressure: float = 1.0, temperature: float = 0.0, residual: float | None = None) -> None:
         super().__init__()
         self._values = {"pressure": pressure, "temperature": temperature}
+        self.register_buffer("residual", None, persistent=False)
         if residual is not None:
             self._values["residual"] = residual
         for name, value in self._values.items():
@@ -46,7 +47,7 @@ class Knobs(nn.Module):
 
     @property
     def values(self) -> dict[str, float]:
-        """``{"pressure": ..., "temperature": ...}``, and the residual if any: exact floats, no device is synchronised."""
+        """``{"pressure": ..., "temperature": ...}``, and the residual if any; exact, no device is synchronised."""
         return dict(self._values)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:

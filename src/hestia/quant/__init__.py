@@ -3,17 +3,19 @@
 from .codes import QuantizedTensor
 from .corrections import Correction, Pull
 from .estimators import STE, ClippedSTE, DampedFourier, Estimator, Softmax, Tanh, Trust
-from .grids import BINARY, INT2, TERNARY, Grid
+from .grids import BINARY, INT2, INT3, INT4, TERNARY, Grid
 from .grouping import GroupSize
 from .held import HeldRule, LearnedLevel, LearnedRule, LearnedStep, Saliency, StretchedElastic
 from .quantizer import Quantizer, fake_quantize
-from .scales import TWN, AbsMax, AbsMean, LeastSquares, RootMeanSquare, ScaleRule, snap
+from .scales import TWN, AbsMax, AbsMean, Gaussian, LeastSquares, RootMeanSquare, ScaleRule, snap
 from .shifts import DeadZone, OutputShift
 from .spec import QuantSpec
 
 __all__ = [
     "BINARY",
     "INT2",
+    "INT3",
+    "INT4",
     "STE",
     "TERNARY",
     "TWN",
@@ -24,6 +26,7 @@ __all__ = [
     "DampedFourier",
     "DeadZone",
     "Estimator",
+    "Gaussian",
     "Grid",
     "GroupSize",
     "HeldRule",

@@ -81,7 +81,7 @@ class Quantizer:
             held: see the class.
         """
         w = to_groups(w_OI if w_OI.dtype in (torch.float32, torch.float64) else w_OI.float(), self.spec.group_size)
-        relax = RelaxLearned if self.spec.learns else _Relax
+        relax = RelaxLearned if self.spec.learns and held is not None else _Relax
         grouped = None if held is None else self._grouped(held, w)
         out = relax.apply(w, pressure.to(w.dtype), temperature.to(w.dtype), self.spec, grouped)
         assert isinstance(out, Tensor)

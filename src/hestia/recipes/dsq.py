@@ -1,7 +1,7 @@
 """DSQ: hard rounding forward, the slope of a tanh staircase backward, learned steps.
 
     w_hat = alpha clip(round(x), Qn, Qp),   x = w / alpha                                                   lambda = 1
-    d w_hat / d w     := g(x) = k (1 - tanh(k (x - m))^2) / (2 (1 - a)) 1[Qn <= x <= Qp],   k = ln(2/a - 1)
+    d w_hat / d w     := g(x) = k (1 - tanh(k (x - m))^2) / (2 (1 - a)) 1[Qn - 1/2 <= x <= Qp + 1/2],   k = ln(2/a-1)
     d w_hat / d alpha := c (Q(x) - g(x) x),   c = 1 / sqrt(weights Qp)                 m: middle of two neighbours
 
 Source: Gong et al. 2019, arXiv:1908.05033, as ported to language models by Chen et al. 2026 (arXiv:2601.19320), with a

@@ -14,7 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ..quant import Grid, GroupSize, QuantSpec, RootMeanSquare, Trust
+from ..quant import BINARY, Grid, GroupSize, QuantSpec, RootMeanSquare, Trust
 from ..schedules import KnobSchedule
 from .base import Recipe
 
@@ -28,7 +28,8 @@ class QuEST(Recipe):
     reach: float = 1.0
 
     def _spec(self, grid: Grid, group_size: GroupSize) -> QuantSpec:
-        return QuantSpec(grid=grid, group_size=group_size, scale=RootMeanSquare(), estimator=Trust(reach=self.reach))
+        scale = RootMeanSquare(clip=0.798 if grid == BINARY else 1.224)
+        return QuantSpec(grid=grid, group_size=group_size, scale=scale, estimator=Trust(reach=self.reach))
 
     def schedule(self) -> KnobSchedule:
         return KnobSchedule(rho=0.0, temperature=0.0)

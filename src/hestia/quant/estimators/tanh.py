@@ -3,9 +3,10 @@
 Between two levels one step apart, with their middle m and a = temperature in (0, 1),
 
     soft(z) = m + tanh(k (z - m)) / (2 (1 - a)),   k = ln(2 / a - 1),   so that it meets the levels: tanh(k/2) = 1 - a
-    Q(z) = nearest level,   dQ/dz := k (1 - tanh(k (z - m))^2) / (2 (1 - a)) inside the grid's range, 0 outside
+    Q(z) = nearest level,   dQ/dz := k (1 - tanh(k (z - m))^2) / (2 (1 - a)) up to half a step beyond the grid, then 0
 
-A small a is a sharp staircase; as a goes to 1 the gain goes to 1. a = 0 means the identity gradient of a hard step.
+The staircase goes on for half a step beyond the outer levels, as in the published port to language models (the paper
+ends it at them). A small a is a sharp staircase; as a goes to 1 the gain goes to 1. At a = 0 the gain is 1 too, inside.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ class Tanh(STE):
             raise ConfigError(f"tanh: the levels must be 1 apart, got {grid.name}")
         a = temperature.clamp(_SMALLEST, _LARGEST)
         k = torch.log(2.0 / a - 1.0)
-        inside = (z >= grid.values[0]) & (z <= grid.values[-1])
+        inside = (z >= grid.values[0] - 0.5) & (z <= grid.values[-1] + 0.5)
         soft = (temperature > 0).to(z.dtype)
         t = (z - z.floor()).sub_(0.5).mul_(k).tanh_()
         gain = (1.0 - t.square_()).mul_(k / (2.0 * (1.0 - a)))
