@@ -532,14 +532,21 @@ def _numbers(result: Score) -> dict[str, Any]:
 
 
 def round_to_nearest_twin(plan: Plan) -> Plan:
-    """The plan that rounds the same tensors with the same grids and groups, without training."""
+    """The plan that rounds the same tensors to the same levels and groups, without training, shift or constraint."""
     recipe = recipes.get("round_to_nearest")
-    scale = recipe.spec_for(1.58, "row").scale
+    plain = recipe.spec_for(1.58, "row")
     layers = {
-        path: dataclasses.replace(layer, spec=dataclasses.replace(layer.spec, scale=scale), temperature_factor=1.0)
+        path: dataclasses.replace(
+            layer,
+            spec=dataclasses.replace(plain, grid=dataclasses.replace(spec.grid, block=0), group_size=spec.group_size),
+            temperature_factor=1.0,
+        )
         for path, layer in plan.layers.items()
+        for spec in (layer.spec,)
     }
-    return dataclasses.replace(plan, recipe=recipe.to_json(), trains=False, schedule=recipe.schedule(), layers=layers)
+    return dataclasses.replace(
+        plan, recipe=recipe.to_json(), trains=False, schedule=recipe.schedule(), layers=layers, correction=None
+    )
 
 
 def export_and_verify(

@@ -179,6 +179,13 @@ TARGETS: dict[str, Target] = {
 HEAD_TYPES: dict[str, StorageType | None] = {"auto": None, "f32": F32, "f16": F16, "bf16": BF16, "q8_0": Q8_0}
 """How a GGUF file may store embeddings and head; None: the smallest dense type that keeps every number."""
 
+_QKV = frozenset(f"self_attn.{x}_proj" for x in "qkv")
+LLAMA_CPP_BIASES: dict[str, frozenset[str]] = {
+    "llama": _QKV | {"self_attn.o_proj"} | {f"mlp.{x}_proj" for x in ("gate", "up", "down")},
+    "qwen2": _QKV,
+}
+"""``model_type`` -> the linear layers of a block whose bias llama.cpp loads if the file has one."""
+
 
 def target(name: str) -> Target:
     """The target called ``name``.
