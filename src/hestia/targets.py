@@ -75,11 +75,13 @@ class Target:
         types: the storage type asked for, then the exact ones that may stand in for single tensors when
             fallback is allowed, best first.
         loads_in: engines that load the file.
+        cheapest: every tensor gets the smallest of ``types`` that holds it exactly; none of them is the target's own.
     """
 
     name: str
     types: tuple[StorageType, ...]
     loads_in: str
+    cheapest: bool = False
 
     @property
     def container(self) -> str:
@@ -92,6 +94,10 @@ class Target:
         Raises:
             PlanError: none does, or only a fallback does and ``fallback`` is False; the message names what would.
         """
+        if self.cheapest:
+            held = [t for t in self.types if t.refusal(grid, group_size, shape) is None]
+            if held:
+                return min(held, key=lambda t: t.stored_bytes(shape, group_size))
         refusal = self.types[0].refusal(grid, group_size, shape)
         if refusal is None:
             return self.types[0]
@@ -102,7 +108,7 @@ class Target:
         others = [
             t.name
             for t in TARGETS.values()
-            if t.name != self.name and t.types[0].refusal(grid, group_size, shape) is None
+            if t.name != self.name and not t.cheapest and t.types[0].refusal(grid, group_size, shape) is None
         ]
         if others:
             hints.append(f"--target {' or '.join(others)} would hold it")
@@ -119,6 +125,15 @@ TARGETS: dict[str, Target] = {
         Target("gguf:q4_0", (Q4_0, F16), "llama.cpp (all backends)"),
     )
 }
+
+
+_GGUF_TYPES = {t.name: t for chosen in TARGETS.values() for t in chosen.types if t.ggml is not None}
+TARGETS["gguf:mixed"] = Target(
+    "gguf:mixed",
+    tuple(sorted(_GGUF_TYPES.values(), key=lambda t: t.block_bytes / t.block)),
+    "llama.cpp, wherever it runs every type in the file",
+    cheapest=True,
+)
 
 
 def target(name: str) -> Target:

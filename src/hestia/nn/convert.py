@@ -69,7 +69,7 @@ def freeze(model: nn.Module) -> dict[str, QuantizedTensor]:
     """Replace every quantized layer by a plain one that holds ``codes * scales``, in place, and return the codes.
 
     The weights return to the parent's dtype, which holds them exactly: snapped scales are bf16 and fp16 numbers, and
-    the levels -2, -1, 0, 1 only change sign and exponent.
+    ``snap`` leaves room for the product with every level of the grid.
 
     Raises:
         PlanError: no layer is quantized: ``apply`` was not called, or ``freeze`` already was.

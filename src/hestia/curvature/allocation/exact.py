@@ -86,7 +86,7 @@ def greedy(problem: Problem, budget: int) -> tuple[Allocation, float]:
 
 
 def supported(problem: Problem) -> list[tuple[int, float]]:
-    """(bytes, damage) of the optima that the greedy steps reach exactly: found by sorting alone; ``greedy`` has them."""
+    """(bytes, damage) of the optima that greedy steps reach exactly: found by sorting alone; ``greedy`` has them."""
     hulls = [_hull(_efficient(group)) for group in problem.groups]
     damages = [hull[0].damage for hull in hulls]
     stored = sum(hull[0].stored for hull in hulls)
@@ -161,7 +161,8 @@ def _solve(
                     values.append(value)
                 upper.append(bound)
         linked = coo_array((values, (rows, columns)), shape=(len(upper), total))
-        constraints.append(LinearConstraint(linked.tocsr(), -np.inf, np.array(upper)))
+        most: Any = np.array(upper)
+        constraints.append(LinearConstraint(linked.tocsr(), -np.inf, most))
     smallest = [min(choice.stored for choice in options) for options in choices]
     extra_bytes = np.zeros((1, total))
     extra_bytes[0, :count] = [choice.stored - smallest[g] for g, choice in variables]

@@ -28,7 +28,7 @@ def cheapest(problem: Problem, most: float, interactions: Interactions | None = 
     Raises:
         PlanError: ``most`` is no positive number, or less than any allocation reaches; what is reached is named.
     """
-    if not (math.isfinite(most) and most > 0.0):
+    if not most > 0.0:
         raise PlanError(f"--max-kl must be a positive number of nats a token, got {most}")
     low, best = _bracket(problem, most, interactions)
     if best.damage > most:
