@@ -44,7 +44,7 @@ def test_quantize_takes_every_option_of_the_job(invoke: Invoke) -> None:
         ("calibrate", "--data --calibrate --skip --out --seq-len --seed --device --json"),
         (
             "plan",
-            "--sensitivity --recipe --option --target --bits --widths --max-kl --group-size --skip --fallback --out --json",
+            "--sensitivity --recipe --option --target --bits --widths --max-kl --group-size --skip --fallback --out",
         ),
         ("train", "--plan --data --out --lr --tokens --resume --config --json"),
         ("export", "--to --out --fallback --json"),
