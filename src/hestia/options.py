@@ -52,7 +52,9 @@ class Options:
     seq_len: int | None = _option(None, "tokens a block; default min(1024, the model's maximum)")
     batch_size: int | None = _option(None, "blocks a step; default such that at least 300 steps fit, 16 at most")
     accumulation: int = _option(1, "micro-batches a step")
-    lr: str = _option("auto", "peak learning rate, or auto: a pilot of four rates")
+    lr: str = _option(
+        "auto", "peak learning rate, or auto: a pilot of short runs at four rates, then longer ones at the best two"
+    )
     warmup: float = _option(0.05, "share of the run that warms up the learning rate")
     lr_decay: float = _option(0.2, "share of the run over which the learning rate decays at the end")
     lr_final: float = _option(0.1, "learning rate at the end, as a share of the peak")
