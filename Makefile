@@ -8,10 +8,11 @@ GPU := $(shell command -v nvidia-smi 2>/dev/null)
 setup: .venv/.installed
 
 # Without a GPU the CPU build of torch is tried first; constraints.txt then keeps whatever torch is there.
-.venv/.installed: requirements.txt constraints.txt pyproject.toml
+.venv/.installed: requirements.txt requirements-oracle.txt constraints.txt pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(if $(GPU),false,$(BIN)/pip install -q torch==2.13.0+cpu) || $(BIN)/pip install -q torch==2.13.0
 	$(BIN)/pip install -q -r requirements.txt -c constraints.txt
+	$(BIN)/pip install -q --no-deps -r requirements-oracle.txt
 	$(BIN)/pip install -q --no-deps --no-build-isolation -e .
 	@touch $@
 
