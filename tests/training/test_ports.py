@@ -36,9 +36,7 @@ def test_importance_is_adams_second_moment_from_the_tenth_step_on(tmp_path: Path
     callbacks = [At(k, uniform) for k in range(6)]
     run = trainer(tmp_path / "run", model, plan, callbacks=callbacks)  # type: ignore[arg-type]
     run.fit()
-    assert seen == [True, True, True, True, False, False], (
-        "uniform before the first four steps"
-    )
+    assert seen == [True, True, True, True, False, False], "uniform before the first four steps"
     for path, layer in quantized_modules(model):
         moment = adam(run).state[layer.weight]["exp_avg_sq"]
         assert layer.held is not None and torch.equal(layer.held, moment), path
