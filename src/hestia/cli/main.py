@@ -24,12 +24,14 @@ VERBS = {
     "plan": "decide which weights become low-bit, and check that the target can hold them",
     "train": "train, freeze and score by a plan",
     "export": "write a run's model in a file format",
-    "verify": "compare a written file with the run it comes from",
+    "verify": "compare a written file with the run it comes from, or with what it says of itself",
     "eval": "score a model on text or tasks",
-    "run": "continue a prompt with a .gguf file in llama.cpp",
+    "run": "chat with a .gguf file in llama.cpp, or let it continue a text",
+    "bench": "how fast .gguf files run in llama.cpp, side by side",
     "compare": "runs side by side",
     "report": "write a run's report.html and model card again",
     "recipes": "list the recipes, or show one",
+    "doctor": "is this machine fit for a run, and what to do where it is not",
 }
 
 _VARIADIC = ("--data", "--eval-data", "--target", "--to", "--skip", "--tasks")
