@@ -67,6 +67,12 @@ class Options:
     second_factor: float = _option(0.5, "the second stage's rate, as a share of the peak")
     weight_decay: float = _option(0.01, "AdamW's weight decay on matrices")
     clip: float = _option(1.0, "gradient norm limit")
+    teacher: str | None = _option(None, "distil from parent (the model itself) or from another model folder or hub id")
+    distill: str = _option("forward_kl", "what --teacher gives: forward_kl, reverse_kl or akl")
+    distill_weight: float = _option(0.5, "the teacher's share in the loss; the rest is cross entropy")
+    scale_rate: float = _option(1.0, "factor on the learning rate of learned scales")
+    norm_rate: float = _option(1.0, "factor on the learning rate of norms and biases")
+    embedding_rate: float = _option(1.0, "factor on the learning rate of embeddings")
     embeddings: str = _option("train", "train or freeze the embeddings (and a tied head)")
     calibrate: int = _option(256, "most sequences of the curvature estimate, which stops when it has settled; 0: none")
     estimator: str = _option("gnb", "how curvature is measured: gnb, fisher, kl, hutchinson, hutchpp, xtrace, eigen")
@@ -94,6 +100,9 @@ class Options:
         _choice("head", self.head, ("auto", "f32", "f16", "bf16", "q8_0"))
         _choice("joiner", self.joiner, ("auto", "bos", "eos", "both"))
         _choice("device", self.device, ("auto", "cpu", "cuda"))
+        _choice("distill", self.distill, ("forward_kl", "reverse_kl", "akl"))
+        if not 0.0 <= self.distill_weight <= 1.0:
+            raise ConfigError(f"--distill-weight must lie in [0, 1], got {self.distill_weight}")
         for name in ("accumulation", "batch_size", "steps", "seq_len", "threads", "save_every", "log_every"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -102,7 +111,7 @@ class Options:
             raise ConfigError(f"--calibrate needs at least 2 sequences (or 0 for none), got {self.calibrate}")
         if not 0.0 < self.held_out_share < 0.5:
             raise ConfigError(f"--held-out-share must lie between 0 and 0.5, got {self.held_out_share}")
-        for name in ("clip", "weight_decay"):
+        for name in ("clip", "weight_decay", "scale_rate", "norm_rate", "embedding_rate"):
             if not 0.0 <= getattr(self, name) < math.inf:
                 raise ConfigError(
                     f"--{name.replace('_', '-')} must be 0 or a positive number, got {getattr(self, name)}"

@@ -45,7 +45,7 @@ from .report.html import write_report
 from .report.model_card import write_model_card
 from .schedules import LearningRateSchedule
 from .targets import target as find_target
-from .training import HestiaTrainer, TrainConfig, check_loggers, checkpoints, pilot
+from .training import Distillation, HestiaTrainer, TrainConfig, check_loggers, checkpoints, pilot
 from .training.trainer import LOG_FILE
 
 OPTIONS_FILE, PLAN_FILE, SENSITIVITY_FILE = "run.yaml", "plan.json", "sensitivity.json"
@@ -314,6 +314,11 @@ class Run:
             weight_decay=o.weight_decay,
             clip=o.clip,
             train_embeddings=o.embeddings == "train",
+            scale_rate=o.scale_rate,
+            norm_rate=o.norm_rate,
+            embedding_rate=o.embedding_rate,
+            distill=Distillation(divergence=o.distill, weight=o.distill_weight) if o.teacher is not None else None,
+            teacher=o.teacher or "",
             bf16=self.bf16,
             gradient_checkpointing=o.gradient_checkpointing,
             compile=o.compile,
@@ -356,7 +361,15 @@ class Run:
             held_out=self.tuning,
             folder=self.folder,
             description=description,
+            teacher=self._teacher(),
         )
+
+    def _teacher(self) -> Any:
+        """A model of its own to learn from: the parent again, or the one that --teacher names."""
+        name = self.options.teacher
+        if name is None:
+            return None
+        return self._load_model() if name == "parent" else loading.load_model(loading.resolve(name))
 
     def _scores(self, plan: Plan) -> dict[str, Any]:
         """Parent, round-to-nearest and frozen model on the same held-out blocks."""

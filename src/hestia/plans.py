@@ -235,13 +235,14 @@ class Plan:
     def table(self) -> str:
         """The plan for people: one line a quantized tensor, then the kept ones by reason."""
         width = max((len(path) for path in self.layers), default=10)
+        grid = max([8, *(len(layer.spec.grid.name) for layer in self.layers.values())])
         spent = f"{'bits':>7} {'damage':>9}  " if self.spending is not None else ""
-        lines = [f"{'tensor':<{width}}  {'shape':>13}  {'grid':<8} {'group':<7} {'tau x':>6}  {spent}stored as"]
+        lines = [f"{'tensor':<{width}}  {'shape':>13}  {'grid':<{grid}} {'group':<7} {'tau x':>6}  {spent}stored as"]
         for path, layer in self.layers.items():
             shape = f"{layer.shape[0]} x {layer.shape[1]}"
             stored = ", ".join(dict.fromkeys(layer.stored.values())) or "-"
             lines.append(
-                f"{path:<{width}}  {shape:>13}  {layer.spec.grid.name:<8} {layer.spec.group_size!s:<7} "
+                f"{path:<{width}}  {shape:>13}  {layer.spec.grid.name:<{grid}} {layer.spec.group_size!s:<7} "
                 f"{layer.temperature_factor:>6.3f}  {self._spent(layer)}{stored}"
             )
         reasons: dict[str, tuple[int, int]] = {}

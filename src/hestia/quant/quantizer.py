@@ -20,7 +20,7 @@ from .grids import Grid
 from .grouping import GroupSize, to_groups
 from .held import HeldRule
 from .learned import RelaxLearned
-from .scales import ScaleRule, Scales, snap
+from .scales import ScaleRule, Scales, best_level, snap
 from .spec import QuantSpec
 
 
@@ -37,9 +37,11 @@ class _Relax(torch.autograd.Function):
         ctx: Any, w: Tensor, pressure: Tensor, temperature: Tensor, spec: QuantSpec, held: Tensor | None
     ) -> Tensor:
         step, level = spec.scales(w, held)
+        q = spec.estimator.value(w / step, spec.grid, temperature)
+        if spec.scale.refits:
+            level = best_level(w, q, level)
         ctx.save_for_backward(w, step, level, pressure, temperature)
         ctx.spec = spec
-        q = spec.estimator.value(w / step, spec.grid, temperature)
         return q.mul_(pressure * level).addcmul_(w, 1.0 - pressure)
 
     @staticmethod

@@ -58,6 +58,11 @@ class ScaleRule(Member, ABC):
 
     family: ClassVar[str] = "scale rule"
 
+    @property
+    def refits(self) -> bool:
+        """Whether training fits the level anew to the estimator's soft value: ``sum(Q w) / sum(Q^2)``."""
+        return False
+
     @abstractmethod
     def __call__(self, w_RGN: Tensor, grid: Grid) -> Scales:
         """Step and level of every group; same dtype as ``w_RGN``, always positive and finite for finite weights."""
@@ -94,15 +99,21 @@ class LeastSquares(ScaleRule):
         step = mean|w| + eps,   q = Q(w / step),   level = sum(q w) / sum(q^2)
 
     A group without a non-zero code keeps ``level = step``. For a Gaussian the relative squared error falls from
-    0.264 (absmean) to 0.213 with the same codes.
+    0.264 (absmean) to 0.213 with the same codes. With ``soft`` training fits the level to the estimator's soft value,
+    which becomes these codes as the temperature falls to 0.
     """
 
     name: ClassVar[str] = "least_squares"
     eps: float = 1e-5
+    soft: bool = False
+
+    @property
+    def refits(self) -> bool:
+        return self.soft
 
     def __call__(self, w_RGN: Tensor, grid: Grid) -> Scales:
         step = w_RGN.abs().mean(dim=-1, keepdim=True) + self.eps
-        return Scales(step, _best_level(w_RGN, grid.round(w_RGN / step), step))
+        return Scales(step, best_level(w_RGN, grid.round(w_RGN / step), step))
 
 
 @dataclass(frozen=True)
@@ -112,16 +123,21 @@ class TWN(ScaleRule):
         delta = factor * mean|w|,   q = sign(w) 1[|w| > delta],   level = mean of |w| where q != 0
 
     Written for any grid as ``step = 2 delta`` (a code leaves zero at half a step) and a least-squares level, which is
-    that mean on the ternary grid.
+    that mean on the ternary grid. ``soft`` as in ``LeastSquares``.
     """
 
     name: ClassVar[str] = "twn"
     factor: float = 0.75
     eps: float = 1e-5
+    soft: bool = False
+
+    @property
+    def refits(self) -> bool:
+        return self.soft
 
     def __call__(self, w_RGN: Tensor, grid: Grid) -> Scales:
         step = 2.0 * self.factor * w_RGN.abs().mean(dim=-1, keepdim=True) + self.eps
-        return Scales(step, _best_level(w_RGN, grid.round(w_RGN / step), step))
+        return Scales(step, best_level(w_RGN, grid.round(w_RGN / step), step))
 
 
 @dataclass(frozen=True)
@@ -177,10 +193,10 @@ class Gaussian(ScaleRule):
         if grid.values not in NORMAL_STEPS:
             raise ConfigError(f"scale rule 'gaussian' knows no step for the grid {grid.name}; use 'least_squares'")
         step = NORMAL_STEPS[grid.values] * _NORMAL_DEVIATION * w_RGN.abs().mean(dim=-1, keepdim=True) + self.eps
-        return Scales(step, _best_level(w_RGN, grid.round(w_RGN / step), step))
+        return Scales(step, best_level(w_RGN, grid.round(w_RGN / step), step))
 
 
-def _best_level(w_RGN: Tensor, q_RGN: Tensor, fallback: Tensor) -> Tensor:
+def best_level(w_RGN: Tensor, q_RGN: Tensor, fallback: Tensor) -> Tensor:
     """argmin_s sum (w - s q)^2, kept positive; ``fallback`` where every code is zero."""
     power = (q_RGN * q_RGN).sum(dim=-1, keepdim=True)
     level = (q_RGN * w_RGN).sum(dim=-1, keepdim=True) / power.clamp_min(1e-30)
