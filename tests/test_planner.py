@@ -225,7 +225,7 @@ def test_skipping_too_much_is_refused_and_says_what_was_skipped() -> None:
 def test_a_sensitivity_heats_the_sensitive_and_alpha_s_sign_turns_it_round() -> None:
     model = qwen2()
     table = measured(hestia.plan(model))
-    scores = hestia_scores(table.geometric_means)
+    scores = hestia_scores(table.values)
     for alpha in (0.4, -0.4, 0.0):
         plan = hestia.plan(model, sensitivity=table, options={"alpha": alpha})
         for path, layer in plan.layers.items():
@@ -249,7 +249,7 @@ def test_a_sensitivity_may_be_a_file_an_object_or_numbers(tmp_path: Path) -> Non
     table.save(tmp_path / "sensitivity.json")
     plans = [
         hestia.plan(model, sensitivity=given)
-        for given in (tmp_path / "sensitivity.json", str(tmp_path / "sensitivity.json"), table, table.geometric_means)
+        for given in (tmp_path / "sensitivity.json", str(tmp_path / "sensitivity.json"), table, table.values)
     ]
     assert all(plan == plans[0] for plan in plans[1:]) and plans[0] != hestia.plan(model)
 
@@ -264,7 +264,7 @@ def test_a_skipped_tensor_may_have_been_measured_and_does_not_count() -> None:
     model = qwen2()
     table = measured(hestia.plan(model))
     plan = hestia.plan(model, sensitivity=table, skip=["*.v_proj"])
-    left = {path: trace for path, trace in table.geometric_means.items() if path in plan.layers}
+    left = {path: trace for path, trace in table.values.items() if path in plan.layers}
     assert len(left) == 12 and plan == hestia.plan(model, sensitivity=left, skip=["*.v_proj"])
 
 

@@ -52,7 +52,9 @@ class Options:
     seq_len: int | None = _option(None, "tokens a block; default min(1024, the model's maximum)")
     batch_size: int | None = _option(None, "blocks a step; default such that at least 300 steps fit, 16 at most")
     accumulation: int = _option(1, "micro-batches a step")
-    lr: str = _option("auto", "peak learning rate, or auto: a pilot of four rates")
+    lr: str = _option(
+        "auto", "peak learning rate, or auto: a pilot of short runs at four rates, then longer ones at the best two"
+    )
     warmup: float = _option(0.05, "share of the run that warms up the learning rate")
     lr_decay: float = _option(0.2, "share of the run over which the learning rate decays at the end")
     lr_final: float = _option(0.1, "learning rate at the end, as a share of the peak")
@@ -61,7 +63,8 @@ class Options:
     weight_decay: float = _option(0.01, "AdamW's weight decay on matrices")
     clip: float = _option(1.0, "gradient norm limit")
     embeddings: str = _option("train", "train or freeze the embeddings (and a tied head)")
-    calibrate: int = _option(64, "sequences of the curvature estimate; 0 ignores curvature")
+    calibrate: int = _option(256, "most sequences of the curvature estimate, which stops when it has settled; 0: none")
+    estimator: str = _option("gnb", "how curvature is measured: gnb, fisher, kl, hutchinson, hutchpp, xtrace, eigen")
     sensitivity: str | None = _option(None, "use this sensitivity.json instead of calibrating")
     separator: str = _option("auto", "line that separates documents in .txt files")
     joiner: str = _option("auto", "join documents by bos, eos or both; auto asks the tokenizer")

@@ -136,7 +136,7 @@ class Run:
 
     def _stages(self) -> dict[str, Any]:
         started = time.perf_counter()
-        plan = self._plan_without_curvature()
+        plan = self.plan_without_curvature()
         text = self.text
         self._check_inputs()
         self._open_folder()
@@ -181,7 +181,7 @@ class Run:
             text = self.text
             token_cache.save(self.folder / CACHE_FOLDER, text.record["key"], text.train, text.held_out, text.record)
 
-    def _plan_without_curvature(self) -> Plan:
+    def plan_without_curvature(self) -> Plan:
         """The plan before calibration: refuses at once what could not be exported at the end."""
         if self.given_plan is not None:
             nn.apply(self._empty_model(), self.given_plan)  # refuses a plan of another model
@@ -227,12 +227,13 @@ class Run:
         elif self.options.calibrate == 0:
             return None
         else:
-            model = self._load_model()
+            model: Any = self._load_model()
+            model.to(self.device)
+            candidates = {layer.spec.grid.name: layer.spec for layer in plan.layers.values()}
+            identity = loading.fingerprint(self.source, self.config)
             sensitivity = self.clock.measure(
                 "calibrate",
-                lambda: calibrate_on(
-                    model, plan, self.training, self.options, loading.fingerprint(self.source, self.config)
-                ),
+                lambda: calibrate_on(model, list(plan.layers), candidates, self.training, self.options, identity),
             )
         sensitivity.save(path)
         return sensitivity
@@ -288,20 +289,26 @@ class Run:
         )
 
     def _pilot(self, plan: Plan) -> float:
-        steps = max(12, round(0.03 * self.steps))
-        say(f"learning-rate pilot: four rates, {steps} steps each")
-        (self.folder / LOG_FILE).unlink(missing_ok=True)  # of a pilot that was interrupted
-
-        def trial(rate: float) -> float:
-            model = nn.apply(self._load_model(), plan)
-            trainer = self._trainer(model, plan, self._config_for(rate, steps, save=False), f"pilot at {rate:g}")
-            trainer.fit()
-            return score(model_logits(model), self.tuning, description="pilot loss").nll
-
+        first, second = pilot.trial_steps(self.steps)
+        say(f"learning-rate pilot: four rates, {first} steps each, then the best two, {second} steps each")
         width = int(getattr(self.config.get_text_config(), "hidden_size", 1024))
-        rate = self.clock.measure("pilot", lambda: pilot.choose(trial, pilot.rates(width), self.folder / LOG_FILE))
+        rate = self.clock.measure(
+            "pilot",
+            lambda: pilot.choose(
+                lambda rate, steps: self.trial(plan, rate, steps),
+                pilot.rates(width),
+                self.steps,
+                self.folder / LOG_FILE,
+            ),
+        )
         say(f"learning rate {rate:g}")
         return rate
+
+    def trial(self, plan: Plan, rate: float, steps: int) -> float:
+        """Hard loss on the tuning blocks after a whole run in miniature: ``steps`` steps, schedules included."""
+        model = nn.apply(self._load_model(), plan)
+        self._trainer(model, plan, self._config_for(rate, steps, save=False), f"pilot at {rate:g}").fit()
+        return score(model_logits(model), self.tuning, description="pilot loss").nll
 
     def _trainer(self, model: Any, plan: Plan, config: TrainConfig, description: str) -> HestiaTrainer:
         return HestiaTrainer(

@@ -83,7 +83,7 @@ def plan(
     )
     if isinstance(sensitivity, (str, Path)):
         sensitivity = Sensitivity.load(Path(sensitivity))
-    traces = sensitivity.geometric_means if isinstance(sensitivity, Sensitivity) else sensitivity
+    traces = sensitivity.values if isinstance(sensitivity, Sensitivity) else sensitivity
     if traces is None:
         return result
     _check_same_model(result, traces, sensitivity)

@@ -30,6 +30,8 @@ def test_calibrate_writes_what_plan_reads(
     assert status == 0
     assert "model.layers.1.mlp.down_proj" in text
     assert f"written to {out}" in text
+    assert out.with_suffix(".svg").read_text(encoding="utf-8").count("<title>") == 14
+    assert out.with_suffix(".safetensors").is_file()
     status, text, _ = invoke(*words, "--json")
     assert status == 0
     assert one_object(text) == json.loads(out.read_text(encoding="utf-8"))

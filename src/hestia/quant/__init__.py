@@ -2,15 +2,17 @@
 
 from .codes import QuantizedTensor
 from .estimators import STE, ClippedSTE, Estimator, Softmax
-from .grids import BINARY, INT2, TERNARY, Grid
+from .grids import BINARY, INT2, INT3, INT4, TERNARY, Grid
 from .grouping import GroupSize
 from .quantizer import Quantizer, fake_quantize
-from .scales import TWN, AbsMax, AbsMean, LeastSquares, ScaleRule, snap
+from .scales import TWN, AbsMax, AbsMean, Gaussian, LeastSquares, ScaleRule, snap
 from .spec import QuantSpec
 
 __all__ = [
     "BINARY",
     "INT2",
+    "INT3",
+    "INT4",
     "STE",
     "TERNARY",
     "TWN",
@@ -18,6 +20,7 @@ __all__ = [
     "AbsMean",
     "ClippedSTE",
     "Estimator",
+    "Gaussian",
     "Grid",
     "GroupSize",
     "LeastSquares",

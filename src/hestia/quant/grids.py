@@ -14,7 +14,13 @@ from torch import Tensor
 
 from ..errors import ConfigError
 
-_NAMES = {(-1, 1): "binary", (-1, 0, 1): "ternary", (-2, -1, 0, 1): "int2"}
+_NAMES = {
+    (-1, 1): "binary",
+    (-1, 0, 1): "ternary",
+    (-2, -1, 0, 1): "int2",
+    tuple(range(-4, 4)): "int3",
+    tuple(range(-8, 8)): "int4",
+}
 
 
 @dataclass(frozen=True)
@@ -62,7 +68,7 @@ class Grid:
 
     @property
     def name(self) -> str:
-        """``binary``, ``ternary``, ``int2``, or the levels themselves."""
+        """``binary``, ``ternary``, ``int2``, ``int3``, ``int4``, or the levels themselves."""
         if self.unit == 1.0 and self.levels in _NAMES:
             return _NAMES[self.levels]
         return "[" + ", ".join(f"{v * self.unit:g}" for v in self.levels) + "]"
@@ -108,3 +114,5 @@ class Grid:
 BINARY = Grid((-1, 1))
 TERNARY = Grid((-1, 0, 1))
 INT2 = Grid((-2, -1, 0, 1))
+INT3 = Grid(tuple(range(-4, 4)))
+INT4 = Grid(tuple(range(-8, 8)))

@@ -10,11 +10,11 @@ from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 from ..errors import ConfigError, nearest
-from ..quant import BINARY, INT2, TERNARY, Grid, GroupSize, QuantSpec
+from ..quant import BINARY, INT2, INT3, INT4, TERNARY, Grid, GroupSize, QuantSpec
 from ..quant.family import Member
 from ..schedules import KnobSchedule
 
-GRIDS: dict[float, Grid] = {1.0: BINARY, 1.58: TERNARY, 2.0: INT2}
+GRIDS: dict[float, Grid] = {1.0: BINARY, 1.58: TERNARY, 2.0: INT2, 3.0: INT3, 4.0: INT4}
 """Bit width as people write it -> grid."""
 
 

@@ -10,8 +10,11 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
 
-from ..errors import CalibrationError, ConfigError
+from ...errors import CalibrationError, ConfigError
+from .base import Evidence, Score
 
 MAX_ALPHA = 10.0
 
@@ -25,7 +28,7 @@ def hestia_scores(traces: Mapping[str, float], kappa: float = 1.0) -> dict[str, 
 
     Args:
         traces: module path -> h_i > 0. Any mean of a tensor's samples will do; the geometric one is the steadier
-            (``Sensitivity.geometric_means``).
+            (``Sensitivity.values``).
         kappa: slope, dimensionless; the paper's is 1.
 
     Raises:
@@ -68,3 +71,15 @@ def temperature_factors(scores: Mapping[str, float], *, alpha: float, centred: b
 
 def _sigmoid(x: float) -> float:
     return 0.5 * (1.0 + math.tanh(0.5 * x))  # never overflows
+
+
+@dataclass(frozen=True, kw_only=True)
+class HestiaScore(Score):
+    """s_i as a damage: what the paper paces its temperatures by; the same for every candidate."""
+
+    name: ClassVar[str] = "hestia"
+    by_candidate: ClassVar[bool] = False
+    kappa: float = 1.0
+
+    def damage(self, evidence: Evidence, label: str) -> dict[str, float]:
+        return hestia_scores(evidence.sensitivity.values, kappa=self.kappa)
