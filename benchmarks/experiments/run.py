@@ -2,10 +2,10 @@
 
     python benchmarks/experiments/run.py STAGE --data DIR [--models DIR] [--only PATTERN] [--budget-minutes M] [--list]
 
-``STAGE`` is a letter (a.yaml beside this file) or a YAML file. ``--data`` holds the text files that it names; the parent
-is looked for in ``parents/`` beside this file, then in ``--models``. A job that is interrupted, killed or out of time
-goes on from its last checkpoint at the next call; a result that is there is never made again. An arm whose recipe has
-not been built yet is named and passed over. One thread.
+``STAGE`` is a letter (a.yaml beside this file) or a YAML file. ``--data`` holds the text files that it names; the
+parent is looked for in ``parents/`` beside this file, then in ``--models``. A job that is interrupted, killed or out of
+time goes on from its last checkpoint at the next call; a result that is there is never made again. An arm whose recipe
+has not been built yet is named and passed over. One thread.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--budget-minutes", type=float, default=None, help="stop after so many minutes")
     parser.add_argument("--work", type=Path, default=Path("runs/experiments"), help="checkpoints and cached tokens")
     parser.add_argument("--results", type=Path, default=None, help="another folder for the results")
+    parser.add_argument("--scored", type=Path, default=SCORED, help="the list of test blocks")
     parser.add_argument("--list", action="store_true", help="say what is there and what is missing, and stop")
     given = parser.parse_args(arguments)
     progress.enable()
@@ -135,7 +136,7 @@ def open_stage(stage: Stage, given: Any) -> tuple[Parent, StageTexts]:
         raise ConfigError(f"no parent {stage.parent} in {folders[0].parent} or {folders[1].parent}")
     parent = open_parent(folder)
     cache = given.work / "tokens" / f"{stage.parent}-{stage.texts.pool}-{stage.training.seq_len}"
-    return parent, prepare_texts(stage, given.data, loading.load_tokenizer(parent.source), cache, SCORED)
+    return parent, prepare_texts(stage, given.data, loading.load_tokenizer(parent.source), cache, given.scored)
 
 
 def summary(record: dict[str, Any]) -> str:

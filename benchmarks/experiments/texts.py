@@ -102,9 +102,7 @@ def check_list(path: Path, test: dict[str, Blocks], tokenizer: str, length: int)
         there = [entry for entry in record["lists"] if all(entry[key] == mine[key] for key in keys)]
         if there and there[0] != mine:
             differing = [key for key in mine if there[0].get(key) != mine[key]]
-            raise ConfigError(
-                f"{path.name}: the scored blocks of {name} have another {', '.join(differing)} than listed"
-            )
+            raise ConfigError(f"{path.name}: the test blocks of {name} have another {', '.join(differing)} than listed")
         if not there:
             record["lists"].append(mine)
             write_json(path, record)
@@ -138,7 +136,8 @@ def _blocks(path: Path, tokenizer: PreTrainedTokenizerBase, length: int, most: i
     found = token_cache.load(folder, key)
     if found is None:
         every = pack_all([path], tokenizer, seq_len=length)
-        token_cache.save(folder, key, every, every[:1], {})
+        first = Blocks(every.input_ids[:1].clone(), every.loss_mask[:1].clone())  # the cache wants two parts
+        token_cache.save(folder, key, every, first, {})
     else:
         every = found[0]
     places = Blocks(torch.arange(len(every))[:, None], torch.ones(len(every), 1, dtype=torch.bool))

@@ -45,7 +45,7 @@ SAVE_SECONDS = 60.0
 """About so many seconds lie between two checkpoints."""
 
 
-class NotThereYet(ConfigError):
+class NotThereYet(ConfigError):  # noqa: N818 - it is not a failure
     """An arm that this version of hestia cannot run: its recipe, or its teacher, has not been built."""
 
 
@@ -289,15 +289,14 @@ def _plan(job: Job, model: nn.Module, sensitivity: Sensitivity | None) -> Plan:
 def plan_record(plan: Plan, sensitivity: Sensitivity | None) -> dict[str, Any]:
     """What the plan made of recipe and curvature: options in full, temperature factors."""
     factors = [layer.temperature_factor for layer in plan.layers.values()]
+    curved = None if sensitivity is None else {"estimator": sensitivity.estimator, "sequences": sensitivity.sequences}
     return {
         "recipe": dict(plan.recipe),
         "schedule": plan.schedule.to_json(),
         "temperature_factors": {"min": min(factors), "mean": statistics.fmean(factors), "max": max(factors)},
         "geometric_mean_factor": statistics.geometric_mean(factors),
         "layers": len(factors),
-        "sensitivity": None
-        if sensitivity is None
-        else {"estimator": sensitivity.estimator, "of": sensitivity.sequences},
+        "sensitivity": curved,
     }
 
 
