@@ -45,7 +45,9 @@ def main() -> int:
             return status
         mine = read_json(Path(folder) / "results" / ROW)
     for key in MUST_BE_CLOSE:
-        print(f"{key:<14} {mine[key]:.5f}  committed {committed[key]:.5f}  difference {mine[key] - committed[key]:+.1e}")
+        print(
+            f"{key:<14} {mine[key]:.5f}  committed {committed[key]:.5f}  difference {mine[key] - committed[key]:+.1e}"
+        )
     found = differences(mine, committed)
     print("\n".join(found) or "the row is reproduced")
     return 1 if found else 0
