@@ -82,7 +82,7 @@ def test_the_report_holds_every_promised_key(toy_run: Path) -> None:
     assert set(report["seconds"]) >= {"calibrate", "train", "total"}
     assert report["seconds"]["total"] > report["seconds"]["train"] > 0
     assert report["tokens_per_second"] == pytest.approx(report["tokens"] / report["seconds"]["train"])
-    assert [export["target"] for export in report["exports"]] == ["hf", "gguf:q4_0"]
+    assert [export["target"] for export in report["exports"]][:2] == ["hf", "gguf:q4_0"]  # others export more
     for export in report["exports"]:
         assert set(export) >= {"target", "path", "bytes", "sha256", "verify"}
         assert set(export["verify"]) >= {"codes_equal", "max_abs_logit_diff", "kl", "engine"}

@@ -135,7 +135,10 @@ def test_rows_that_a_block_does_not_divide_are_refused_with_what_would_hold_them
         hestia.plan(smollm(), target="gguf:tq2_0")
     text = str(caught.value)
     assert "TQ2_0 stores rows in blocks of 256, which do not divide in_features=576" in text
-    assert "--fallback stores it as Q2_0" in text and "--target hf or gguf:q2_0 or gguf:q4_0 would hold it" in text
+    assert (
+        "--fallback stores it as Q2_0" in text
+        and "--target hf or hf:int4 or gguf:q2_0 or gguf:q4_0 or mlx would hold it" in text
+    )
     assert "in model.layers.0.self_attn.q_proj, " in text and "and 8 more" in text
     assert "down_proj" not in text, "rows of 1536 are not the problem"
 
@@ -165,7 +168,10 @@ def test_groups_finer_than_the_target_s_block_are_refused() -> None:
 
 
 def test_levels_that_the_target_lacks_are_refused() -> None:
-    with pytest.raises(PlanError, match=r"TQ2_0 cannot express the levels int2.*--target hf or gguf:q4_0 would hold"):
+    with pytest.raises(
+        PlanError,
+        match=r"TQ2_0 cannot express the levels int2.*--target hf or hf:int4 or gguf:q2_0 or .* or mlx would hold",
+    ):
         hestia.plan(wide(), target="gguf:tq2_0", bits=2.0)
 
 

@@ -2,12 +2,37 @@ import pytest
 
 from hestia.errors import ConfigError, PlanError
 from hestia.quant import BINARY, INT2, TERNARY, Grid
-from hestia.targets import F16, PACK2, Q2_0, Q4_0, TARGETS, TQ1_0, TQ2_0, StorageType, target
+from hestia.targets import (
+    F16,
+    MLX2,
+    PACK2,
+    PACK4,
+    Q1_0,
+    Q2_0,
+    Q2_K,
+    Q3_K,
+    Q4_0,
+    Q4_K,
+    Q8_0,
+    TARGETS,
+    TQ1_0,
+    TQ2_0,
+    StorageType,
+    exact_types,
+    head_type,
+    matrix,
+    target,
+)
 
 
 @pytest.mark.parametrize(
-    ("kind", "bits"), [(TQ1_0, 1.6875), (TQ2_0, 2.0625), (Q2_0, 2.25), (Q4_0, 4.5), (F16, 16.0)], ids=lambda v: str(v)
-)
+    ("kind", "bits"),
+    [
+        (Q1_0, 1.125), (TQ1_0, 1.6875), (TQ2_0, 2.0625), (Q2_0, 2.25), (Q2_K, 2.625), (Q3_K, 3.4375), (Q4_0, 4.5),
+        (Q4_K, 4.5), (Q8_0, 8.5), (F16, 16.0),
+    ],
+    ids=lambda v: str(v),
+)  # fmt: skip
 def test_stored_bits_are_those_of_the_format(kind: StorageType, bits: float) -> None:
     for shape in ((256, 256), (768, 512)):
         assert 8 * kind.stored_bytes(shape, "row") == bits * shape[0] * shape[1]
@@ -18,6 +43,8 @@ def test_packed_hf_bytes_are_words_scales_and_a_shape() -> None:
     assert PACK2.stored_bytes((10, 64), "row") == 10 * 4 * 4 + 10 * 2 + 16
     assert PACK2.stored_bytes((10, 64), 32) == 10 * 4 * 4 + 10 * 2 * 2 + 16
     assert PACK2.stored_bytes((10, 172), "row") == 10 * 11 * 4 + 10 * 2 + 16  # 172 / 16 = 10.75 words
+    assert PACK4.stored_bytes((10, 64), "row") == 10 * 8 * 4 + 10 * 2 + 16
+    assert MLX2.stored_bytes((10, 512), "row") == 10 * 32 * 4 + 10 * 4 * 4  # groups of 128, a scale and a bias each
 
 
 @pytest.mark.parametrize(
@@ -28,6 +55,10 @@ def test_packed_hf_bytes_are_words_scales_and_a_shape() -> None:
         (Q2_0, {"tensor", "row", 256, 128, 64}),
         (Q4_0, {"tensor", "row", 256, 128, 64, 32}),
         (PACK2, {"tensor", "row", 256, 128, 64, 32}),
+        (PACK4, {"tensor", "row", 256, 128, 64, 32}),
+        (MLX2, {"tensor", "row", 256, 128, 64, 32}),
+        (Q2_K, {"tensor", "row", 256}),
+        (Q8_0, {"tensor", "row", 256, 128, 64, 32}),
     ],
     ids=lambda v: v.name if isinstance(v, StorageType) else "",
 )
@@ -47,7 +78,14 @@ def test_rows_must_be_whole_blocks(kind: StorageType, divisor: int) -> None:
 
 def test_codes_must_be_among_the_formats() -> None:
     assert TQ2_0.refusal(INT2, "row", (8, 256)) == "TQ2_0 cannot express the levels int2"
-    assert Q2_0.refusal(INT2, "row", (8, 256)) == "Q2_0 cannot express the levels int2"
+    assert Q2_0.refusal(INT2, "row", (8, 256)) is None  # as -q and -d
+    assert Q2_0.refusal(Grid((-2, 0, 2)), "row", (8, 256)) is not None  # both ends at once
+    assert Q2_K.refusal(Grid((-3, -1, 1, 3)), "row", (8, 256)) is None
+    assert Q1_0.refusal(BINARY, "row", (8, 256)) is None
+    assert Q1_0.refusal(TERNARY, "row", (8, 256)) == "Q1_0 cannot express the levels ternary"
+    assert Q3_K.refusal(Grid(tuple(range(-4, 4))), "row", (8, 256)) is None
+    assert Q4_K.refusal(Grid(tuple(range(-15, 16, 2))), "row", (8, 256)) is None
+    assert MLX2.refusal(TERNARY, 16, (8, 256)) is not None
     assert Q2_0.refusal(Grid((-1, 0, 1, 2)), "row", (8, 256)) is None
     assert PACK2.refusal(INT2, "row", (8, 256)) is None
     assert PACK2.refusal(Grid((-3, -1, 1, 3)), "row", (8, 256)) is not None
@@ -83,3 +121,43 @@ def test_unknown_targets_name_the_nearest() -> None:
     with pytest.raises(ConfigError, match="did you mean 'gguf:tq2_0'"):
         target("gguf:tq20")
     assert {t.container for t in TARGETS.values()} <= {"hf", "gguf", "mlx"}
+
+
+@pytest.mark.parametrize(
+    ("grid", "columns", "names"),
+    [
+        (BINARY, 512, ["Q1_0", "TQ1_0", "TQ2_0", "Q2_0", "Q2_K", "Q3_K", "Q4_0", "Q4_K", "Q8_0", "F16", "F32"]),
+        (TERNARY, 512, ["TQ1_0", "TQ2_0", "Q2_0", "Q2_K", "Q3_K", "Q4_0", "Q4_K", "Q8_0", "F16", "F32"]),
+        (INT2, 512, ["Q2_0", "Q2_K", "Q3_K", "Q4_0", "Q4_K", "Q8_0", "F16", "F32"]),
+        (INT2, 576, ["Q2_0", "Q4_0", "Q8_0", "F16", "F32"]),
+        (Grid((-3, -1, 1, 3)), 512, ["Q2_K", "Q3_K", "Q4_0", "Q4_K", "Q8_0", "F16", "F32"]),
+        (Grid(tuple(range(-4, 4))), 512, ["Q3_K", "Q4_0", "Q4_K", "Q8_0", "F16", "F32"]),
+        (Grid((-7, -5, -3, -1, 1, 3, 5, 7)), 512, ["Q4_0", "Q4_K", "Q8_0", "F16", "F32"]),
+        (Grid(tuple(range(-15, 16, 2))), 512, ["Q4_K", "Q8_0", "F16", "F32"]),
+        (TERNARY, 172, ["F16", "F32"]),
+    ],
+    ids=lambda v: str(v),
+)
+def test_every_grid_has_its_exact_types(grid: Grid, columns: int, names: list[str]) -> None:
+    assert [t.name for t in exact_types(grid, "row", (8, columns))] == names
+
+
+def test_the_matrix_says_what_fits_and_why_not() -> None:
+    rows = {row["target"]: row for row in matrix()}
+    assert list(rows) == list(TARGETS)
+    assert rows["gguf:tq2_0"]["groups"] == ["tensor", "row", 256]
+    assert rows["gguf:tq2_0"]["bits_per_weight"] == 2.0625
+    assert {row["fits"] for row in rows.values()} == {None}
+    layers = [("a", TERNARY, "row", (8, 512)), ("b", TERNARY, 128, (8, 512))]
+    rows = {row["target"]: row for row in matrix(layers)}  # type: ignore[arg-type]
+    assert rows["gguf:q2_0"]["fits"] is True
+    assert rows["gguf:tq2_0"]["fits"] == "TQ2_0 has one scale for 256 weights, finer groups of 128 do not fit"
+    rows = {row["target"]: row for row in matrix(layers, fallback=True)}  # type: ignore[arg-type]
+    assert rows["gguf:tq2_0"]["bits_per_weight"] == (2.0625 + 2.25) / 2
+
+
+def test_head_types_by_name() -> None:
+    assert head_type("auto") is None
+    assert head_type("q8_0") is Q8_0
+    with pytest.raises(ConfigError, match="did you mean 'q8_0'"):
+        head_type("q80")

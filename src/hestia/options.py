@@ -46,6 +46,7 @@ class Options:
     group_size: str = _option("row", "weights that share a scale: a number, row or tensor")
     skip: tuple[str, ...] = _option((), "shell pattern of module paths to keep (repeatable)")
     fallback: bool = _option(False, "let single tensors use another exact type of the target format")
+    head: str = _option("auto", "embedding and head of .gguf files: auto (exact), f16, bf16, q8_0 or f32")
     allow_partial: bool = _option(False, "accept a plan that quantizes under half of the non-embedding weights")
     tokens: str = _option("2M", "tokens to train on, such as 600k or 2M")
     steps: int | None = _option(None, "optimizer steps, instead of --tokens")
@@ -86,6 +87,7 @@ class Options:
             object.__setattr__(self, item.name, _coerce(item.name, getattr(self, item.name), _HINTS[item.name]))
         _choice("embeddings", self.embeddings, ("train", "freeze"))
         _choice("precision", self.precision, ("auto", "bf16", "fp32"))
+        _choice("head", self.head, ("auto", "f32", "f16", "bf16", "q8_0"))
         _choice("joiner", self.joiner, ("auto", "bos", "eos", "both"))
         _choice("device", self.device, ("auto", "cpu", "cuda"))
         for name in ("accumulation", "batch_size", "steps", "seq_len", "threads", "save_every", "log_every"):

@@ -29,7 +29,8 @@ from .evaluation import Score, model_logits, paired_difference, score
 from .evaluation.diagnostics import continuations, histograms
 from .export import export_model
 from .export.frozen import CODES_FILE, MODEL_FOLDER, FrozenModel, save_codes
-from .export.verify import require_ok, verify
+from .export.refit import refit as refit_scales
+from .export.verify import PROBE_FILE, kept_text, require_ok, verify
 from .files import read_json, replacing_folder, require_writable, sha256, write_json, write_text
 from .jobs import LARGEST_DEFAULT_BATCH, TUNING_BLOCKS, calibrate_on, choose_device, longest_block, prepare_text, spread
 from .options import Options, count, load_config
@@ -40,6 +41,7 @@ from .provenance import command_line, machine, versions
 from .report.html import write_report
 from .report.model_card import write_model_card
 from .schedules import LearningRateSchedule
+from .targets import target as find_target
 from .training import HestiaTrainer, TrainConfig, check_loggers, checkpoints, pilot
 from .training.trainer import LOG_FILE
 
@@ -48,8 +50,12 @@ SCORES_FILE, REPORT_FILE, DIAGNOSTICS_FILE = "scores.json", "report.json", "diag
 TRAINING_FILE, TIMING_FILE = "training.json", "timing.json"
 EXPORTS_FOLDER, CACHE_FOLDER = "exports", "cache"
 
-PROBE_TOKENS = 64
-"""Held-out tokens a sequence on which an exported file's logits are compared."""
+PROBE_TOKENS = 128
+"""Held-out tokens a sequence on which an exported file's logits are compared, at most."""
+
+PROBE_ROWS = 4
+PROBE_LOGITS = 1 << 25
+"""Sequences, and logits of all of them together, at most: a large vocabulary gets fewer."""
 
 T = TypeVar("T")
 
@@ -359,10 +365,24 @@ class Run:
 
     def _export(self, name: str, frozen: FrozenModel) -> dict[str, Any]:
         path = self.folder / EXPORTS_FOLDER / name.replace(":", "-")
-        if name != "hf":
+        if name.startswith("gguf"):
             path = path / f"{Path(self.options.model).name}-{name.split(':')[1]}.gguf"
-        probe = self.scored.input_ids[:2, :PROBE_TOKENS].long()
-        return self.clock.measure("export", lambda: export_and_verify(frozen, name, path, self.options.fallback, probe))
+        probe, o = self._verification_text(), self.options
+        return self.clock.measure(
+            "export", lambda: export_and_verify(frozen, name, path, o.fallback, probe, head=o.head)
+        )
+
+    def _verification_text(self) -> Tensor:
+        """Held-out tokens on which exported files are run; the run keeps them for ``hestia verify``."""
+        kept = kept_text(self.folder)
+        if kept is not None:
+            return kept
+        vocabulary = int(getattr(self.config.get_text_config(), "vocab_size", 1 << 17))
+        tokens = min(PROBE_TOKENS, self.scored.input_ids.shape[1])
+        rows = max(1, min(PROBE_ROWS, PROBE_LOGITS // (tokens * vocabulary)))
+        probe = self.scored.input_ids[:rows, :tokens].long()
+        write_json(self.folder / PROBE_FILE, {"schema": 1, "input_ids": probe.tolist()})
+        return probe
 
     # --- what the stages share ---------------------------------------------------------------------------------------
 
@@ -512,20 +532,43 @@ def _numbers(result: Score) -> dict[str, Any]:
 
 
 def round_to_nearest_twin(plan: Plan) -> Plan:
-    """The plan that rounds the same tensors with the same grids and groups, without training."""
+    """The plan that rounds the same tensors to the same levels and groups, without training, shift or constraint."""
     recipe = recipes.get("round_to_nearest")
-    scale = recipe.spec_for(1.58, "row").scale
+    plain = recipe.spec_for(1.58, "row")
     layers = {
-        path: dataclasses.replace(layer, spec=dataclasses.replace(layer.spec, scale=scale), temperature_factor=1.0)
+        path: dataclasses.replace(
+            layer,
+            spec=dataclasses.replace(plain, grid=dataclasses.replace(spec.grid, block=0), group_size=spec.group_size),
+            temperature_factor=1.0,
+        )
         for path, layer in plan.layers.items()
+        for spec in (layer.spec,)
     }
-    return dataclasses.replace(plan, recipe=recipe.to_json(), trains=False, schedule=recipe.schedule(), layers=layers)
+    return dataclasses.replace(
+        plan, recipe=recipe.to_json(), trains=False, schedule=recipe.schedule(), layers=layers, correction=None
+    )
 
 
 def export_and_verify(
-    frozen: FrozenModel, target: str, path: Path, fallback: bool, token_ids: Tensor | None = None
+    frozen: FrozenModel,
+    target: str,
+    path: Path,
+    fallback: bool,
+    token_ids: Tensor | None = None,
+    *,
+    head: str = "auto",
+    refit: bool = False,
 ) -> dict[str, Any]:
     """Write one file, read it back, compare, run it on ``token_ids``, and return its entry of report.json.
+
+    Args:
+        frozen: the run's frozen model.
+        target: the file format.
+        path: the folder or file to write.
+        fallback: let single tensors use another exact type of the format.
+        token_ids: text to run the file on; None takes what the run keeps.
+        head: how a GGUF file stores embedding and head.
+        refit: re-fit scales that are too fine for the target; the entry then says what that cost.
 
     Raises:
         ExportError: the format cannot hold the model exactly; nothing was written.
@@ -534,11 +577,34 @@ def export_and_verify(
     if path.is_dir():
         shutil.rmtree(path)  # an earlier attempt of this very run
     path.unlink(missing_ok=True)
+    run, changed = frozen.run, None
+    if refit:
+        traces = None
+        if (run / SENSITIVITY_FILE).is_file():
+            traces = curvature.Sensitivity.load(run / SENSITIVITY_FILE).traces
+        text = token_ids if token_ids is not None else kept_text(run)
+        say(f"re-fitting scales to {target}")
+        changed = refit_scales(frozen, find_target(target), traces, text)
+        if changed is not None:
+            frozen = FrozenModel(changed.folder)
+            token_ids = text
     say(f"exporting {target}")
-    entry = export_model(frozen, target, path, fallback=fallback)
-    result = verify(path, frozen.run, target=target, token_ids=token_ids)
+    entry = export_model(frozen, target, path, fallback=fallback, head=head)
+    result = verify(path, frozen.run, target=target, token_ids=token_ids if token_ids is not None else kept_text(run))
     require_ok(result)
-    return {**entry, "path": os.path.relpath(path, frozen.run), "sha256": digest(path), "verify": result.to_json()}
+    entry |= {"path": os.path.relpath(path, run), "sha256": digest(path), "verify": result.to_json()}
+    return entry if changed is None else {**entry, "refit": changed.to_json()}
+
+
+def record_export(run: Path, entry: dict[str, Any]) -> None:
+    """Put an export that was made after the run into its report and model card, if it has them."""
+    if not (run / REPORT_FILE).is_file():
+        return
+    record = read_json(run / REPORT_FILE)
+    others = [e for e in record.get("exports", []) if e.get("path") != entry["path"]]
+    write_json(run / REPORT_FILE, {**record, "exports": [*others, entry]})
+    write_report(run)
+    write_model_card(run)
 
 
 def digest(path: Path) -> str:

@@ -11,11 +11,12 @@ from torch import nn
 from . import recipes
 from .curvature import Sensitivity
 from .errors import PlanError
+from .nn.biases import OPTIONS, biased_layers, options_for
 from .nn.select import Selection, select
 from .plans import LayerPlan, Plan
 from .quant import GroupSize
-from .quant.grouping import group_shape
 from .recipes import Recipe
+from .targets import LLAMA_CPP_BIASES
 from .targets import target as find_target
 
 SMALLEST_COVERAGE = 0.5
@@ -64,7 +65,7 @@ def plan(
     for path, linear in selection.candidates.items():
         shape = (linear.out_features, linear.in_features)
         try:
-            group_shape(shape, group_size)
+            spec.check_shape(shape)
             stored = {t.name: t.storage(spec.grid, group_size, shape, fallback=fallback).name for t in targets}
         except ValueError as error:
             problems.setdefault(str(error), []).append(path)
@@ -72,6 +73,8 @@ def plan(
         layers[path] = LayerPlan(spec=spec, shape=shape, stored=stored)
     if problems:
         raise PlanError(_summary(problems))
+    if spec.output_shift is not None:
+        _check_biases(model, chosen.name, list(layers), [t.name for t in targets])
     result = Plan(
         recipe=chosen.to_json(),
         trains=chosen.trains,
@@ -80,6 +83,7 @@ def plan(
         layers=layers,
         kept=selection.kept,
         warnings=selection.warnings,
+        correction=chosen.correction(),
     )
     if isinstance(sensitivity, (str, Path)):
         sensitivity = Sensitivity.load(Path(sensitivity))
@@ -110,6 +114,29 @@ def _check_same_model(
     else:
         return
     raise PlanError(f"the sensitivity {problem}: was it calibrated on another model?")
+
+
+def _check_biases(model: nn.Module, recipe: str, paths: Sequence[str], targets: Sequence[str]) -> None:
+    """Refuse a shift where the frozen model could not hold it as a bias, in transformers or in llama.cpp."""
+    config: Any = getattr(model, "config", None)
+    if config is None:
+        return
+    advice = f"Keep them with --skip, or choose a recipe without an output shift (all but {recipe!r} have none)."
+    if options_for(model, paths) is None:
+        held = set[str]().union(*(biased_layers(model, options) or () for options in OPTIONS))
+        missing = [path for path in paths if path not in held]
+        raise PlanError(
+            f"recipe {recipe!r} freezes its shift into biases, and {type(model).__name__} has no bias for "
+            f"{len(missing)} of {len(paths)} tensors, the first is {missing[0]}. {advice}"
+        )
+    if any(name.startswith("gguf") for name in targets):
+        allowed = LLAMA_CPP_BIASES.get(str(config.model_type), frozenset())
+        missing = [path for path in paths if not any(path.endswith(suffix) for suffix in allowed)]
+        if missing:
+            raise PlanError(
+                f"recipe {recipe!r} freezes its shift into biases, and llama.cpp loads none for {len(missing)} of "
+                f"{len(paths)} tensors of {config.model_type}, the first is {missing[0]}. {advice}"
+            )
 
 
 def _refusal(selection: Selection) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 from .errors import ConfigError, PlanError, nearest
 from .files import read_json, write_json
-from .quant.grouping import group_shape
+from .quant.corrections import Correction
 from .quant.spec import QuantSpec
 from .schedules import KnobSchedule
 from .targets import target
@@ -59,6 +59,7 @@ class Plan:
         layers: the quantized weights, in the order of the model.
         kept: every other parameter, in the order of the model.
         warnings: sentences about large weights that hestia cannot quantize; shown with the table.
+        correction: what pulls the latent weights after every optimizer step, or nothing.
     """
 
     recipe: Mapping[str, Any]
@@ -68,6 +69,7 @@ class Plan:
     layers: Mapping[str, LayerPlan]
     kept: Mapping[str, Kept]
     warnings: tuple[str, ...] = ()
+    correction: Correction | None = None
 
     @property
     def quantized_weights(self) -> int:
@@ -105,7 +107,7 @@ class Plan:
 
     def to_json(self) -> dict[str, Any]:
         """The JSON object of plan.json."""
-        return {
+        record = {
             "schema": SCHEMA,
             "recipe": dict(self.recipe),
             "trains": self.trains,
@@ -123,6 +125,7 @@ class Plan:
             "kept": {name: {"reason": kept.reason, "weights": kept.weights} for name, kept in self.kept.items()},
             "warnings": list(self.warnings),
         }
+        return record if self.correction is None else {**record, "correction": self.correction.to_json()}
 
     @classmethod
     def from_json(cls, record: dict[str, Any], where: str = "plan") -> Plan:
@@ -142,7 +145,7 @@ class Plan:
                 if not 0.0 < factor < 1e6:
                     raise PlanError(f"temperature_factor must be positive and finite, got {factor}")
                 spec, shape, stored = QuantSpec.from_json(entry), (rows, columns), dict(entry["stored"])
-                group_shape(shape, spec.group_size)
+                spec.check_shape(shape)
                 for name in targets:
                     _check_stored(name, stored.get(name), spec, shape)
                 layers[path] = LayerPlan(spec=spec, shape=shape, temperature_factor=factor, stored=stored)
@@ -155,6 +158,7 @@ class Plan:
                 layers=layers,
                 kept={k: Kept(reason=str(v["reason"]), weights=int(v["weights"])) for k, v in record["kept"].items()},
                 warnings=tuple(map(str, record["warnings"])),
+                correction=Correction.from_json(record["correction"]) if "correction" in record else None,
             )
         except KeyError as error:
             raise PlanError(f"{place}: missing key {error}") from None

@@ -1,13 +1,15 @@
 """What each file format can hold: pure tables, read by the planner before training and by the exporters after it.
 
 A storage type keeps ``block`` consecutive weights of one row under one scale. It holds a quantized tensor exactly when
-the row is a whole number of blocks, no block straddles two scale groups, and every code is one of its levels.
-Layouts and engine support were read in llama.cpp (0c1e57098) and compressed-tensors 0.20.
+the row is a whole number of blocks, no block straddles two scale groups, and the levels are among those it expresses.
+Layouts and engine support were read in llama.cpp (0c1e57098), compressed-tensors 0.20 and mlx 0.32.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from .errors import ConfigError, PlanError, nearest
 from .quant.grids import Grid
@@ -22,48 +24,71 @@ class StorageType:
         name: the format's own name, such as ``TQ2_0``.
         block: weights that share a stored scale; 0 where the format takes any group that divides the row.
         block_bytes: bytes a block; for ``block == 0`` bits are counted by ``stored_bytes``.
-        codes: the integer codes it can express (lowest, highest); None where it stores dense numbers.
+        levels: the sets of integer codes it can express, any one of which must hold the whole grid; None where it
+            stores dense numbers. More than one where a sign or an offset of the format can be chosen.
         ggml: the tensor type id in a GGUF file; None outside GGUF.
+        groups: group lengths that a format without blocks can write, longest first; a longer group is repeated.
+        bits: bits of a code in a format without blocks.
+        scale_bytes: bytes beside the codes of one group in such a format, at 2 bytes a number.
     """
 
     name: str
     block: int
     block_bytes: int
-    codes: tuple[int, int] | None
+    levels: tuple[range, ...] | None
     ggml: int | None = None
-    without_zero: bool = False
+    groups: tuple[int, ...] = ()
+    bits: int = 2
+    scale_bytes: int = 2
 
     def refusal(self, grid: Grid, group_size: GroupSize, shape: tuple[int, int]) -> str | None:
         """Why this type cannot hold the tensor exactly, or None if it can."""
         columns = shape[1]
-        if self.codes is not None:
-            low, high = self.codes
-            if grid.levels[0] < low or grid.levels[-1] > high or (self.without_zero and 0 in grid.levels):
-                return f"{self.name} cannot express the levels {grid.name}"
+        if self.levels is not None and not any(set(grid.levels) <= set(levels) for levels in self.levels):
+            return f"{self.name} cannot express the levels {grid.name}"
         if self.block:
             if columns % self.block:
                 return f"{self.name} stores rows in blocks of {self.block}, which do not divide in_features={columns}"
             if isinstance(group_size, int) and group_size % self.block:
                 return f"{self.name} has one scale for {self.block} weights, finer groups of {group_size} do not fit"
+        elif self.groups and self.group(group_size, columns) is None:
+            length = group_size if isinstance(group_size, int) else columns
+            allowed = ", ".join(map(str, self.groups))
+            return f"{self.name} has groups of {allowed}, none of which divides {length} consecutive weights"
         return None
+
+    def group(self, group_size: GroupSize, columns: int) -> int | None:
+        """The longest group length of a format without blocks that stores these scales by repetition."""
+        length = group_size if isinstance(group_size, int) else columns
+        return next((g for g in self.groups if length % g == 0), None) if self.groups else length
 
     def stored_bytes(self, shape: tuple[int, int], group_size: GroupSize) -> int:
         """Bytes of the tensor in the file, scales and padding included."""
         rows, columns = shape
         if self.block:
             return rows * (columns // self.block) * self.block_bytes
-        group = group_size if isinstance(group_size, int) else columns
-        words = rows * ((columns + 15) // 16) * 4
-        return words + rows * (columns // group) * 2 + 16
+        words = rows * -(-columns * self.bits // 32) * 4
+        group = self.group(group_size, columns) or columns
+        return words + rows * (columns // group) * self.scale_bytes + (0 if self.groups else 16)
 
 
 F32 = StorageType("F32", 1, 4, None, ggml=0)
 F16 = StorageType("F16", 1, 2, None, ggml=1)
-Q4_0 = StorageType("Q4_0", 32, 18, (-8, 7), ggml=2)
-TQ1_0 = StorageType("TQ1_0", 256, 54, (-1, 1), ggml=34)
-TQ2_0 = StorageType("TQ2_0", 256, 66, (-1, 1), ggml=35)
-Q2_0 = StorageType("Q2_0", 64, 18, (-1, 2), ggml=42)
-PACK2 = StorageType("pack-quantized 2-bit", 0, 0, (-2, 1))
+BF16 = StorageType("BF16", 1, 2, None, ggml=30)
+Q8_0 = StorageType("Q8_0", 32, 34, (range(-127, 128),), ggml=8)
+Q1_0 = StorageType("Q1_0", 128, 18, (range(-1, 2, 2),), ggml=41)
+TQ1_0 = StorageType("TQ1_0", 256, 54, (range(-1, 2),), ggml=34)
+TQ2_0 = StorageType("TQ2_0", 256, 66, (range(-1, 2),), ggml=35)
+Q2_0 = StorageType("Q2_0", 64, 18, (range(-1, 3), range(-2, 2)), ggml=42)
+Q2_K = StorageType("Q2_K", 256, 84, (range(-1, 3), range(-2, 2), range(-3, 4, 2)), ggml=10)
+Q3_K = StorageType("Q3_K", 256, 110, (range(-4, 4), range(-3, 5)), ggml=11)
+Q4_0 = StorageType("Q4_0", 32, 18, (range(-8, 8), range(-7, 9)), ggml=2)
+Q4_K = StorageType("Q4_K", 256, 144, (range(-8, 8), range(-15, 16, 2)), ggml=12)
+PACK2 = StorageType("pack-quantized 2-bit", 0, 0, (range(-2, 2),))
+PACK4 = StorageType("pack-quantized 4-bit", 0, 0, (range(-8, 8),), bits=4)
+MLX2 = StorageType("mlx 2-bit affine", 0, 0, (range(-1, 3), range(-2, 2)), groups=(128, 64, 32), scale_bytes=4)
+
+_EXACT = (Q2_0, Q2_K, Q3_K, Q4_0, Q4_K, Q8_0, F16)  # what may stand in for another GGUF type, smallest first
 
 
 @dataclass(frozen=True)
@@ -74,17 +99,24 @@ class Target:
         name: what the user types, ``gguf:tq2_0``.
         types: the storage type asked for, then the exact ones that may stand in for single tensors when
             fallback is allowed, best first.
-        loads_in: engines that load the file.
+        loads_in: engines that load the file, and their backends.
+        caution: what to know before choosing it.
     """
 
     name: str
     types: tuple[StorageType, ...]
     loads_in: str
+    caution: str = ""
 
     @property
     def container(self) -> str:
-        """``gguf`` or ``hf``."""
+        """``gguf``, ``hf`` or ``mlx``."""
         return self.name.split(":")[0]
+
+    @property
+    def dense(self) -> bool:
+        """Whether it stores plain numbers: files to compare with, not low-bit ones."""
+        return self.types[0].levels is None
 
     def storage(self, grid: Grid, group_size: GroupSize, shape: tuple[int, int], *, fallback: bool) -> StorageType:
         """The type that holds one tensor exactly.
@@ -102,23 +134,57 @@ class Target:
         others = [
             t.name
             for t in TARGETS.values()
-            if t.name != self.name and t.types[0].refusal(grid, group_size, shape) is None
+            if t.name != self.name and not t.dense and t.types[0].refusal(grid, group_size, shape) is None
         ]
         if others:
             hints.append(f"--target {' or '.join(others)} would hold it")
         raise PlanError(f"{refusal}; {', '.join(hints) or 'no target holds it'}")
 
+    def groups_held(self, grid: Grid, columns: int = 1024) -> tuple[GroupSize, ...]:
+        """Which of the usual group sizes the target's own type holds exactly, in rows of ``columns``."""
+        sizes: tuple[GroupSize, ...] = ("tensor", "row", 256, 128, 64, 32)
+        return tuple(g for g in sizes if self.types[0].refusal(grid, g, (8, columns)) is None)
+
+
+def _gguf(first: StorageType, loads_in: str, caution: str = "") -> Target:
+    return Target(f"gguf:{first.name.lower()}", (first, *(t for t in _EXACT if t is not first)), loads_in, caution)
+
 
 TARGETS: dict[str, Target] = {
     t.name: t
     for t in (
-        Target("hf", (PACK2,), "transformers (with compressed-tensors), vLLM, llama.cpp's converter"),
-        Target("gguf:tq2_0", (TQ2_0, Q2_0, Q4_0, F16), "llama.cpp (CPU, Metal, Vulkan)"),
-        Target("gguf:tq1_0", (TQ1_0, Q2_0, Q4_0, F16), "llama.cpp (CPU, Vulkan)"),
-        Target("gguf:q2_0", (Q2_0, Q4_0, F16), "llama.cpp (CUDA, Metal, Vulkan, SYCL; scalar and slow on x86 CPUs)"),
-        Target("gguf:q4_0", (Q4_0, F16), "llama.cpp (all backends)"),
+        Target("hf", (PACK2,), "transformers (with compressed-tensors), vLLM (CUDA), llama.cpp's converter"),
+        Target(
+            "hf:int4",
+            (PACK4,),
+            "transformers (with compressed-tensors), vLLM and SGLang (CUDA)",
+            "twice the bytes of hf; for servers without a 2-bit kernel",
+        ),
+        _gguf(TQ2_0, "llama.cpp: CPU, Metal, Vulkan", "no CUDA kernel: those layers run on the CPU"),
+        _gguf(TQ1_0, "llama.cpp: CPU, Vulkan", "smallest file, slower than TQ2_0"),
+        _gguf(Q2_0, "llama.cpp: CPU, CUDA, Metal, Vulkan, SYCL", "scalar and slow on x86 CPUs"),
+        _gguf(
+            Q2_K, "llama.cpp: CPU, CUDA, Metal, Vulkan, SYCL, OpenCL, WebGPU", "the twin of TQ2_0 for GPUs and browsers"
+        ),
+        _gguf(Q3_K, "llama.cpp: CPU, CUDA, Metal, Vulkan, SYCL, OpenCL, WebGPU"),
+        _gguf(Q4_0, "llama.cpp: all backends"),
+        _gguf(Q4_K, "llama.cpp: CPU, CUDA, Metal, Vulkan, SYCL, OpenCL, WebGPU"),
+        _gguf(Q1_0, "llama.cpp: CPU, CUDA, Metal, Vulkan, SYCL, WebGPU", "binary models only"),
+        Target("gguf:f16", (F16, F32), "llama.cpp: all backends", "not low-bit: to compare with"),
+        Target("gguf:f32", (F32,), "llama.cpp: all backends", "not low-bit: to compare with"),
+        Target("mlx", (MLX2,), "mlx-lm: Apple GPUs, CPU"),
     )
 }
+
+HEAD_TYPES: dict[str, StorageType | None] = {"auto": None, "f32": F32, "f16": F16, "bf16": BF16, "q8_0": Q8_0}
+"""How a GGUF file may store embeddings and head; None: the smallest dense type that keeps every number."""
+
+_QKV = frozenset(f"self_attn.{x}_proj" for x in "qkv")
+LLAMA_CPP_BIASES: dict[str, frozenset[str]] = {
+    "llama": _QKV | {"self_attn.o_proj"} | {f"mlp.{x}_proj" for x in ("gate", "up", "down")},
+    "qwen2": _QKV,
+}
+"""``model_type`` -> the linear layers of a block whose bias llama.cpp loads if the file has one."""
 
 
 def target(name: str) -> Target:
@@ -130,3 +196,70 @@ def target(name: str) -> Target:
     if name not in TARGETS:
         raise ConfigError(f"unknown target {name!r}: {nearest(name, TARGETS)}")
     return TARGETS[name]
+
+
+def head_type(name: str) -> StorageType | None:
+    """The storage type of embeddings and head called ``name``; None for ``auto``.
+
+    Raises:
+        ConfigError: there is none; the nearest name is given.
+    """
+    if name not in HEAD_TYPES:
+        raise ConfigError(f"unknown head type {name!r}: {nearest(name, HEAD_TYPES)}")
+    return HEAD_TYPES[name]
+
+
+def exact_types(grid: Grid, group_size: GroupSize, shape: tuple[int, int]) -> list[StorageType]:
+    """Every GGUF type that holds a tensor of this grid, grouping and shape without loss, smallest first."""
+    types = {t.name: t for chosen in TARGETS.values() for t in chosen.types if t.ggml is not None}
+    held = [t for t in types.values() if t.refusal(grid, group_size, shape) is None]
+    return sorted(held, key=lambda t: t.block_bytes / t.block)
+
+
+def matrix(
+    layers: Sequence[tuple[str, Grid, GroupSize, tuple[int, int]]] = (), *, fallback: bool = False
+) -> list[dict[str, Any]]:
+    """One row a target: what it holds, where it runs, and whether the given tensors fit.
+
+    Args:
+        layers: path, grid, group size and shape of every quantized tensor of a run; none for the table alone.
+        fallback: let single tensors use the target's other exact types.
+
+    Returns:
+        ``{"target", "type", "groups", "engines", "caution", "bits_per_weight", "fits"}``; bits are those of the given
+        tensors if they fit, else of rows of 1024; ``fits`` is None without tensors, True, or the reason why not.
+    """
+    rows: list[dict[str, Any]] = []
+    for chosen in TARGETS.values():
+        first = chosen.types[0]
+        levels = first.levels or (range(-128, 128),)
+        grid = Grid((-1, 1)) if first is Q1_0 else Grid((-1, 0, 1))
+        fits: bool | str | None = None
+        bits = 8.0 * first.stored_bytes((1024, 1024), 128) / 2**20
+        try:
+            stored: list[tuple[StorageType, GroupSize, tuple[int, int]]] = [
+                (chosen.storage(g, size, shape, fallback=fallback), size, shape) for _, g, size, shape in layers
+            ]
+            if stored:
+                fits = True
+                weights = sum(shape[0] * shape[1] for _, _, shape in stored)
+                bits = 8.0 * sum(t.stored_bytes(shape, size) for t, size, shape in stored) / weights
+        except PlanError as error:
+            fits = str(error).split(";")[0]
+        rows.append(
+            {
+                "target": chosen.name,
+                "type": first.name,
+                "groups": list(chosen.groups_held(grid)),
+                "levels": " or ".join(map(_spelled, levels)) if first.levels else "any",
+                "engines": chosen.loads_in,
+                "caution": chosen.caution,
+                "bits_per_weight": bits,
+                "fits": fits,
+            }
+        )
+    return rows
+
+
+def _spelled(levels: range) -> str:
+    return f"{levels[0]}..{levels[-1]}" + (f" by {levels.step}" if levels.step > 1 else "")

@@ -315,7 +315,7 @@ def test_verbs_that_want_a_run_refuse_what_is_none(refuse: Refuse, toy_run: Path
 
 
 def test_export_refuses_targets_and_places(refuse: Refuse, toy_run: Path, tmp_path: Path) -> None:
-    assert "did you mean 'gguf:q4_0'?" in refuse("export", toy_run, "--to", "gguf:q4", "--out", tmp_path / "x.gguf")
+    assert "did you mean 'gguf:q4_k'?" in refuse("export", toy_run, "--to", "gguf:q4", "--out", tmp_path / "x.gguf")
     assert "down_proj" in refuse("export", toy_run, "--to", "gguf:tq2_0", "--out", tmp_path / "x.gguf")
     (tmp_path / "taken").mkdir()
     assert "exists already" in refuse("export", toy_run, "--to", "hf", "--out", tmp_path / "taken")

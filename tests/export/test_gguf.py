@@ -14,10 +14,11 @@ from safetensors.torch import load_file, save_file
 
 from hestia.errors import ConfigError, ExportError, PlanError, VerifyError
 from hestia.export import gguf as exporter
+from hestia.export.digest import codes_digest
 from hestia.export.frozen import FrozenModel, save_codes
-from hestia.export.gguf import check_gguf, export_gguf, file_target
+from hestia.export.gguf import export_gguf
+from hestia.export.gguf_check import check_gguf, file_target
 from hestia.export.gguf_reader import read
-from hestia.export.packing import codes_digest
 from hestia.quant import AbsMean, GroupSize, QuantizedTensor, Quantizer, QuantSpec
 from hestia.targets import target
 
@@ -266,6 +267,33 @@ def found(path: Path, frozen: FrozenModel) -> list[str]:
         return [str(error)]
 
 
+def test_without_the_digest_every_bit_of_a_tensor_is_still_found_and_named(tmp_path: Path) -> None:
+    frozen, path, good = small(tmp_path)
+    rng = np.random.default_rng(1)
+    for name, (offset, size) in places_of_tensors(path).items():
+        if name.startswith("blk.1"):
+            continue  # the first block has one of each kind
+        for place in (offset, offset + size - 1, int(rng.integers(offset, offset + size))):
+            damaged = bytearray(good)
+            damaged[place] ^= 1 << int(rng.integers(8))
+            path.write_bytes(damaged)
+            assert any(name in line for line in check_gguf(path, frozen, "gguf:q2_0", digest=False)), (name, place)
+
+
+@pytest.mark.slow
+def test_without_the_digest_every_bit_of_two_whole_tensors_is_found(tmp_path: Path) -> None:
+    frozen, path, good = small(tmp_path)
+    places = places_of_tensors(path)
+    for name in ("blk.0.attn_k.weight", "blk.0.attn_norm.weight"):
+        offset, size = places[name]
+        for place in range(offset, offset + min(size, 60)):
+            for bit in range(8):
+                damaged = bytearray(good)
+                damaged[place] ^= 1 << bit
+                path.write_bytes(damaged)
+                assert any(name in line for line in check_gguf(path, frozen, "gguf:q2_0", digest=False)), (name, place)
+
+
 def test_every_flipped_bit_is_found_and_named(tmp_path: Path) -> None:
     frozen, path, good = small(tmp_path)
     infos = places_of_tensors(path)
@@ -290,7 +318,7 @@ def test_every_flipped_bit_is_found_and_named(tmp_path: Path) -> None:
 def places_of_tensors(path: Path) -> dict[str, tuple[int, int]]:
     """First byte and length of every tensor of a file (the gguf package cannot read Q2_0)."""
     file = read(path)
-    sizes = {0: (1, 4), 1: (1, 2), 42: (64, 18)}
+    sizes = {0: (1, 4), 1: (1, 2), 30: (1, 2), 42: (64, 18)}
     lengths = {i.name: math.prod(i.shape) // sizes[i.type_id][0] * sizes[i.type_id][1] for i in file.tensors}
     return {i.name: (file.data_start + i.offset, lengths[i.name]) for i in file.tensors}
 
@@ -367,7 +395,7 @@ def test_damaged_files_are_refused_with_the_place(tmp_path: Path) -> None:
     ("model_type", "config", "message"),
     [
         ("gpt_neox", {}, "model_type 'gpt_neox' has no GGUF export"),
-        ("gpt_neox", {}, "allowed: gemma, llama, mistral, qwen2, qwen3"),
+        ("gpt_neox", {}, "allowed: gemma, gemma2, gemma3_text, llama, mistral, qwen2, qwen3, smollm3"),
         ("llama", {"hidden_act": "relu"}, "silu, the model relu"),
         ("llama", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}}, "rope type 'yarn'"),
         (
@@ -394,14 +422,14 @@ def test_models_without_an_exact_counterpart_are_refused(
 def test_nothing_half_written_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     frozen = make_run(tmp_path / "run")
     path = tmp_path / "out" / "a.gguf"
-    written = exporter._payload
+    written = exporter.payload
 
     def fails(frozen: FrozenModel, entry: Any) -> Any:
         if entry.name.startswith("blk.1"):
             raise OSError(28, "No space left on device")
         return written(frozen, entry)
 
-    monkeypatch.setattr(exporter, "_payload", fails)
+    monkeypatch.setattr(exporter, "payload", fails)
     with pytest.raises(OSError, match="No space"):
         export_gguf(frozen, target("gguf:q2_0"), path)
     assert list(path.parent.iterdir()) == []

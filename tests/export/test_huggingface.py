@@ -21,7 +21,9 @@ from hestia import export
 from hestia.errors import ConfigError, ExportError
 from hestia.export import huggingface
 from hestia.export.frozen import FrozenModel, save_codes
-from hestia.export.huggingface import Scheme, choose_scheme, export_hf, logits, pack_codes
+from hestia.export.huggingface import Scheme, choose_scheme, export_hf, load, logits, pack_codes
+from hestia.export.huggingface_check import check_hf
+from hestia.export.verify import detect_target
 from hestia.quant import INT2, Grid, QuantSpec
 
 IDS = torch.arange(24).reshape(2, 12) * 3
@@ -34,13 +36,15 @@ def stored(path: Path) -> dict[str, torch.Tensor]:
 # --- packing -------------------------------------------------------------------------------------------------------
 
 
-@given(st.integers(1, 5), st.integers(1, 70), st.integers(0, 2**31 - 1))
-def test_packed_words_are_those_of_compressed_tensors(rows: int, columns: int, seed: int) -> None:
-    codes = torch.randint(-2, 2, (rows, columns), generator=torch.Generator().manual_seed(seed), dtype=torch.int8)
-    packed = pack_codes(codes)
-    assert packed.dtype == torch.int32 and packed.shape == (rows, -(-columns // 16))
-    assert torch.equal(packed, pack_to_int32(codes, 2))
-    assert torch.equal(unpack_from_int32(packed, 2, codes.shape), codes)
+@given(st.integers(1, 5), st.integers(1, 70), st.integers(0, 2**31 - 1), st.sampled_from([2, 4]))
+def test_packed_words_are_those_of_compressed_tensors(rows: int, columns: int, seed: int, bits: int) -> None:
+    half = 2 ** (bits - 1)
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(-half, half, (rows, columns), generator=generator, dtype=torch.int8)
+    packed = pack_codes(codes, bits)
+    assert packed.dtype == torch.int32 and packed.shape == (rows, -(-columns * bits // 32))
+    assert torch.equal(packed, pack_to_int32(codes, bits))
+    assert torch.equal(unpack_from_int32(packed, bits, codes.shape), codes)
 
 
 def test_first_input_is_least_significant_and_the_tail_is_zero_bits() -> None:
@@ -73,7 +77,7 @@ def test_reloaded_model_is_the_frozen_model(tmp_path: Path, case: str) -> None:
     out = tmp_path / "out"
     export_hf(frozen, out)
 
-    assert torch.equal(logits(frozen.folder, IDS), logits(out, IDS))
+    assert torch.equal(logits(load(frozen.folder), IDS), logits(load(out), IDS))
     model = AutoModelForCausalLM.from_pretrained(out)
     model(IDS)  # compressed-tensors unpacks at the first forward
     for name in frozen.quantized:
@@ -82,6 +86,19 @@ def test_reloaded_model_is_the_frozen_model(tmp_path: Path, case: str) -> None:
         assert torch.equal(weight, frozen.codes(name).dense(frozen.dtype)), name
     for name in frozen.names():
         assert torch.equal(model.get_parameter(name), frozen.tensor(name)), name
+
+
+def test_four_bits_for_servers_without_a_two_bit_kernel(tmp_path: Path) -> None:
+    frozen = freeze(qwen2(), tmp_path / "run", QuantSpec(group_size=32, grid=INT2), torch.bfloat16)
+    out = tmp_path / "out"
+    record = export_hf(frozen, out, bits=4)
+    assert record["target"] == "hf:int4"
+    assert check_hf(out, frozen, bits=4) == []
+    assert any("num_bits is 4, expected 2" in line for line in check_hf(out, frozen))
+    assert detect_target(out, frozen.run) == "hf:int4"
+    assert torch.equal(logits(load(frozen.folder), IDS), logits(load(out), IDS))
+    weights = json.loads((out / "config.json").read_text())["quantization_config"]["config_groups"]["group_0"]
+    assert weights["weights"]["num_bits"] == 4
 
 
 @pytest.mark.parametrize("case", ["groups of 32, four levels", "rows of 64 and 172, bf16"])
@@ -129,7 +146,7 @@ def test_config_names_every_kept_linear_and_files_are_copied(tmp_path: Path) -> 
     config = json.loads((out / "config.json").read_text())
     assert config.pop("quantization_config")["ignore"] == [kept, "lm_head"]
     assert config == frozen.config
-    assert torch.equal(logits(frozen.folder, IDS), logits(out, IDS))
+    assert torch.equal(logits(load(frozen.folder), IDS), logits(load(out), IDS))
     copied = {f.relative_to(out).as_posix() for f in out.rglob("*") if f.is_file()}
     assert copied >= {"tokenizer.json", "chat_template.jinja", "additional_chat_templates/tool.jinja"}
     for name in copied - {"config.json", "model.safetensors"}:
@@ -155,7 +172,7 @@ def test_shards_have_an_index_load_and_are_aligned(tmp_path: Path) -> None:
         widths = {"I64": 8, "I32": 4, "BF16": 2}
         for name, entry in header.items():
             assert (8 + length + entry["data_offsets"][0]) % widths[entry["dtype"]] == 0, name
-    assert torch.equal(logits(frozen.folder, IDS), logits(out, IDS))
+    assert torch.equal(logits(load(frozen.folder), IDS), logits(load(out), IDS))
 
 
 def test_record_counts_the_bytes(tmp_path: Path) -> None:

@@ -8,10 +8,15 @@ import pytest
 import torch
 from test_gguf import KINDS, WIDE, byte_fallback, make_run
 
-from hestia.errors import ConfigError, ExportError
+from hestia.errors import ConfigError, ExportError, VerifyError
 from hestia.export import llama_cpp
+from hestia.export.activations import emulating, kl_bound
 from hestia.export.frozen import FrozenModel
 from hestia.export.gguf import export_gguf
+from hestia.export.gguf_layout import layout_of
+from hestia.export.huggingface import load, logits
+from hestia.export.llama_session import Session
+from hestia.export.speed import bytes_per_token, compare_speed
 from hestia.targets import F16, F32, Target, target
 
 INSTALLED = llama_cpp.available()
@@ -57,12 +62,6 @@ def test_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         llama_cpp.logits(tmp_path / "a.gguf", [1])
 
 
-def test_kl_bounds_grow_with_the_coarseness_of_the_activations() -> None:
-    bound = llama_cpp.activation_kl_bound
-    assert 0 < bound(["F32"]) < bound(["F32", "F16"]) < bound(["Q2_0", "F16"]) <= 1e-3
-    assert bound(["Q4_0"]) == bound(["Q2_0"]) == bound(["TQ1_0", "F32"]) == bound(["TQ2_0"])
-
-
 class TestEngine:
     pytestmark = needs_llama_cpp
 
@@ -76,7 +75,26 @@ class TestEngine:
             got = llama_cpp.logits_all(path, both)
             assert got.shape == (2, len(IDS), 384)
             assert got.dtype == np.float32
-            assert 1e-9 < mean_kl(expected, got) < llama_cpp.activation_kl_bound([name[5:].upper()])
+            emulated = self.emulated(frozen, name, both)
+            assert 1e-9 < mean_kl(expected, got) < kl_bound(mean_kl(expected, emulated))
+            assert mean_kl(expected, got) > mean_kl(expected, emulated) / 1.5
+
+    @staticmethod
+    def emulated(frozen: FrozenModel, name: str, ids: list[list[int]]) -> np.ndarray:
+        model = load(frozen.folder)
+        with emulating(model, layout_of(frozen, target(name)).storage_of()):
+            return logits(model, torch.tensor(ids)).numpy()
+
+    def test_verification_of_a_file_with_rounded_head(self, tmp_path: Path) -> None:
+        from hestia.export.verify import verify
+
+        frozen = make_run(tmp_path / "run", **WIDE, dtype=torch.bfloat16)
+        export_gguf(frozen, target("gguf:tq2_0"), tmp_path / "a.gguf", head="q8_0")
+        result = verify(tmp_path / "a.gguf", frozen.run, token_ids=torch.tensor([IDS, IDS[::-1]]))
+        assert result.ok, result.differences
+        assert result.kl is not None and result.kl < result.details["kl_bound"]
+        assert result.details["tokenizer"]["equal"] == result.details["tokenizer"]["strings"] > 15
+        assert abs(result.details["head_nll_change"]) < 0.01
 
     @pytest.mark.parametrize("tokenizer", ["byte_level", "byte_fallback"])
     def test_token_ids_equal_those_of_hugging_face(self, tmp_path: Path, tokenizer: str) -> None:
@@ -109,8 +127,33 @@ class TestEngine:
         with pytest.raises(ConfigError, match="no such file"):
             llama_cpp.logits(path, [1])
         path.write_bytes(b"GGUF" + bytes(100))
+        with pytest.raises(VerifyError, match=r"a\.gguf: GGUF version 0"):  # llama.cpp does not see it
+            llama_cpp.logits(path, [1])
+        frozen = make_run(tmp_path / "run")
+        export_gguf(frozen, target("gguf:q2_0"), path)
+        path.write_bytes(path.read_bytes().replace(b"llama", b"lLama"))
         with pytest.raises(ExportError, match=r"a\.gguf: llama\.cpp failed \(exit status 1\): .*a\.gguf"):
             llama_cpp.logits(path, [1])
+
+    def test_a_session_completes_chats_and_measures(self, tmp_path: Path) -> None:
+        frozen = make_run(tmp_path / "run", tokenizer=byte_fallback, bos_token_id=1, eos_token_id=2)
+        (frozen.folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
+        path = tmp_path / "a.gguf"
+        export_gguf(frozen, target("gguf:f32"), path)
+        with Session(path) as session:
+            text = "".join(session.complete("the cat", 6))
+            assert text == llama_cpp.generate(path, "the cat", 6).text
+            assert session.speed.tokens_per_second > 0
+            assert "".join(session.chat([{"role": "user", "content": "the cat"}], 6)) == text
+            with pytest.raises(ExportError, match=r"llama\.cpp failed: ValueError"):
+                list(session.complete("the cat " * 500, 6))
+            assert "".join(session.complete("the cat", 6)) == text
+            speed = session.bench(16, 4)
+            assert (speed.prompt_tokens, speed.tokens) == (16, 4)
+        record = compare_speed([path], prompt_tokens=8, tokens=4, rounds=1)
+        (row,) = record["files"]
+        assert row["times_first"] == 1 and row["decode_tokens_per_second"] > 0
+        assert row["bound_tokens_per_second"] == record["bandwidth_gb_per_s"] * 1e9 / bytes_per_token(path)
 
     @pytest.mark.slow
     @pytest.mark.parametrize(

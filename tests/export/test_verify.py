@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,10 +17,12 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from hestia.errors import VerifyError
-from hestia.export import verify as verify_module
+from hestia.export import engines
+from hestia.export.engines import compare_logits
 from hestia.export.frozen import FrozenModel
-from hestia.export.huggingface import export_hf, logits
-from hestia.export.verify import Verification, check_hf, compare_logits, detect_target, require_ok, verify
+from hestia.export.huggingface import export_hf, load
+from hestia.export.huggingface_check import check_hf
+from hestia.export.verify import PROBE_FILE, Verification, detect_target, require_ok, run_of, verify
 
 
 @pytest.fixture(scope="module")
@@ -242,7 +243,7 @@ def test_unreadable_files_are_one_clear_line(copy: tuple[FrozenModel, Path]) -> 
     with pytest.raises(VerifyError, match="folder cannot be gguf:tq2_0"):
         verify(out, frozen.run, target="gguf:tq2_0")
     with pytest.raises(VerifyError, match="transformers cannot load"):
-        logits(out, torch.tensor([[1]]))
+        load(out)
 
 
 # --- engines -------------------------------------------------------------------------------------------------------
@@ -250,17 +251,39 @@ def test_unreadable_files_are_one_clear_line(copy: tuple[FrozenModel, Path]) -> 
 
 def test_logits_that_differ_fail_and_nan_fails(made: tuple[FrozenModel, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     frozen, out = made
+    true_logits = engines.logits
     for shift in (2e-5, float("nan")):
-        monkeypatch.setattr(verify_module, "logits", lambda folder, ids, s=shift: _logits(folder, out, ids, s))
+        calls: list[int] = []
+
+        def shifted(model: Any, ids: torch.Tensor, shift: float = shift, calls: list[int] = calls) -> torch.Tensor:
+            values = true_logits(model, ids)
+            values[0, 3, 5] += shift if calls else 0.0  # the second of the two is the file
+            calls.append(1)
+            return values
+
+        monkeypatch.setattr(engines, "logits", shifted)
         result = verify(out, frozen.run)
         assert result.codes_equal and not result.ok and "logits: differ by" in result.differences[0]
 
 
-def _logits(folder: Path, out: Path, ids: torch.Tensor, shift: float) -> torch.Tensor:
-    values = torch.zeros(*ids.shape, 96)
-    if folder == out:
-        values[0, 3, 5] += shift
-    return values
+def test_the_text_that_a_run_keeps_gives_a_perplexity(made: tuple[FrozenModel, Path]) -> None:
+    frozen, out = made
+    result = verify(out, frozen.run)
+    assert "nll" not in result.details and any("no perplexity" in note for note in result.notes)
+    (frozen.run / PROBE_FILE).write_text(json.dumps({"schema": 1, "input_ids": [[1, 2, 3, 4], [5, 6, 7, 8]]}))
+    try:
+        result = verify(out, frozen.run)
+    finally:
+        (frozen.run / PROBE_FILE).unlink()
+    assert result.details["tokens"] == 8
+    assert result.details["nll"]["frozen"] == result.details["nll"]["engine"] > 0
+
+
+def test_a_file_inside_a_run_finds_it(made: tuple[FrozenModel, Path], tmp_path: Path) -> None:
+    frozen, _ = made
+    inside = frozen.run / "exports" / "gguf-tq2_0" / "a.gguf"
+    assert run_of(inside) == frozen.run.resolve()
+    assert run_of(tmp_path / "a.gguf") is None
 
 
 def test_compare_logits_against_the_definition() -> None:
@@ -274,35 +297,46 @@ def test_compare_logits_against_the_definition() -> None:
         compare_logits(a, b[..., :10])
 
 
-def _gguf_modules(monkeypatch: pytest.MonkeyPatch, *, available: bool, noise: float) -> None:
-    """Stand-ins for the GGUF half, so that this test is about the frame alone."""
-    gguf, engine = ModuleType("hestia.export.gguf"), ModuleType("hestia.export.llama_cpp")
-    gguf.check_gguf = lambda path, frozen, name: []  # type: ignore[attr-defined]
-    engine.available = lambda: available  # type: ignore[attr-defined]
-    length = 32  # of the verification's own probe
-    noisy = np.zeros((1, length, 96)) + noise * np.eye(length, 96)
-    engine.logits_all = lambda path, ids: noisy  # type: ignore[attr-defined]
-    engine.activation_kl_bound = lambda names: 1e-3  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "hestia.export.gguf", gguf)
-    monkeypatch.setitem(sys.modules, "hestia.export.llama_cpp", engine)
-    monkeypatch.setattr("hestia.export.llama_cpp", engine, raising=False)
-    monkeypatch.setattr("hestia.export.gguf", gguf, raising=False)
-    monkeypatch.setattr(verify_module, "logits", lambda folder, ids: torch.zeros(*ids.shape, 96))
-    monkeypatch.setattr(verify_module, "version", lambda package: "0.3")
+def test_gguf_is_held_to_what_its_rounding_explains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without llama.cpp: the engine is played by the emulation, with noise on top that it does not explain."""
+    from test_gguf import WIDE, make_run
 
+    from hestia.export import tokenizer_check
+    from hestia.export.gguf import export_gguf
+    from hestia.targets import target
 
-def test_gguf_is_held_to_the_activation_bound(
-    made: tuple[FrozenModel, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    frozen = make_run(tmp_path / "run", **WIDE)
     file = tmp_path / "model.gguf"
-    file.touch()
-    for noise, good in ((0.01, True), (3.0, False)):
-        _gguf_modules(monkeypatch, available=True, noise=noise)
-        result = verify(file, made[0].run, target="gguf:tq2_0")
+    record = export_gguf(frozen, target("gguf:tq2_0"), file, head="q8_0")
+    assert record["head"]["exact"] is False
+    assert 1e-4 < record["head"]["tensors"]["token_embd.weight"]["relative_error"] < 0.02
+    ids = torch.arange(40).reshape(2, 20) % 300
+    seen: list[torch.Tensor] = []
+    true_logits = engines.logits
+
+    def remembered(model: Any, token_ids: torch.Tensor) -> torch.Tensor:
+        seen.append(true_logits(model, token_ids))
+        return seen[-1]
+
+    monkeypatch.setattr(engines, "logits", remembered)
+    monkeypatch.setattr(engines, "version", lambda package: "0.3")
+    monkeypatch.setattr(engines.llama_cpp, "available", lambda: True)
+    monkeypatch.setattr(tokenizer_check, "compare_tokenizers", lambda path, folder: tokenizer_check.Tokens(3, 3))
+    monkeypatch.setattr(engines.llama_cpp, "logits_all", lambda path, ids: np.zeros((2, 20, 384), np.float32))
+    assert not verify(file, frozen.run, token_ids=ids).ok
+    exact, rounded, emulated = seen
+    for noise, good in ((0.0, True), (0.3, False)):
+        engine = (emulated + noise * torch.randn_like(emulated)).numpy()
+        monkeypatch.setattr(engines.llama_cpp, "logits_all", lambda path, ids, engine=engine: engine)
+        result = verify(file, frozen.run, token_ids=ids)
         assert result.ok is good and result.codes_equal and result.engine == "llama-cpp-python 0.3"
-        assert result.kl is not None and (result.kl <= 1e-3) is good
-    _gguf_modules(monkeypatch, available=False, noise=0.0)
-    result = verify(file, made[0].run, target="gguf:tq2_0")
+        assert result.kl is not None and (result.kl <= result.details["kl_bound"]) is good
+    assert "its rounding of activations explains" in result.differences[0]
+    assert result.details["kl_emulated"] == pytest.approx(compare_logits(exact, emulated)[1])
+    change = engines.token_nll(rounded, ids).mean() - engines.token_nll(exact, ids).mean()
+    assert result.details["head_nll_change"] == pytest.approx(float(change))
+    monkeypatch.setattr(engines.llama_cpp, "available", lambda: False)
+    result = verify(file, frozen.run, token_ids=ids)
     assert result.ok and result.engine is None
     assert result.notes == ("llama-cpp-python not installed: engine check skipped",)
 
@@ -310,13 +344,13 @@ def test_gguf_is_held_to_the_activation_bound(
 def test_target_of_a_gguf_file_comes_from_the_report_then_from_the_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from hestia.export import gguf
+    from hestia.export import gguf_check
 
     file = tmp_path / "model.gguf"
     file.write_bytes(b"GGUF")
     with pytest.raises(VerifyError, match=r"model\.gguf"):
         detect_target(file, tmp_path)
-    monkeypatch.setattr(gguf, "file_target", lambda path: "gguf:q2_0")
+    monkeypatch.setattr(gguf_check, "file_target", lambda path: "gguf:q2_0")
     assert detect_target(file, tmp_path) == "gguf:q2_0"
     record = {"exports": [{"target": "hf", "path": "exports/hf"}, {"target": "gguf:q4_0", "path": str(file)}]}
     (tmp_path / "report.json").write_text(json.dumps(record))

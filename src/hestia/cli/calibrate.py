@@ -18,13 +18,20 @@ if TYPE_CHECKING:
 @json_option
 def command(model: str, as_json: bool, **typed: Any) -> None:
     """Measure which tensors of MODEL matter: curvature and predicted damage, with intervals."""
+    from .. import progress
+    from ..curvature import parallel
     from ..curvature.show import table
     from ..files import write_text
     from ..jobs import calibrate_model
 
     options = options_from(None, {"model": model, "allow_partial": True, **typed})
     path = output_file(options.out or "sensitivity.json")
-    sensitivity = calibrate_model(options)
+    with parallel.joined() as first:
+        if not first:
+            progress.enable(False)
+        sensitivity = calibrate_model(options)
+    if not first:
+        return
     sensitivity.save(path)
     written = str(path)
     drawing = heat_map_of(sensitivity)

@@ -1,18 +1,50 @@
 """Calibration over several processes: every one takes each n-th sequence, and all end with the same table.
 
+    torchrun --nproc-per-node 2 -m hestia calibrate MODEL --data PATH... --out sensitivity.json
+
 Rows travel as fp64 matrices, never as pickled objects. Probes are keyed by a sequence's content, so which process drew
 them does not matter: the table of two processes is the table of one, bit for bit where the kernels are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+import json
+import os
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import distributed as dist
 
 from ..errors import CalibrationError
 from .estimators import Diagonals, Row
+
+
+@contextlib.contextmanager
+def joined() -> Iterator[bool]:
+    """Join the processes that torchrun started, over gloo, for as long as the block runs; yields whether to speak.
+
+    Alone, or where the caller has joined them already, nothing is started or ended. All processes compute; only
+    the first shall write and print.
+
+    Raises:
+        CalibrationError: the processes cannot reach each other.
+    """
+    wanted = int(os.environ.get("WORLD_SIZE", "1")) > 1 and dist.is_available() and not dist.is_initialized()
+    if not wanted:
+        yield rank() == 0
+        return
+    try:
+        dist.init_process_group("gloo")
+    except (RuntimeError, ValueError) as error:
+        raise CalibrationError(
+            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but the processes cannot reach each other ({error}); start "
+            "them with torchrun, or unset WORLD_SIZE"
+        ) from None
+    try:
+        yield rank() == 0
+    finally:
+        dist.destroy_process_group()
 
 
 def _running() -> bool:
@@ -30,22 +62,17 @@ def world_size() -> int:
 
 
 def gathered(mine: Mapping[int, Row], start: int, stop: int) -> list[Row]:
-    """Rows ``start`` to ``stop - 1`` in order, from all processes.
+    """Rows ``start`` to ``stop - 1`` in order; row k comes from process (k - start) mod their number.
 
     Raises:
-        CalibrationError: fewer rows than processes, or processes that measured different things.
+        CalibrationError: fewer sequences than processes at the start; nobody shall have measured nothing.
     """
     if not _running():
         return [mine[k] for k in range(start, stop)]
-    if stop - start < world_size():
-        raise CalibrationError(
-            f"{stop - start} sequences are too few for {world_size()} processes; give at least one each"
-        )
-    names = sorted({(path, name) for row in mine.values() for path, samples in row.items() for name in samples})
-    sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(world_size())]
-    dist.all_gather(sizes, torch.tensor([len(names)], dtype=torch.int64))
-    if any(int(size) != len(names) for size in sizes):
-        raise CalibrationError("the processes measured different tensors; run calibration in one process to see why")
+    if start == 0 and stop < world_size():
+        raise CalibrationError(f"{stop} sequences are too few for {world_size()} processes; give at least one each")
+    here = dict.fromkeys((path, name) for row in mine.values() for path, found in row.items() for name in found)
+    names = _all_names(list(here))
     # [0] the samples, [1] whether there is one: a NaN may be a sample too, and the reader shall see it
     table = torch.zeros(2, stop - start, len(names), dtype=torch.float64)
     for k, row in mine.items():
@@ -63,6 +90,19 @@ def gathered(mine: Mapping[int, Row], start: int, stop: int) -> list[Row]:
                 row.setdefault(path, {})[name] = sample
         rows.append(row)
     return rows
+
+
+def _all_names(mine: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """The (path, quantity) pairs that any process has, in the first one's order; they travel as JSON."""
+    payload = torch.frombuffer(bytearray(json.dumps(mine).encode()), dtype=torch.uint8)
+    sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(world_size())]
+    dist.all_gather(sizes, torch.tensor([payload.numel()], dtype=torch.int64))
+    padded = torch.full((max(int(size) for size in sizes),), ord(" "), dtype=torch.uint8)
+    padded[: payload.numel()] = payload
+    texts = [torch.empty_like(padded) for _ in range(world_size())]
+    dist.all_gather(texts, padded)
+    lists = [json.loads(bytes(text.tolist()).decode()) for text in texts]
+    return list(dict.fromkeys((path, name) for found in lists for path, name in found))
 
 
 def summed(diagonals: Diagonals) -> Diagonals:

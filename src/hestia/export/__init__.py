@@ -3,10 +3,13 @@
     frozen.py       the frozen model on disk: what everything here reads
     huggingface.py  a compressed-tensors folder for transformers, vLLM and llama.cpp's converter
     packing.py      the block layouts of GGUF
-    gguf.py         a .gguf file for llama.cpp and what is built on it
-    gguf_reader.py  its own reader of such files, for the check
-    llama_cpp.py    the door to llama-cpp-python, where it is installed
-    verify.py       reads a written file back, compares it with the frozen model, and runs it
+    gguf.py         a .gguf file for llama.cpp and what is built on it: gguf_families, gguf_layout, gguf_tokenizer say
+                    what must be in it, gguf_writer writes
+    gguf_check.py   compares such a file with the frozen model, or with its own claims; gguf_reader is its own parser
+    mlx.py          a folder for mlx-lm
+    verify.py       reads a written file back (huggingface_check, gguf_check, mlx_check), compares it with the frozen
+                    model, and has it run: engines, with activations, the rounding of llama.cpp's kernels in PyTorch
+    llama_cpp.py    the door to llama-cpp-python, where it is installed; mlx_engine.py the one to mlx-lm
 
 ``hestia.export.verify.verify`` is not repeated here: a package cannot have a function and a module of one name.
 """
@@ -22,7 +25,9 @@ if TYPE_CHECKING:
 __all__ = ["export_model"]
 
 
-def export_model(frozen: FrozenModel, target: str, path: Path, *, fallback: bool = False) -> dict[str, Any]:
+def export_model(
+    frozen: FrozenModel, target: str, path: Path, *, fallback: bool = False, head: str = "auto"
+) -> dict[str, Any]:
     """Write the frozen model to ``path`` in the file format ``target``, ``hf`` or ``gguf:tq2_0``.
 
     Args:
@@ -30,6 +35,7 @@ def export_model(frozen: FrozenModel, target: str, path: Path, *, fallback: bool
         target: a name of ``hestia.targets.TARGETS``.
         path: the folder (hf) or file (gguf) to create.
         fallback: let single tensors that the format's own type cannot hold be stored as another exact type.
+        head: how a GGUF file stores embedding and head: ``auto`` keeps every number, ``f16`` and ``q8_0`` may round.
 
     Returns:
         ``{"target", "path", "bytes", ...}``; the exporter adds what it knows.
@@ -44,7 +50,11 @@ def export_model(frozen: FrozenModel, target: str, path: Path, *, fallback: bool
     if chosen.container == "hf":
         from .huggingface import export_hf
 
-        return export_hf(frozen, path, fallback=fallback)
+        return export_hf(frozen, path, bits=4 if chosen.name == "hf:int4" else 2)
+    if chosen.container == "mlx":
+        from .mlx import export_mlx
+
+        return export_mlx(frozen, path)
     from .gguf import export_gguf
 
-    return export_gguf(frozen, chosen, path, fallback=fallback)
+    return export_gguf(frozen, chosen, path, fallback=fallback, head=head)

@@ -77,6 +77,10 @@ class FrozenModel:
         """The names of all dense tensors, as the Hugging Face model knows them."""
         return iter(self._where)
 
+    def shards(self) -> dict[str, list[str]]:
+        """File name -> the names of its tensors."""
+        return {file.name: list(handle.keys()) for file, handle in self._files.items()}
+
     def tensor(self, name: str) -> Tensor:
         """One dense tensor by name, ``model.layers.0.mlp.up_proj.weight``."""
         return self._where[name].get_tensor(name)

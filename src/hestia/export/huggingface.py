@@ -1,10 +1,11 @@
-"""The frozen model as a Hugging Face folder: compressed-tensors ``pack-quantized``, two bits a weight, no remote code.
+"""The frozen model as a Hugging Face folder: compressed-tensors ``pack-quantized``, two or four bits a weight.
 
 ``AutoModelForCausalLM.from_pretrained(PATH)`` loads it (with compressed-tensors installed), and so do vLLM and
 llama.cpp's converter. For a quantized linear ``X`` of shape ``[O, I]`` the tensor ``X.weight`` becomes
 
     X.weight_packed  int32 [O, ceil(I / 16)]   code + 2, sixteen consecutive inputs a word, least significant bits
-                                               first, the last word of a row filled with zero bits
+                                               first, the last word of a row filled with zero bits; at four bits
+                                               code + 8, eight a word: for servers that have no two-bit kernel
     X.weight_scale   [O, I / G] or [O, 1]      in the dtype of the dense weight; loaders multiply in this dtype
     X.weight_shape   int64 [2]                 O, I
 
@@ -41,7 +42,6 @@ from ..errors import ExportError, VerifyError
 from ..files import sha256, write_text
 from .frozen import FrozenModel
 
-CODES = (-2, 1)  # what two bits hold, signed
 _GROUPS = (256, 128, 64, 32)  # powers of two that GPU kernels have; 256 costs 1/16 bit a weight in bf16
 _SHARD_BYTES = 4_000_000_000
 _DTYPE_NAMES = {
@@ -50,6 +50,7 @@ _DTYPE_NAMES = {
     torch.int8: "I8",
     torch.int16: "I16",
     torch.int32: "I32",
+    torch.uint32: "U32",
     torch.int64: "I64",
     torch.float16: "F16",
     torch.bfloat16: "BF16",
@@ -65,10 +66,12 @@ class Scheme:
     Attributes:
         strategy: "group" (``[O, I / group_size]``) or "channel" (``[O, 1]``).
         group_size: consecutive inputs a stored scale serves; None for "channel".
+        bits: of a code.
     """
 
     strategy: str
     group_size: int | None = None
+    bits: int = 2
 
     def columns(self, in_features: int) -> int:
         """Stored scales a row."""
@@ -76,7 +79,7 @@ class Scheme:
 
 
 def export_hf(
-    frozen: FrozenModel, path: Path, *, fallback: bool = False, max_shard_bytes: int = _SHARD_BYTES
+    frozen: FrozenModel, path: Path, *, bits: int = 2, fallback: bool = False, max_shard_bytes: int = _SHARD_BYTES
 ) -> dict[str, Any]:
     """Write the frozen model as a compressed-tensors folder; the folder appears whole or not at all.
 
@@ -85,6 +88,7 @@ def export_hf(
     Args:
         frozen: the run's frozen model.
         path: the folder to create; an empty one may be there.
+        bits: of a code: 2, or 4 for ``hf:int4``.
         fallback: accepted for symmetry with the other exporters; there is one storage type and nothing to fall back to.
         max_shard_bytes: split the weights into files of about this size.
 
@@ -97,15 +101,33 @@ def export_hf(
         ExportError: the folder is not empty, or the format cannot hold a tensor exactly; nothing was written.
     """
     del fallback
+    scheme = choose_scheme(frozen, bits)
+    config = {**frozen.config, "quantization_config": quantization_config(frozen, scheme)}
+    name = "hf" if bits == 2 else "hf:int4"
+    return write_folder(name, path, frozen, _entries(frozen, scheme), config, max_shard_bytes=max_shard_bytes)
+
+
+def write_folder(
+    target: str,
+    path: Path,
+    frozen: FrozenModel,
+    entries: list[Entry],
+    config: dict[str, Any],
+    *,
+    file_format: str = "pt",
+    max_shard_bytes: int = _SHARD_BYTES,
+) -> dict[str, Any]:
+    """Write tensors, config.json and the parent's other files; the folder appears whole or not at all.
+
+    Raises:
+        ExportError: the folder is not empty; nothing was written.
+    """
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ExportError(f"{path}: already exists and is not an empty folder; remove it or write to another path")
-    scheme = choose_scheme(frozen)
-    config = {**frozen.config, "quantization_config": quantization_config(frozen, scheme)}
-    entries = _entries(frozen, scheme)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     temporary.mkdir(parents=True)
     try:
-        _write_shards(temporary, entries, max_shard_bytes)
+        _write_shards(temporary, entries, max_shard_bytes, file_format)
         write_text(temporary / "config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
         for source in companions(frozen.folder):
             copy = temporary / source.relative_to(frozen.folder)
@@ -117,7 +139,7 @@ def export_hf(
     files = sorted((f for f in path.rglob("*") if f.is_file()), key=lambda f: f.relative_to(path).as_posix())
     hashes = {f.relative_to(path).as_posix(): sha256(f) for f in files}
     return {
-        "target": "hf",
+        "target": target,
         "path": str(path),
         "bytes": sum(f.stat().st_size for f in files),
         "sha256": _listing_hash(hashes),
@@ -137,7 +159,7 @@ def companions(folder: Path) -> list[Path]:
 # --- the scheme and the configuration ------------------------------------------------------------------------------
 
 
-def choose_scheme(frozen: FrozenModel) -> Scheme:
+def choose_scheme(frozen: FrozenModel, bits: int = 2) -> Scheme:
     """One scheme that stores every scale of the model exactly, by repetition and never by rounding.
 
     With ``n`` the greatest common divisor of all group lengths (a row counts as its width): ``group`` of the longest
@@ -154,8 +176,8 @@ def choose_scheme(frozen: FrozenModel) -> Scheme:
     common = math.gcd(*lengths)
     for group in _GROUPS:
         if common % group == 0:
-            return Scheme("group", group)
-    return Scheme("group", common) if finer_than_rows else Scheme("channel")
+            return Scheme("group", group, bits)
+    return Scheme("group", common, bits) if finer_than_rows else Scheme("channel", None, bits)
 
 
 def quantization_config(frozen: FrozenModel, scheme: Scheme) -> dict[str, Any]:
@@ -174,7 +196,7 @@ def quantization_config(frozen: FrozenModel, scheme: Scheme) -> dict[str, Any]:
         if name not in linears:
             raise ExportError(f"{name}: not an nn.Linear of this architecture, pack-quantized stores no other kind")
     weights: dict[str, Any] = {
-        "num_bits": 2,
+        "num_bits": scheme.bits,
         "type": "int",
         "symmetric": True,
         "strategy": scheme.strategy,
@@ -207,25 +229,27 @@ def _linears(folder: Path) -> list[str]:
 # --- the tensors ---------------------------------------------------------------------------------------------------
 
 
-def pack_codes(codes_OI: Tensor) -> Tensor:
-    """Sixteen codes a word: int8 ``[O, I]`` in -2..1 to int32 ``[O, ceil(I / 16)]``.
+def pack_codes(codes_OI: Tensor, bits: int = 2) -> Tensor:
+    """``32 / bits`` codes a word: int8 ``[O, I]`` to int32 ``[O, ceil(I * bits / 32)]``.
 
-        word[o, k] = sum over j < 16 of (code[o, 16 k + j] + 2) * 4**j,   missing codes count 0
+        word[o, k] = sum over j of (code[o, n k + j] + 2**(bits - 1)) * 2**(bits j),   n = 32 / bits, missing codes 0
 
     >>> pack_codes(torch.tensor([[-2, -1, 0, 1]], dtype=torch.int8))
     tensor([[228]], dtype=torch.int32)
     """
     rows, columns = codes_OI.shape
-    words = (columns + 15) // 16
-    unsigned = torch.zeros(rows, words * 16, dtype=torch.uint8)
-    unsigned[:, :columns] = (codes_OI + 2).to(torch.uint8)
-    quads = unsigned.reshape(rows, words * 4, 4)
-    packed = quads[..., 0] | quads[..., 1] << 2 | quads[..., 2] << 4 | quads[..., 3] << 6
+    words, a_byte = -(-columns * bits // 32), 8 // bits
+    unsigned = torch.zeros(rows, words * 4 * a_byte, dtype=torch.uint8)
+    unsigned[:, :columns] = (codes_OI + 2 ** (bits - 1)).to(torch.uint8)
+    parts = unsigned.reshape(rows, words * 4, a_byte)
+    packed = parts[..., 0].clone()
+    for place in range(1, a_byte):
+        packed |= parts[..., place] << bits * place
     return packed.view(torch.int32)  # four bytes a word, the first the least significant
 
 
 @dataclass(frozen=True)
-class _Entry:
+class Entry:
     """One tensor to be written: known by shape before ``read`` touches its data."""
 
     name: str
@@ -239,14 +263,14 @@ class _Entry:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def _entries(frozen: FrozenModel, scheme: Scheme) -> list[_Entry]:
+def _entries(frozen: FrozenModel, scheme: Scheme) -> list[Entry]:
     """Every tensor of the file, in the order of the dense one; data is read when an entry is written."""
     quantized = {f"{name}.weight": name for name in frozen.quantized}
     names = set(frozen.names())
     for tensor, name in quantized.items():
         if tensor not in names:
             raise ExportError(f"{name}: {frozen.run} has codes but no tensor {tensor!r} for it")
-    entries: list[_Entry] = []
+    entries: list[Entry] = []
     for name in frozen.names():
         if name in quantized:
             entries += _packed_entries(frozen, quantized[name], scheme)
@@ -254,24 +278,25 @@ def _entries(frozen: FrozenModel, scheme: Scheme) -> list[_Entry]:
         dense = frozen.tensor(name)
         if dense.dtype not in _DTYPE_NAMES:
             raise ExportError(f"{name}: dtype {dense.dtype} is not supported, convert the parent to bf16 first")
-        entries.append(_Entry(name, dense.dtype, tuple(dense.shape), lambda name=name: frozen.tensor(name)))
+        entries.append(Entry(name, dense.dtype, tuple(dense.shape), lambda name=name: frozen.tensor(name)))
     return entries
 
 
-def _packed_entries(frozen: FrozenModel, path: str, scheme: Scheme) -> Iterator[_Entry]:
+def _packed_entries(frozen: FrozenModel, path: str, scheme: Scheme) -> Iterator[Entry]:
     """The three tensors of one quantized linear, after checking that two bits and the scale's dtype are exact."""
     weight, dense = frozen.codes(path), frozen.tensor(f"{path}.weight")
     dtype, (rows, columns) = dense.dtype, weight.shape
     low, high = int(weight.codes.min()), int(weight.codes.max())
-    if low < CODES[0] or high > CODES[1]:
-        raise ExportError(f"{path}: levels {low}..{high}, two signed bits hold {CODES[0]}..{CODES[1]}")
+    lowest, highest = -(2 ** (scheme.bits - 1)), 2 ** (scheme.bits - 1) - 1
+    if low < lowest or high > highest:
+        raise ExportError(f"{path}: levels {low}..{high}, {scheme.bits} signed bits hold {lowest}..{highest}")
     if not torch.equal(weight.scales.to(dtype).float(), weight.scales):
         raise ExportError(f"{path}: a scale is not exact in {dtype}; freeze the model again to snap the scales")
     if dense.shape != weight.codes.shape or not torch.equal(weight.dense(dtype), dense):
         raise ExportError(f"{path}: the dense weight in {frozen.folder} is not codes * scales; freeze the model again")
 
     def words() -> Tensor:
-        return pack_codes(frozen.codes(path).codes)
+        return pack_codes(frozen.codes(path).codes, scheme.bits)
 
     def scales() -> Tensor:
         return frozen.codes(path).block_scales(scheme.group_size or columns).to(dtype)
@@ -279,41 +304,41 @@ def _packed_entries(frozen: FrozenModel, path: str, scheme: Scheme) -> Iterator[
     def shape() -> Tensor:
         return torch.tensor([rows, columns])
 
-    yield _Entry(f"{path}.weight_packed", torch.int32, (rows, (columns + 15) // 16), words, packed=True)
-    yield _Entry(f"{path}.weight_scale", dtype, (rows, scheme.columns(columns)), scales, packed=True)
-    yield _Entry(f"{path}.weight_shape", torch.int64, (2,), shape, packed=True)
+    yield Entry(f"{path}.weight_packed", torch.int32, (rows, -(-columns * scheme.bits // 32)), words, packed=True)
+    yield Entry(f"{path}.weight_scale", dtype, (rows, scheme.columns(columns)), scales, packed=True)
+    yield Entry(f"{path}.weight_shape", torch.int64, (2,), shape, packed=True)
 
 
 # --- safetensors, streamed -----------------------------------------------------------------------------------------
 
 
-def _write_shards(folder: Path, entries: list[_Entry], max_bytes: int) -> None:
+def _write_shards(folder: Path, entries: list[Entry], max_bytes: int, file_format: str) -> None:
     """model.safetensors, or numbered shards of at most ``max_bytes`` (unless one tensor is larger) and their index."""
-    shards: list[list[_Entry]] = [[]]
+    shards: list[list[Entry]] = [[]]
     for entry in entries:
         if shards[-1] and sum(e.nbytes for e in shards[-1]) + entry.nbytes > max_bytes:
             shards.append([])
         shards[-1].append(entry)
     if len(shards) == 1:
-        _write_safetensors(folder / "model.safetensors", shards[0])
+        write_safetensors(folder / "model.safetensors", shards[0], {"format": file_format})
         return
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        _write_safetensors(folder / name, shard)
+        write_safetensors(folder / name, shard, {"format": file_format})
         weight_map.update({entry.name: name for entry in shard})
     index = {"metadata": {"total_size": sum(e.nbytes for e in entries)}, "weight_map": weight_map}
     write_text(folder / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
 
 
-def _write_safetensors(path: Path, entries: list[_Entry]) -> None:
+def write_safetensors(path: Path, entries: list[Entry], metadata: dict[str, str]) -> None:
     """One safetensors file: an eight-byte length, a JSON header, then the tensors' bytes without gaps.
 
     The library's own writer wants all tensors of a file in memory at once. Wide numbers come first and the header is
     padded to eight bytes, so every tensor is aligned to its own width when the file is mapped.
     """
     ordered = sorted(entries, key=lambda e: -e.dtype.itemsize)
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {"__metadata__": metadata}
     offset = 0
     for entry in ordered:
         end = offset + entry.nbytes
@@ -334,7 +359,7 @@ def _write_safetensors(path: Path, entries: list[_Entry]) -> None:
         os.fsync(handle.fileno())
 
 
-def _write_tensor(handle: BinaryIO, entry: _Entry) -> None:
+def _write_tensor(handle: BinaryIO, entry: Entry) -> None:
     tensor = entry.read()
     assert tensor.dtype == entry.dtype and tuple(tensor.shape) == entry.shape, entry.name
     handle.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
@@ -347,25 +372,41 @@ def _listing_hash(hashes: dict[str, str]) -> str:
 # --- and back ------------------------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
-def logits(folder: Path, token_ids: Tensor) -> Tensor:
-    """Logits ``[B, T, V]`` in fp32 of a Hugging Face folder, dense or packed, loaded as any user would load it.
+def load(folder: Path) -> Any:
+    """A Hugging Face folder, dense or packed, as any user would load it: in fp32, ready to be called.
 
     Args:
         folder: what ``AutoModelForCausalLM.from_pretrained`` takes; no remote code, nothing is downloaded.
-        token_ids: int64 ``[B, T]``.
 
     Raises:
-        VerifyError: transformers cannot load or run it.
+        VerifyError: transformers cannot load it.
     """
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # compressed-tensors draws a bar for each of its stages
             model = AutoModelForCausalLM.from_pretrained(
                 folder, dtype=torch.float32, trust_remote_code=False, local_files_only=True
             )
-            return model.eval()(input_ids=token_ids).logits.float()
+            return model.eval()
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-        raise VerifyError(f"{folder}: transformers cannot load and run it ({_first_line(error)})") from None
+        raise VerifyError(f"{folder}: transformers cannot load it ({_first_line(error)})") from None
+
+
+@torch.no_grad()
+def logits(model: Any, token_ids: Tensor) -> Tensor:
+    """Logits ``[B, T, V]`` in fp32 of a loaded model.
+
+    Args:
+        model: from ``load``.
+        token_ids: int64 ``[B, T]``.
+
+    Raises:
+        VerifyError: transformers cannot run it.
+    """
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            return model(input_ids=token_ids).logits.float()
+    except (ValueError, KeyError, RuntimeError, IndexError) as error:
+        raise VerifyError(f"transformers cannot run the model ({_first_line(error)})") from None
 
 
 def _first_line(error: BaseException) -> str:

@@ -1,7 +1,8 @@
 """llama.cpp, the engine that most people run: logits, text and token ids from a GGUF file.
 
-llama.cpp ends the process on many errors (a damaged file, a failed assertion), so every call runs in a child process:
-``python -m hestia.export.llama_cpp`` reads one JSON request on standard input and leaves its answer in a .npy file.
+llama.cpp ends the process on many errors (a damaged file, a failed assertion), so hestia's own reader looks at a file
+first, and every call runs in a child process: ``python -m hestia.export.llama_cpp`` reads one JSON request on standard
+input and leaves its answer in a .npy file. ``llama_session`` is the one that talks.
 Everything that could round apart from the stored types is turned off: fp32 key-value cache, no flash attention, all
 layers on the CPU, and weights as they lie in the file (repacking them for AMX crashes on some virtual machines:
 llama.cpp issue 20824).
@@ -9,19 +10,21 @@ llama.cpp issue 20824).
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..errors import ConfigError, ExportError
+from ..errors import ExportError
+from .gguf_reader import open_checked
 
 _F32 = 0  # ggml type id of the key-value cache
 
@@ -44,6 +47,8 @@ def logits(path: Path, token_ids: Sequence[int], *, threads: int = 1) -> np.ndar
 
     Raises:
         ExportError: llama-cpp-python is not installed, or it failed on this file; its last words are quoted.
+        ConfigError: no such file.
+        VerifyError: the file is damaged; llama.cpp did not see it.
     """
     return logits_all(path, [token_ids], threads=threads)[0]
 
@@ -95,29 +100,11 @@ def tokenize_all(path: Path, texts: Sequence[str]) -> list[list[int]]:
     return [[next(flat) for _ in range(next(flat))] for _ in texts]
 
 
-def activation_kl_bound(type_names: Iterable[str]) -> float:
-    """The largest mean KL divergence, in nats a token, that llama.cpp's own arithmetic explains.
-
-    The stored weights are exact, but llama.cpp rounds what they are multiplied with: to 8 bits for TQ1_0 and TQ2_0
-    (Q8_K, one scale for 256 numbers) and for Q2_0 and Q4_0 (Q8_0, one for 32), to fp16 for F16, not at all for F32.
-
-    Measured on exact files: a random 4-layer Llama 3.4e-4 (TQ types) and 1.45e-4 (Q2_0, Q4_0), where PyTorch with
-    activations rounded in the same way gives the same numbers; a trained 6M Llama 2.6e-4 to 3.7e-4 and 6e-5 to 1.1e-4;
-    a trained 260k Llama 1.5e-4 to 2.1e-4 (Q2_0). F16: 1e-7 to 1e-5. A wrong row order or scale costs more than 1e-2.
-    Hence 1e-3 where any low-bit type occurs, 1e-4 for F16, 1e-5 for F32 alone.
-    """
-    names = set(type_names)
-    if names - {"F16", "F32"}:
-        return 1e-3
-    return 1e-4 if "F16" in names else 1e-5
-
-
 def _ask(path: Path, request: dict[str, Any], threads: int) -> np.ndarray:
     """Send one request to a child process and return the array it leaves."""
     if not available():
         raise ExportError("llama-cpp-python is not installed: pip install 'hestia-lm[run]'")
-    if not path.is_file():
-        raise ConfigError(f"{path}: no such file")
+    open_checked(path)
     with tempfile.TemporaryDirectory() as folder:
         answer = Path(folder) / "answer.npy"
         message = {**request, "path": str(path), "answer": str(answer), "threads": threads}
@@ -132,10 +119,9 @@ def _ask(path: Path, request: dict[str, Any], threads: int) -> np.ndarray:
         return np.load(answer, allow_pickle=False)
 
 
-def _answer(request: dict[str, Any]) -> np.ndarray:
-    """The child's work, in a process of its own."""
-    import llama_cpp  # pyright: ignore[reportMissingImports] - an extra
-
+def module() -> Any:
+    """The ``llama_cpp`` module, told not to repack weights; only in a child process."""
+    llama_cpp: Any = importlib.import_module("llama_cpp")  # an extra: type checkers may not find it
     defaults = llama_cpp.llama_cpp.llama_model_default_params
 
     def without_repacking() -> Any:
@@ -145,6 +131,12 @@ def _answer(request: dict[str, Any]) -> np.ndarray:
 
     # Llama() offers no argument for it and asks this function for its defaults
     llama_cpp.llama_cpp.llama_model_default_params = without_repacking
+    return llama_cpp
+
+
+def _answer(request: dict[str, Any]) -> np.ndarray:
+    """The child's work, in a process of its own."""
+    llama_cpp = module()
 
     def opened(context: int, **options: Any) -> Any:
         return llama_cpp.Llama(

@@ -1,37 +1,33 @@
 """Verification: the written file is read back and compared with the frozen model, then run.
 
-Two questions, in this order:
+Three questions, in this order:
 
-1. Is every byte what the frozen model says? Codes and scales of quantized tensors, bytes of kept ones, metadata,
-   tokenizer: ``check_hf`` here, ``check_gguf`` beside its writer. One line a difference.
-2. Do others who load the file compute the same? The folder through transformers, in fp32, must give the frozen
-   model's logits to ``LOGIT_TOLERANCE``; llama.cpp rounds activations to 8 bits and must stay within the KL divergence
-   that this explains (``llama_cpp.activation_kl_bound``).
+1. Is every byte what the frozen model says? Codes and scales of quantized tensors, bytes of kept ones, metadata:
+   ``huggingface_check``, ``gguf_check``, ``mlx_check``. One line a difference.
+2. Does its tokenizer cut text as the parent's does? ``tokenizer_check``, on strings that break tokenizers.
+3. Do others who load the file compute the same? ``engines``: transformers must give the frozen model's logits to
+   ``LOGIT_TOLERANCE``; engines that round what weights are multiplied with must stay within the divergence that a
+   PyTorch emulation of just that rounding gives for this model and text (``activations``), in KL and in perplexity.
 
-``check_hf`` reads safetensors and JSON alone and decodes with its own arithmetic, so that a mistake of the exporter is
-not repeated here. A file that cannot be read at all raises VerifyError at once.
+A file that cannot be read at all raises VerifyError at once.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
-from dataclasses import dataclass
-from importlib.metadata import version
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..errors import ConfigError, ExportError, VerifyError
+from ..errors import VerifyError
 from ..files import read_json
 from ..targets import target as target_named
-from .frozen import FrozenModel
-from .huggingface import choose_scheme, logits, quantization_config
+from .frozen import CODES_FILE, FrozenModel
 
-LOGIT_TOLERANCE = 1e-5  # equal weights and kernels give 0; this leaves room for another thread count
+PROBE_FILE = "verification_text.json"
+"""Held-out tokens that the run keeps, on which files are run."""
 
 _PROBE_TOKENS = 32
 
@@ -48,6 +44,8 @@ class Verification:
         kl: mean KL(frozen || engine) in nats a position; None if none was run.
         engine: what ran the file, with its version.
         notes: what was not checked, and why.
+        details: what else was measured: ``kl_emulated`` and ``kl_bound``, ``nll`` of frozen model, engine and emulation
+            with its bound, ``tokens``, ``tokenizer`` (strings compared), ``head`` where embeddings or head are rounded.
     """
 
     target: str
@@ -57,6 +55,7 @@ class Verification:
     kl: float | None
     engine: str | None
     notes: tuple[str, ...]
+    details: dict[str, Any] = field(default_factory=dict)
 
     @property
     def ok(self) -> bool:
@@ -73,6 +72,7 @@ class Verification:
             "engine": self.engine,
             "differences": list(self.differences),
             "notes": list(self.notes),
+            **self.details,
         }
 
 
@@ -84,8 +84,9 @@ def verify(
     Args:
         path: an exported folder or .gguf file.
         run: the run's folder.
-        target: its file format; None finds out (a folder is ``hf``, a .gguf file is what the run recorded).
-        token_ids: int64 ``[B, T]`` to compute logits on; None takes 32 fixed pseudo-random tokens.
+        target: its file format; None finds out (a folder says it itself, a .gguf file is what the run recorded).
+        token_ids: int64 ``[B, T]`` of text to compute logits on; None takes the held-out text that the run keeps, or 32
+            fixed pseudo-random tokens where it keeps none.
         engine: False compares the bytes alone.
 
     Raises:
@@ -94,27 +95,33 @@ def verify(
     """
     if not path.exists():
         raise VerifyError(f"{path}: no such file or folder")
-    frozen = FrozenModel(run)
     name = target_named(target).name if target else detect_target(path, run)
-    if path.is_dir() != (name == "hf"):
+    frozen = FrozenModel(_home(path, run))
+    if path.is_dir() != (not name.startswith("gguf")):
         raise VerifyError(f"{path}: a {'folder' if path.is_dir() else 'single file'} cannot be {name}")
     differences = check(path, frozen, name)
     codes_equal = not differences
     notes: list[str] = []
     largest = kl = used = None
+    details: dict[str, Any] = {}
     if not codes_equal:
         notes.append("the file differs: it was not run")
     elif not engine:
         notes.append("engine check skipped on request")
     else:
-        ids = _probe(frozen) if token_ids is None else token_ids
-        ran = _run_hf(path, ids) if name == "hf" else _run_gguf(path, name, ids)
-        if ran is None:
-            notes.append("llama-cpp-python not installed: engine check skipped")
-        else:
-            used = ran.engine
-            largest, kl = compare_logits(logits(frozen.folder, ids), ran.logits)
-            differences += ran.judge(largest, kl)
+        from . import engines  # here, because it imports transformers
+
+        if frozen.run != run:
+            notes.append(f"compared with the refitted model in {frozen.run}, as the run recorded")
+        text = token_ids if token_ids is not None else kept_text(run)
+        ran = engines.run(path, frozen, name, probe(frozen) if text is None else text)
+        largest, kl, used = ran.max_abs_logit_diff, ran.kl, ran.engine
+        differences += ran.differences
+        notes += ran.notes
+        details |= ran.details
+        if text is None and used is not None:
+            details.pop("nll", None)
+            notes.append(f"run on pseudo-random tokens, because {run} keeps no {PROBE_FILE}: no perplexity")
     return Verification(
         target=name,
         codes_equal=codes_equal,
@@ -123,6 +130,7 @@ def verify(
         kl=kl,
         engine=used,
         notes=tuple(notes),
+        details=details,
     )
 
 
@@ -144,275 +152,83 @@ def check(path: Path, frozen: FrozenModel, target: str) -> list[str]:
     Raises:
         VerifyError: the file cannot be read.
     """
-    if target == "hf":
-        return check_hf(path, frozen)
-    from .gguf import check_gguf
+    if target.startswith("gguf"):
+        from .gguf_check import check_gguf
 
-    return check_gguf(path, frozen, target)
+        return check_gguf(path, frozen, target)
+    if target == "mlx":
+        from .mlx_check import check_mlx
+
+        return check_mlx(path, frozen)
+    from .huggingface_check import check_hf
+
+    return check_hf(path, frozen, bits=4 if target == "hf:int4" else 2)
 
 
 def detect_target(path: Path, run: Path) -> str:
     """The target of an exported file.
 
-    A folder with a config.json is ``hf``. A .gguf file is looked up in the run's report.json, then asked itself.
+    A folder says it in its config.json. A .gguf file is looked up in the run's report.json, then asked itself.
 
     Raises:
         VerifyError: neither a folder with a config.json nor a .gguf file that says what it is.
     """
     if path.is_dir():
-        if (path / "config.json").is_file():
-            return "hf"
-        raise VerifyError(f"{path}: no config.json in this folder, so it is not an exported model")
+        if not (path / "config.json").is_file():
+            raise VerifyError(f"{path}: no config.json in this folder, so it is not an exported model")
+        return _folder_target(path)
     if path.suffix != ".gguf":
         raise VerifyError(f"{path}: neither an exported folder nor a .gguf file")
-    report = run / "report.json"
-    if report.is_file():
-        for entry in read_json(report).get("exports", []):
-            recorded = Path(str(entry.get("path")))
-            if path.resolve() in (recorded.resolve(), (run / recorded).resolve()):
-                return target_named(str(entry.get("target"))).name
-    from .gguf import file_target
+    entry = _recorded(path, run)
+    if entry is not None:
+        return target_named(str(entry.get("target"))).name
+    from .gguf_check import file_target
 
     return file_target(path)
 
 
-# --- what the engines compute --------------------------------------------------------------------------------------
+def _recorded(path: Path, run: Path) -> dict[str, Any] | None:
+    """The entry of the run's report.json for a file."""
+    report = run / "report.json"
+    for entry in read_json(report).get("exports", []) if report.is_file() else []:
+        recorded = Path(str(entry.get("path")))
+        if path.resolve() in (recorded.resolve(), (run / recorded).resolve()):
+            return entry
+    return None
 
 
-@dataclass(frozen=True)
-class _Ran:
-    """Logits ``[B, T, V]`` of an engine, and what it is held to: a largest difference or a largest divergence."""
-
-    engine: str
-    logits: Tensor
-    max_diff: float | None = None
-    max_kl: float | None = None
-
-    def judge(self, diff: float, kl: float) -> list[str]:
-        # "not <=" rather than ">": a NaN must fail
-        if self.max_diff is not None and not diff <= self.max_diff:
-            return [f"logits: differ by {diff:.3g} in {self.engine} from the frozen model, allowed {self.max_diff:g}"]
-        if self.max_kl is not None and not kl <= self.max_kl:
-            return [f"logits: KL(frozen || {self.engine}) is {kl:.3g} nats a position, allowed {self.max_kl:g}"]
-        return []
+def _home(path: Path, run: Path) -> Path:
+    """The folder of the frozen model that a file holds: the run, or a refit of it that was made for this file."""
+    refit = (_recorded(path, run) or {}).get("refit")
+    return run / "refits" / str(refit["folder"]) if isinstance(refit, dict) else run
 
 
-def compare_logits(reference: Tensor, other: Tensor) -> tuple[float, float]:
-    """Largest absolute difference, and mean KL(reference || other) in nats a position, of logits ``[B, T, V]``.
+def _folder_target(path: Path) -> str:
+    try:
+        config = read_json(path / "config.json")
+    except ValueError as error:
+        raise VerifyError(str(error)) from None
+    if "quantization" in config:
+        return "mlx"
+    try:
+        bits = config["quantization_config"]["config_groups"]["group_0"]["weights"]["num_bits"]
+    except (KeyError, TypeError):
+        return "hf"
+    return "hf:int4" if bits == 4 else "hf"
 
-    Raises:
-        VerifyError: the vocabularies differ.
-    """
-    if reference.shape != other.shape:
-        raise VerifyError(f"logits: the file gives {list(other.shape)}, the frozen model {list(reference.shape)}")
-    p, q = (x.double().log_softmax(dim=-1) for x in (reference, other))
-    return float((reference - other).abs().max()), float((p.exp() * (p - q)).sum(dim=-1).mean())
+
+def run_of(path: Path) -> Path | None:
+    """The run whose folder a file lies in, RUN/exports/...; None for a file elsewhere."""
+    return next((parent for parent in path.resolve().parents if (parent / CODES_FILE).is_file()), None)
 
 
-def _probe(frozen: FrozenModel) -> Tensor:
+def kept_text(run: Path) -> Tensor | None:
+    """The held-out tokens ``[B, T]`` that the run keeps for this; None where it keeps none."""
+    file = run / PROBE_FILE
+    return torch.tensor(read_json(file, schema=1)["input_ids"]) if file.is_file() else None
+
+
+def probe(frozen: FrozenModel) -> Tensor:
     """Pseudo-random tokens ``[1, 32]``, the same on every machine: what is compared is arithmetic, not language."""
     vocabulary = int(frozen.config.get("vocab_size", 256))
     return (torch.arange(_PROBE_TOKENS) * 7919 % vocabulary).unsqueeze(0)
-
-
-def _run_hf(path: Path, token_ids: Tensor) -> _Ran:
-    return _Ran(f"transformers {version('transformers')}", logits(path, token_ids), max_diff=LOGIT_TOLERANCE)
-
-
-def _run_gguf(path: Path, target: str, token_ids: Tensor) -> _Ran | None:
-    from . import llama_cpp
-
-    if not llama_cpp.available():
-        return None
-    try:
-        computed = torch.as_tensor(llama_cpp.logits_all(path, token_ids.tolist()))
-    except ExportError as error:
-        raise VerifyError(str(error)) from None
-    # fallbacks may store single tensors as any of the target's types, so the bound covers them all
-    bound = llama_cpp.activation_kl_bound([t.name for t in target_named(target).types])
-    return _Ran(f"llama-cpp-python {version('llama-cpp-python')}", computed.float(), max_kl=bound)
-
-
-# --- the Hugging Face folder ---------------------------------------------------------------------------------------
-
-
-def check_hf(path: Path, frozen: FrozenModel) -> list[str]:
-    """Every difference between a compressed-tensors folder and the frozen model, one line each.
-
-    Compared are the codes and scales of every quantized tensor, the bytes of every kept one, config.json, the shard
-    index, and every file beside them; tensors and files that are missing or too many are differences.
-
-    Raises:
-        VerifyError: the folder has no weights, or a file of it is damaged.
-    """
-    scheme = choose_scheme(frozen)
-    expected = {**frozen.config, "quantization_config": quantization_config(frozen, scheme)}
-    stored = _Stored(path)
-    lines = list(_json_differences("config.json", _read(path / "config.json"), expected))
-    lines += stored.index_differences()
-
-    quantized = {f"{name}.weight": name for name in frozen.quantized}
-    names: set[str] = set()
-    for name in frozen.names():
-        if name in quantized:
-            names |= {f"{name}_packed", f"{name}_scale", f"{name}_shape"}
-        else:
-            names.add(name)
-    lines += [f"{name}: missing" for name in sorted(names - stored.names)]
-    lines += [f"{name}: unexpected tensor" for name in sorted(stored.names - names)]
-
-    for name in frozen.names():
-        if name not in quantized:
-            if name in stored.names:
-                lines += _bytes_differences(name, stored.tensor(name), frozen.tensor(name))
-        elif {f"{name}_packed", f"{name}_scale", f"{name}_shape"} <= stored.names:
-            lines += _weight_differences(name, stored, frozen, quantized[name], scheme.group_size)
-    return lines + list(_file_differences(path, frozen.folder, set(stored.files)))
-
-
-class _Stored:
-    """The safetensors files of a folder, opened for reading tensor by tensor."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        files = sorted(path.glob("*.safetensors"))
-        if not files:
-            raise VerifyError(f"{path}: no .safetensors file")
-        self._where: dict[str, Any] = {}
-        self.files: dict[str, list[str]] = {}
-        for file in files:
-            try:
-                handle = safe_open(file, framework="pt")
-                self.files[file.name] = list(handle.keys())
-                metadata = handle.metadata()
-            except (SafetensorError, OSError) as error:
-                raise VerifyError(f"{file}: damaged or cut short ({error})") from None
-            if metadata != {"format": "pt"}:
-                raise VerifyError(f"{file}: metadata {metadata}, transformers wants {{'format': 'pt'}}")
-            self._where.update(dict.fromkeys(self.files[file.name], handle))
-
-    @property
-    def names(self) -> set[str]:
-        return set(self._where)
-
-    def tensor(self, name: str) -> Tensor:
-        try:
-            return self._where[name].get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise VerifyError(f"{self.path}: {name}: cannot be read ({error})") from None
-
-    def index_differences(self) -> list[str]:
-        """One file needs no index; of several, the index must send every tensor to the file that has it."""
-        name = "model.safetensors.index.json"
-        if list(self.files) == ["model.safetensors"]:
-            return [f"{name}: unexpected file"] if (self.path / name).exists() else []
-        if len(self.files) == 1:
-            return [f"{next(iter(self.files))}: unexpected name, loaders look for model.safetensors"]
-        expected = {
-            "metadata": {"total_size": sum(self.tensor(tensor).nbytes for tensor in self._where)},
-            "weight_map": {tensor: file for file, tensors in self.files.items() for tensor in tensors},
-        }
-        lines = list(_json_differences(name, _read(self.path / name), expected))
-        if len(self._where) < sum(map(len, self.files.values())):
-            lines.append(f"{name}: a tensor is stored in two files")
-        return lines
-
-
-def _weight_differences(
-    name: str, stored: _Stored, frozen: FrozenModel, path: str, group_size: int | None
-) -> Iterator[str]:
-    """Differences of one quantized weight ``name`` (``path.weight``), decoded here from words and stored scales."""
-    truth = frozen.codes(path)
-    rows, columns = truth.codes.shape
-    words, scale, shape = (stored.tensor(f"{name}_{part}") for part in ("packed", "scale", "shape"))
-    per_row = 1 if group_size is None else columns // group_size
-    layout = {
-        "packed": (words, torch.int32, [rows, -(-columns // 16)]),
-        "scale": (scale, frozen.tensor(name).dtype, [rows, per_row]),
-        "shape": (shape, torch.int64, [2]),
-    }
-    for part, (tensor, dtype, size) in layout.items():
-        if tensor.dtype != dtype or list(tensor.shape) != size:
-            yield f"{name}_{part}: {tensor.dtype} {list(tensor.shape)}, expected {dtype} {size}"
-            return
-    if shape.tolist() != [rows, columns]:
-        yield f"{name}_shape: {shape.tolist()}, expected {[rows, columns]}"
-
-    digits = (words.unsqueeze(-1) >> torch.arange(0, 32, 2, dtype=torch.int32)) & 3
-    digits = digits.reshape(rows, -1)
-    yield from _value_differences(f"{name}_packed", "code", digits[:, :columns] - 2, truth.codes.to(torch.int32))
-    if digits[:, columns:].any():
-        row = int(digits[:, columns:].any(dim=1).to(torch.uint8).argmax())
-        yield f"{name}_packed: row {row} has bits set after its last code"
-
-    # both sides are spread over single weights, so no rule about groups is shared with the exporter
-    got = scale.float().repeat_interleave(columns // per_row, dim=1)
-    want = truth.scales.repeat_interleave(columns // truth.scales.shape[1], dim=1).expand(rows, columns)
-    yield from _value_differences(f"{name}_scale", "the scale of weight", got, want)
-
-
-def _value_differences(name: str, what: str, got: Tensor, want: Tensor) -> Iterator[str]:
-    unequal = got != want
-    if count := int(unequal.sum()):
-        row, column = divmod(int(unequal.flatten().to(torch.uint8).argmax()), got.shape[1])
-        yield (
-            f"{name}: {what} [{row}, {column}] is {got[row, column].item():g}, the frozen model has "
-            f"{want[row, column].item():g} ({count} of {got.numel()} weights)"
-        )
-
-
-def _bytes_differences(name: str, got: Tensor, want: Tensor) -> Iterator[str]:
-    if got.dtype != want.dtype or got.shape != want.shape:
-        yield f"{name}: {got.dtype} {list(got.shape)}, expected {want.dtype} {list(want.shape)}"
-        return
-    a, b = (t.contiguous().reshape(-1).view(torch.uint8) for t in (got, want))
-    if torch.equal(a, b):
-        return
-    flat = int((a != b).to(torch.uint8).argmax()) // got.element_size()
-    index = [int(i) for i in torch.unravel_index(torch.tensor(flat), got.shape)]
-    values = (float(t.reshape(-1)[flat]) for t in (got, want))
-    yield "{}: element {} is {:.9g}, the frozen model has {:.9g}".format(name, index, *values)
-
-
-def _file_differences(path: Path, source: Path, weights: set[str]) -> Iterator[str]:
-    """Every file beside the weights is a copy of the frozen folder's."""
-
-    def others(folder: Path, skip: set[str]) -> dict[str, Path]:
-        found = {f.relative_to(folder).as_posix(): f for f in folder.rglob("*") if f.is_file()}
-        return {name: file for name, file in found.items() if name not in skip}
-
-    dense = {f.name for f in source.glob("*.safetensors")}
-    own = {"config.json", "model.safetensors.index.json"}
-    theirs, ours = others(path, own | weights), others(source, own | dense)
-    for name in sorted(theirs.keys() | ours.keys()):
-        if name not in theirs:
-            yield f"{name}: file missing"
-        elif name not in ours:
-            yield f"{name}: unexpected file"
-        else:
-            a, b = theirs[name].read_bytes(), ours[name].read_bytes()
-            if a != b:
-                first = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-                yield f"{name}: byte {first} differs from the frozen model's file ({len(a)} against {len(b)} bytes)"
-
-
-def _json_differences(where: str, got: Any, want: Any) -> Iterator[str]:
-    """The places where two JSON values differ, as dotted paths."""
-    if isinstance(got, dict) and isinstance(want, dict):
-        for key in [*want, *(k for k in got if k not in want)]:
-            place = f"{where}: {key}" if ": " not in where else f"{where}.{key}"
-            if key not in got:
-                yield f"{place} is missing, expected {json.dumps(want[key])}"
-            elif key not in want:
-                yield f"{place} is unexpected"
-            else:
-                yield from _json_differences(place, got[key], want[key])
-    elif json.dumps(got) != json.dumps(want):  # as text: 1, 1.0 and true are three things in a configuration
-        yield f"{where} is {json.dumps(got)}, expected {json.dumps(want)}"
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        return read_json(path)
-    except ConfigError as error:
-        raise VerifyError(str(error)) from None

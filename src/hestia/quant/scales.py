@@ -115,6 +115,25 @@ class TWN(ScaleRule):
         return Scales(step, _best_level(w_RGN, grid.round(w_RGN / step), step))
 
 
+@dataclass(frozen=True)
+class RootMeanSquare(ScaleRule):
+    """``step = level = clip rms(w) / max|C| + eps``: the grid ends at ``clip`` root mean squares (QuEST).
+
+    The clips that round a Gaussian with the least squared error are 1.224 for {-1, 0, 1} and 0.798 for {-1, 1}
+    (Panferov et al. 2025, arXiv:2502.05003).
+    """
+
+    name: ClassVar[str] = "rms"
+    clip: float = 1.224
+    eps: float = 1e-5
+
+    def __call__(self, w_RGN: Tensor, grid: Grid) -> Scales:
+        largest = w_RGN.abs().amax(dim=-1, keepdim=True).clamp_min(torch.finfo(w_RGN.dtype).tiny)
+        rms = largest * (w_RGN / largest).square().mean(dim=-1, keepdim=True).sqrt()  # a square alone could overflow
+        s = self.clip / grid.max_abs * rms + self.eps
+        return Scales(s, s)
+
+
 _NORMAL_DEVIATION = math.sqrt(0.5 * math.pi)
 
 NORMAL_STEPS = {

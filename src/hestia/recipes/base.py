@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 from ..errors import ConfigError, nearest
-from ..quant import BINARY, INT2, INT3, INT4, TERNARY, Grid, GroupSize, QuantSpec
+from ..quant import BINARY, INT2, INT3, INT4, TERNARY, Correction, Grid, GroupSize, QuantSpec
 from ..quant.family import Member
 from ..schedules import KnobSchedule
 
@@ -50,7 +50,10 @@ class Recipe(Member, ABC):
                 if get_origin(hint) is Literal:
                     raise ConfigError(f"{where}: unknown {value!r}: {nearest(str(value), map(str, get_args(hint)))}")
                 raise ConfigError(f"{where} wants {getattr(hint, '__name__', hint)}, got {value!r}")
-        self.schedule()  # what it refuses is refused here, before anything is read or computed
+        self.schedule()  # what these refuse is refused here, before anything is read or computed
+        self.correction()
+        for bits in self.widths:
+            self._spec(GRIDS[bits], "row")
 
     def spec_for(self, bits: float, group_size: GroupSize) -> QuantSpec:
         """Grid, scale rule and estimator for a width.
@@ -69,6 +72,10 @@ class Recipe(Member, ABC):
     @abstractmethod
     def schedule(self) -> KnobSchedule:
         """Pressure and temperature over training."""
+
+    def correction(self) -> Correction | None:
+        """What pulls the latent weights after every optimizer step; nothing by default."""
+        return None
 
     def temperature_factors(self, traces: Mapping[str, float]) -> dict[str, float]:
         """Module path -> factor on the base temperature, from curvature; empty where the recipe ignores it."""

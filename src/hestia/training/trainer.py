@@ -340,7 +340,7 @@ def saturated_share(model: nn.Module, below: float = 0.1) -> float:
     stuck = total = 0.0
     for _, module in quantized_modules(model):
         total += module.weight.numel()
-        gain = module.quantizer.gain(module.weight, module.knobs.temperature * module.temperature_factor)
+        gain = module.quantizer.gain(module.weight, module.knobs.temperature * module.temperature_factor, module.held)
         if gain is not None:
             stuck += float((gain < below).sum())
     return stuck / max(1.0, total)

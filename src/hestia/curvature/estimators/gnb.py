@@ -35,8 +35,8 @@ from ...errors import CalibrationError
 from .backward import checked_logits, send_back
 from .base import CurvatureEstimator, Problem, Row
 
-CHUNK = 1 << 22
-"""Logits handled at a time when the cotangents are drawn: 16 MB a buffer in fp32, whatever the vocabulary."""
+CHUNK = 1 << 19
+"""Logits handled at a time when the cotangents are drawn: 4 MB a buffer at most, whatever the vocabulary."""
 
 
 @dataclass(frozen=True, kw_only=True)

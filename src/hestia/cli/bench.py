@@ -1,0 +1,54 @@
+"""``hestia bench FILE...``: how fast .gguf files run in llama.cpp, side by side, and what memory allows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from ..errors import ConfigError
+from .shared import json_option, show
+
+
+@click.command(name="bench")
+@click.argument("files", nargs=-1, required=True)
+@click.option("--prompt-tokens", type=click.IntRange(min=1), default=128, show_default=True, help="tokens read at once")
+@click.option("--tokens", type=click.IntRange(min=2), default=32, show_default=True, help="tokens written, one by one")
+@click.option("--rounds", type=click.IntRange(min=1), default=3, show_default=True, help="times every file is measured")
+@click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True, help="CPU threads")
+@click.option("--out", metavar="FILE", help="also write the result as JSON")
+@json_option
+def command(
+    files: tuple[str, ...],
+    prompt_tokens: int,
+    tokens: int,
+    rounds: int,
+    threads: int,
+    out: str | None,
+    as_json: bool,
+) -> None:
+    """Measure prompt and decode speed of FILES in turn, several times, best of all rounds, in llama.cpp on the CPU."""
+    from ..export.speed import compare_speed
+    from ..files import write_json
+
+    for file in files:
+        if Path(file).suffix != ".gguf":
+            raise ConfigError(f"{file}: not a .gguf file")
+    record = compare_speed(
+        [Path(f) for f in files], prompt_tokens=prompt_tokens, tokens=tokens, rounds=rounds, threads=threads
+    )
+    if out is not None:
+        write_json(Path(out), record)
+    width = max(len(Path(f).name) for f in files)
+    lines = [
+        f"{threads} thread{'s' if threads > 1 else ''}, memory read at {record['bandwidth_gb_per_s']:.1f} GB/s; "
+        "bound: bandwidth over the bytes that a token reads",
+        f"{'file':<{width}} {'MB':>7} {'decode tok/s':>13} {'bound':>7} {'%':>4} {'x first':>8} {'prompt tok/s':>13}",
+    ]
+    for row in record["files"]:
+        lines.append(
+            f"{row['name']:<{width}} {row['bytes'] / 1e6:>7.0f} {row['decode_tokens_per_second']:>13.1f} "
+            f"{row['bound_tokens_per_second']:>7.0f} {100 * row['share_of_bound']:>4.0f} {row['times_first']:>8.2f} "
+            f"{row['prompt_tokens_per_second']:>13.0f}"
+        )
+    show(record, as_json, "\n".join(lines))

@@ -1,0 +1,138 @@
+"""The frozen model as an MLX folder: 2-bit affine groups, for mlx-lm on Apple machines.
+
+For a quantized linear ``X`` of shape ``[O, I]`` the weight becomes three tensors; w = q scale + bias in every group:
+
+    X.weight   uint32 [O, I / 16]   q = code + b, sixteen consecutive inputs a word, least significant bits first
+    X.scales   [O, I / G]           s, in the dtype of the dense weight
+    X.biases   [O, I / G]           -b s; b is 1, or 2 for a weight that has the code -2
+
+G is the longest of 128, 64 and 32 that divides every group of the model; scales of longer groups are repeated. Every
+other tensor and file is the parent's, byte for byte. config.json gets ``quantization``, and the rotation's base where
+mlx-lm looks for it.
+
+Source: mlx 0.32 (mlx/backend/cpu/quantized.cpp, python/mlx/nn/layers/quantized.py), mlx-lm 0.32 (utils.py).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import ExportError, PlanError
+from ..quant.grids import Grid
+from ..targets import MLX2
+from .frozen import FrozenModel
+from .gguf_families import family_of
+from .huggingface import Entry, pack_codes, write_folder
+
+BITS = 2
+
+
+def export_mlx(frozen: FrozenModel, path: Path) -> dict[str, Any]:
+    """Write the frozen model as an MLX folder; the folder appears whole or not at all.
+
+    Args:
+        frozen: the run's frozen model.
+        path: the folder to create; an empty one may be there.
+
+    Returns:
+        As ``export_hf``.
+
+    Raises:
+        ExportError: the folder is not empty, an architecture that is not checked in mlx-lm, or a tensor that the format
+            cannot hold exactly; nothing was written.
+    """
+    config = mlx_config(frozen)
+    return write_folder("mlx", path, frozen, list(_entries(frozen)), config, file_format="mlx")
+
+
+def mlx_config(frozen: FrozenModel) -> dict[str, Any]:
+    """config.json with ``quantization``, and the keys that mlx-lm reads from its top level.
+
+    Raises:
+        ExportError: an architecture that hestia has not checked in mlx-lm.
+    """
+    where = frozen.folder / "config.json"
+    kind = family_of(where, frozen.config).arch  # the ones whose logits the tests compare
+    if kind == "gemma":
+        raise ExportError(f"{where}: mlx-lm computes gemma with the exact GELU, the model has its tanh approximation")
+    window = frozen.config.get("sliding_window")
+    windowed = frozen.config.get("use_sliding_window", frozen.config["model_type"] == "mistral") or kind == "gemma2"
+    if windowed and window and window < frozen.config["max_position_embeddings"]:
+        raise ExportError(
+            f"{where}: mlx-lm has no sliding windows for {frozen.config['model_type']}, the model {window}"
+        )
+    quantization = {"group_size": group_size(frozen), "bits": BITS, "mode": "affine"}
+    config = {**frozen.config, "quantization": quantization}
+    rope = config.get("rope_parameters") or {}
+    if "rope_theta" not in config and isinstance(rope.get("rope_theta"), int | float):
+        config["rope_theta"] = rope["rope_theta"]
+        if rope.get("rope_type", "default") != "default":
+            config["rope_scaling"] = {k: v for k, v in rope.items() if k != "rope_theta"}
+    if isinstance(rope.get("full_attention"), dict):
+        config["rope_theta"] = rope["full_attention"]["rope_theta"]
+        config["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
+        config["sliding_window_pattern"] = config["layer_types"].index("full_attention") + 1
+    return config
+
+
+def group_size(frozen: FrozenModel) -> int:
+    """The longest group length of MLX that stores every scale of the model by repetition.
+
+    Raises:
+        ExportError: none does; the first tensor that stands in the way is named.
+    """
+    lengths: dict[int, str] = {}
+    for name in frozen.quantized:
+        weight = frozen.codes(name)
+        length = weight.group_size if isinstance(weight.group_size, int) else weight.shape[1]
+        lengths.setdefault(length, name)
+    common = math.gcd(*lengths)
+    fitting = [g for g in MLX2.groups if common % g == 0]
+    if not fitting:
+        length, name = next((n, p) for n, p in lengths.items() if n % MLX2.groups[-1])
+        raise ExportError(f"{name}: MLX has groups of {', '.join(map(str, MLX2.groups))}, none divides {length}")
+    return fitting[0]
+
+
+def offset_of(codes: Tensor) -> int:
+    """b: what is added to a code to make it unsigned."""
+    return 2 if int(codes.min()) < -1 else 1
+
+
+def _entries(frozen: FrozenModel) -> Iterator[Entry]:
+    quantized = {f"{name}.weight": name for name in frozen.quantized}
+    group = group_size(frozen)
+    for name in frozen.names():
+        if name in quantized:
+            yield from _affine(frozen, quantized[name], group)
+        else:
+            dense = frozen.tensor(name)
+            yield Entry(name, dense.dtype, tuple(dense.shape), lambda name=name: frozen.tensor(name))
+
+
+def _affine(frozen: FrozenModel, path: str, group: int) -> Iterator[Entry]:
+    weight, dtype = frozen.codes(path), frozen.tensor(f"{path}.weight").dtype
+    rows, columns = weight.shape
+    levels = {int(weight.codes.min()), 0, int(weight.codes.max())}
+    refusal = MLX2.refusal(Grid(tuple(sorted(levels))), weight.group_size, weight.shape)
+    if refusal is not None:
+        raise PlanError(f"{path}: {refusal}")
+    if not torch.equal(weight.scales.to(dtype).float(), weight.scales):
+        raise ExportError(f"{path}: a scale is not exact in {dtype}; freeze the model again to snap the scales")
+    offset = offset_of(weight.codes)
+
+    def words() -> Tensor:
+        return pack_codes(frozen.codes(path).codes + (offset - 2), BITS).view(torch.uint32)
+
+    def scales(factor: float = 1.0) -> Tensor:
+        return (frozen.codes(path).block_scales(group) * factor).to(dtype)
+
+    yield Entry(f"{path}.weight", torch.uint32, (rows, columns * BITS // 32), words, packed=True)
+    yield Entry(f"{path}.scales", dtype, (rows, columns // group), scales, packed=True)
+    yield Entry(f"{path}.biases", dtype, (rows, columns // group), lambda: scales(-float(offset)), packed=True)
