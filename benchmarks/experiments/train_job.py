@@ -88,6 +88,11 @@ def check_possible(job: Job) -> None:
         recipes.get(arm.recipe, **arm.options)
 
 
+def device() -> torch.device:
+    """Where the trainer trains: the GPU, if there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 class FullPrecisionTrainer(HestiaTrainer):
     """The same trainer for a model without quantized layers: no knobs to move or to log."""
 
@@ -204,7 +209,7 @@ def run_job(
     record |= {
         "seconds_per_token": _per_token(times, trainer.tokens_per_step),
         "versions": versions(),
-        "machine": machine(torch.device("cpu")),
+        "machine": machine(device()),
     }
     write_json(result, record)
     shutil.rmtree(work, ignore_errors=True)
@@ -220,7 +225,7 @@ def _measure(
         after = freeze(model)
         weights = sum(tensor.codes.numel() for tensor in after.values())
         zeros = sum(int((tensor.codes == 0).sum()) for tensor in after.values())
-        flipped = sum(int((tensor.codes != before[path]).sum()) for path, tensor in after.items())
+        flipped = sum(int((tensor.codes.cpu() != before[path]).sum()) for path, tensor in after.items())
         out |= {"zero_share": zeros / weights, "flip_rate": flipped / weights, "quantized_weights": weights}
     loading.cast_parameters(model, loading.parent_dtype(parent.source, parent.config))
     model.float()  # the stored numbers, in fp32 arithmetic
@@ -229,7 +234,8 @@ def _measure(
     out["valid_nll"] = statistics.fmean(out["valid"].values())
     if job.phase == "tune":
         return out
-    of_parent = model_logits(parent.load())
+    original: Any = parent.load()
+    of_parent = model_logits(original.to(device()))
     test = {
         name: score(model_logits(model), blocks, parent=of_parent, description="")
         for name, blocks in texts.test.items()
@@ -328,7 +334,7 @@ def parent_scores(stage: Stage, parent: Parent, texts: StageTexts, path: Path) -
         }
         keys = ("nll", "kl_to_parent", "top1_agreement")
         record[name] = {"test": files, **{k: statistics.fmean(f[k] for f in files.values()) for k in keys}}
-    record |= {"versions": versions(), "machine": machine(torch.device("cpu"))}
+    record |= {"versions": versions(), "machine": machine(device())}
     write_json(path, record)
     return record
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -203,3 +204,28 @@ def test_committed_stages_load_and_their_recipes_take_the_options(path: Path) ->
             train_job.check_possible(job)
         except train_job.NotThereYet:
             continue
+
+
+STAGE_A = stages.load("a")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arm", STAGE_A.arms, ids=lambda arm: arm.name)
+def test_every_arm_of_stage_a_stops_and_goes_on(arm: stages.Arm, toy_stage: list[str], tmp_path: Path) -> None:
+    toy = stages.load(tmp_path / "toy.yaml")
+    arm = replace(arm, rates=())
+    job = stages.Job(stage=toy, arm=arm, phase="final", tokens="256", rate=0.01, seed=1)
+    try:
+        train_job.check_possible(job)
+    except train_job.NotThereYet as error:
+        pytest.skip(str(error))
+    parent, texts = runner.open_stage(toy, _given(toy_stage))
+    sensitivity = runner._sensitivity(job, parent, texts, tmp_path)
+    whole = train_job.run_job(job, parent, texts, sensitivity, tmp_path / "w", tmp_path / "whole.json")
+    for _ in range(job.steps - 1):
+        with pytest.raises(train_job.Paused):
+            train_job.run_job(job, parent, texts, sensitivity, tmp_path / "p", tmp_path / "parts.json", deadline=0.0)
+    parts = train_job.run_job(job, parent, texts, sensitivity, tmp_path / "p", tmp_path / "parts.json", deadline=0.0)
+    timing = {"seconds_per_token"}
+    assert {k: v for k, v in parts.items() if k not in timing} == {k: v for k, v in whole.items() if k not in timing}
+    assert whole["diverged"] is None and whole["nll"] > 0
