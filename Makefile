@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 GPU := $(shell command -v nvidia-smi 2>/dev/null)
 
-.PHONY: setup demo test test-slow test-llama lint format speed clean
+.PHONY: setup demo test test-slow test-llama lint format speed bench-smoke clean
 
 setup: .venv/.installed
 
@@ -42,6 +42,9 @@ format: setup
 
 speed: setup
 	for script in benchmarks/speed/*.py; do $(BIN)/python $$script || exit 1; done
+
+bench-smoke: setup
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/experiments/smoke.py
 
 clean:
 	rm -rf .venv demo runs

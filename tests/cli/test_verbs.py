@@ -244,6 +244,11 @@ def test_compare_report_and_recipes(invoke: Invoke, toy_run: Path, tmp_path: Pat
     status, out, _ = invoke("compare", toy_run, toy_run)
     assert status == 0
     assert out.count("hestia") >= 2
+    assert f"{toy_run} - {toy_run}: +0.0000 [+0.0000, +0.0000] nats a token" in out
+    assert "no difference can be claimed" in out
+    status, out, _ = invoke("compare", toy_run, toy_run, "--json")
+    (difference,) = one_object(out)["differences"]  # type: ignore[misc]
+    assert (difference["over"], difference["claimed"], difference["difference"]["mean"]) == ("blocks", False, 0.0)
     copy = Path(shutil.copytree(toy_run, tmp_path / "run"))
     for name in ("report.html", "README.md"):
         (copy / name).unlink()
