@@ -191,6 +191,7 @@ _QKV = frozenset(f"self_attn.{x}_proj" for x in "qkv")
 LLAMA_CPP_BIASES: dict[str, frozenset[str]] = {
     "llama": _QKV | {"self_attn.o_proj"} | {f"mlp.{x}_proj" for x in ("gate", "up", "down")},
     "qwen2": _QKV,
+    "qwen3": _QKV,
 }
 """``model_type`` -> the linear layers of a block whose bias llama.cpp loads if the file has one."""
 

@@ -44,4 +44,4 @@ def test_plan_draws_the_curve_beside_itself(invoke: Invoke, toy_parent: Path, to
     status, text, _ = invoke(*words, "--json")
     assert json.loads(text) == json.loads(first) and plan.read_bytes() == first
     status, _, err = invoke(*words[:-4], "--bits", "1.2", "--out", plan)
-    assert status == 2 and "ask for --bits 2.2500 or more" in err
+    assert status == 2 and "ask for --bits 2.0000 or more" in err

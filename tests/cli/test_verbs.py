@@ -265,7 +265,7 @@ def test_compare_report_and_recipes(invoke: Invoke, toy_run: Path, tmp_path: Pat
     assert status == 0
     assert "arXiv:2601.20745" in out
     assert "--option alpha=0.4" in out
-    assert "widths: 1, 1.58, 2 bits" in out
+    assert "widths: 1, 1.58, 2, 3, 4 bits" in out
 
 
 def test_run_needs_a_gguf_file_that_is_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -72,7 +72,7 @@ FAMILIES = {
     "mistral": Family("llama", _BLOCK, permuted=True),
     "smollm3": Family("smollm3", _BLOCK, permuted=True, own_head_size=False),
     "qwen2": Family("qwen2", _BLOCK, _BIASES["qwen2"], own_head_size=False),
-    "qwen3": Family("qwen3", _BLOCK | _QK_NORMS),
+    "qwen3": Family("qwen3", _BLOCK | _QK_NORMS, _BIASES["qwen3"]),
     "gemma": Family("gemma", _BLOCK, norm_shift=1.0, activation=_GELU, tied=True),
     "gemma2": Family("gemma2", _FOUR_NORMS, norm_shift=1.0, activation=_GELU, tied=True, window_period=2),
     "gemma3_text": Family("gemma3", _FOUR_NORMS | _QK_NORMS, norm_shift=1.0, activation=_GELU, window_period=6),

@@ -99,6 +99,17 @@ class Grid:
         return max(abs(self.values[0]), abs(self.values[-1]))
 
     @property
+    def largest_odd_factor(self) -> int:
+        """The largest odd factor of a level: 1 up to 2 bits, 3 on -4 .. 3, 7 on -8 .. 7."""
+        largest = 1  # a plain loop, because a compiler that traces through here knows no max() of a generator
+        for level in self.levels:
+            odd = abs(level)
+            while odd and odd % 2 == 0:
+                odd //= 2
+            largest = odd if odd > largest else largest
+        return largest
+
+    @property
     def is_ternary(self) -> bool:
         """Whether this is {-1, 0, 1}, for which the softmax has a closed form."""
         return self.values == (-1.0, 0.0, 1.0)

@@ -44,7 +44,7 @@ def snap(scale: Tensor, grid: Grid | None = None) -> Tensor:
     (the 3), 3 on -8 .. 7 (5 and 7). Relative change at most 2**(b - 8) inside the range; idempotent.
     """
     snapped = scale.to(torch.bfloat16).to(scale.dtype)
-    odd = max((abs(v) // (abs(v) & -abs(v)) for v in grid.levels if v), default=1) if grid is not None else 1
+    odd = 1 if grid is None else grid.largest_odd_factor
     if odd > 1:
         mantissa, exponent = torch.frexp(scale)
         steps = 2.0 ** (8 - (odd - 1).bit_length())
