@@ -18,7 +18,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-import toy_runs
+import toy_architectures
 from transformers import LlamaConfig
 
 from hestia.export.huggingface import Entry, write_safetensors
@@ -117,7 +117,7 @@ def make(out: Path, *, hidden: int, intermediate: int, layers: int, vocabulary: 
         (model / "model.safetensors.index.json").write_text(json.dumps(index))
     write_safetensors(out / "codes.safetensors", packed, {"schema": "1", "group_size": json.dumps(groups)})
     (model / "config.json").write_text(json.dumps(config.to_dict()))
-    (model / "tokenizer.json").write_text(json.dumps(toy_runs.byte_level()))
+    (model / "tokenizer.json").write_text(json.dumps(toy_architectures.byte_level()))
     (model / "tokenizer_config.json").write_text("{}")
     return sum(entry.nbytes for entry in dense) // 2
 

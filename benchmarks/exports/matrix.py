@@ -3,9 +3,9 @@
     python benchmarks/exports/matrix.py            measure, and write the table and its numbers
     python benchmarks/exports/matrix.py --check    the table says what the recorded numbers say
 
-Toy models with random weights (``toy_runs``), because what is compared is arithmetic: bytes, then logits. A cell is the
-largest difference of a logit from the frozen model, and for llama.cpp, which rounds activations, the KL divergence in
-units of the one that an emulation of that rounding gives (1.0 is all explained).
+Toy models with random weights (``toy_architectures``), because what is compared is arithmetic: bytes, then logits. A
+cell is the largest difference of a logit from the frozen model, and for llama.cpp, which rounds activations, the KL
+divergence in units of the one that an emulation of that rounding gives (1.0 is all explained).
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ IDS = [[(i * 7919 + k * 31) % 380 for i in range(48)] for k in range(2)]
 def cell(run: Path, target: str, path: Path) -> dict[str, Any]:
     """Export, verify and run one file."""
     import torch
-    import toy_runs
+    import toy_architectures
 
     from hestia.errors import HestiaError
     from hestia.export import export_model
     from hestia.export.verify import verify
 
-    frozen = toy_runs.FrozenModel(run)
+    frozen = toy_architectures.FrozenModel(run)
     try:
         export_model(frozen, target, path)
     except HestiaError as error:
@@ -51,7 +51,7 @@ def cell(run: Path, target: str, path: Path) -> dict[str, Any]:
 def measure() -> dict[str, Any]:
     """All cells."""
     import torch
-    import toy_runs
+    import toy_architectures
 
     from hestia.export import llama_cpp, mlx_engine
     from hestia.provenance import machine, versions
@@ -62,13 +62,13 @@ def measure() -> dict[str, Any]:
     cells: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        for kind, architecture in {**toy_runs.ARCHITECTURES, **toy_runs.REFUSED}.items():
+        for kind, architecture in {**toy_architectures.ARCHITECTURES, **toy_architectures.REFUSED}.items():
             cells[kind] = {}
             for target in TARGETS:
                 spec = QuantSpec(grid=BINARY) if target == "gguf:q1_0" else QuantSpec()
                 run = folder / f"{kind}-{spec.grid.name}"
                 if not run.exists():
-                    toy_runs.freeze(architecture.build(), run, spec, tokenizer=architecture.tokenizer())
+                    toy_architectures.freeze(architecture.build(), run, spec, tokenizer=architecture.tokenizer())
                 cells[kind][target] = cell(run, target, folder / "out.gguf")
                 print(f"{kind:24} {target:12} {brief(cells[kind][target])}", file=sys.stderr)
     engines = {}

@@ -89,13 +89,13 @@ def spawn(run: Path, target: str, out: Path, head: str) -> dict[str, Any]:
 
 def tiny_run(out: Path) -> Path:
     """The bundled 6M model, rounded."""
-    import toy_runs
+    import toy_architectures
     from transformers import AutoModelForCausalLM
 
     from hestia.tiny import model_path
 
     model = AutoModelForCausalLM.from_pretrained(model_path())
-    toy_runs.freeze(model, out, dtype=model.dtype)
+    toy_architectures.freeze(model, out, dtype=model.dtype)
     for file in model_path().iterdir():
         if file.name.startswith("tokenizer"):
             shutil.copy(file, out / "model" / file.name)

@@ -15,6 +15,7 @@ from .errors import ConfigError
 from .evaluation import Logits, hestia_protocol_perplexity, model_logits, run_tasks, score
 from .export import llama_cpp
 from .export.frozen import MODEL_FOLDER
+from .export.gguf_reader import open_checked
 from .nn import select
 from .options import Options, count
 from .planner import plan as make_plan
@@ -99,13 +100,15 @@ def evaluate_model(
     packed = options.model.endswith(".gguf")
     if packed and (against is None or tasks):
         raise ConfigError("a .gguf file needs --against (its run or parent, for the tokenizer) and cannot run --tasks")
+    packed_logits = _llama_logits(Path(options.model)) if packed else None
     source = _model_source(against if packed and against is not None else options.model)
     config = loading.load_config(source, trust_remote_code=options.trust_remote_code)
     tokenizer = loading.load_tokenizer(source, trust_remote_code=options.trust_remote_code)
     seq_len = longest_block(config, options)
     model: Any = None
     if packed:
-        logits = _llama_logits(Path(options.model))
+        assert packed_logits is not None
+        logits = packed_logits
     else:
         model = loading.load_model(source, trust_remote_code=options.trust_remote_code)
         logits = model_logits(model.to(device))
@@ -133,8 +136,7 @@ def _model_source(name: str) -> loading.Source:
 
 def _llama_logits(path: Path) -> Logits:
     """A .gguf file in llama.cpp as a callable; every batch is a child process."""
-    if not path.is_file():
-        raise ConfigError(f"{path}: no such file")
+    open_checked(path)  # before the parent is loaded; llama.cpp may end the process on a damaged file
     threads = torch.get_num_threads()
     return lambda ids: torch.from_numpy(llama_cpp.logits_all(path, ids.tolist(), threads=threads))
 

@@ -160,13 +160,16 @@ def test_the_list_of_targets_knows_the_run(invoke: Invoke, toy_run: Path) -> Non
     assert rows["gguf:tq2_0"]["fits"].startswith("TQ2_0 stores rows in blocks of 256")
 
 
-@pytest.mark.parametrize("verb", ["run", "verify", "bench"])
-def test_damaged_files_are_one_line(invoke: Invoke, toy_run: Path, tmp_path: Path, verb: str) -> None:
+@pytest.mark.parametrize("verb", ["run", "verify", "bench", "eval"])
+def test_damaged_files_are_one_line(
+    invoke: Invoke, toy_run: Path, toy_held_out: Path, tmp_path: Path, verb: str
+) -> None:
     path = tmp_path / "a.gguf"
     data = next((toy_run / "exports" / "gguf-q4_0").iterdir()).read_bytes()
     for content in (data[:5000], b"GGML" + data[4:], data[: len(data) // 2], b""):
         path.write_bytes(content)
-        status, _, err = invoke(verb, path, *(("--prompt", "a") if verb == "run" else ()))
+        more = {"run": ("--prompt", "a"), "eval": ("--against", toy_run, "--data", toy_held_out)}.get(verb, ())
+        status, _, err = invoke(verb, path, *more)
         assert status == 3
         assert err.startswith("hestia: ") and err.count("\n") == 1
 

@@ -133,7 +133,7 @@ def _finalize(value: Any) -> Any:
 def _loading(export: Export) -> list[tuple[str, str, str]]:
     """(what it needs, language, commands) for every engine that loads the export."""
     path = export.path
-    if export.target == "hf":
+    if export.target in ("hf", "hf:int4"):
         quoted = json.dumps(path, ensure_ascii=False)
         needs = "transformers with the compressed-tensors package; no remote code"
         lines = (
@@ -141,7 +141,9 @@ def _loading(export: Export) -> list[tuple[str, str, str]]:
             f"model = AutoModelForCausalLM.from_pretrained({quoted})\n"
             f"tokenizer = AutoTokenizer.from_pretrained({quoted})"
         )
-        return [(needs, "python", lines)]
+        served = shlex.join(["vllm", "serve", path])
+        four = [("vLLM or another server without a 2-bit kernel", "sh", served)] if export.target == "hf:int4" else []
+        return [(needs, "python", lines), *four]
     if export.target == "mlx":
         return [("mlx-lm", "sh", shlex.join(["mlx_lm.generate", "--model", path, "--prompt", "Once upon a time"]))]
     if export.target.startswith("gguf:"):

@@ -413,6 +413,8 @@ def _export(entry: _Object, run: Path) -> Export:
     for root in (run, run.resolve()):
         if path.is_relative_to(root):
             path = path.relative_to(root)
+    if ".." in path.parts:  # a card is published, the folders around the run are not
+        path = Path(path.name)
     verify = entry.raw.get("verify")
     if verify is not None:
         checked = entry.object("verify")
