@@ -18,7 +18,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from stages import CONTROL, HERE, Job, Stage, best_rate, final_jobs, load, load_result, ordered_jobs, tuning_jobs
+from stages import (
+    CONTROL,
+    HERE,
+    AllDivergedError,
+    Job,
+    Stage,
+    best_rate,
+    load,
+    load_result,
+    ordered_jobs,
+    tuning_jobs,
+)
 from texts import SCORED, StageTexts, prepare_texts
 from train_job import (
     NotThereYet,
@@ -77,13 +88,13 @@ def overview(stage: Stage, only: str, results: Path) -> list[str]:
         missing[job.arm.name] += not job.result(results).is_file()
     for name, count in missing.items():
         arm = stage.arm(name)
-        all_runs = len(tuning_jobs(stage, arm)) + len(final_jobs(stage, arm, results))
-        rate = best_rate(stage, arm, results)
-        chosen = "rate not chosen yet" if rate is None else f"rate {rate:g}"
+        all_runs = len(tuning_jobs(stage, arm)) + len(stage.final.seeds) * len(stage.final.tokens)
         try:
             check_possible(tuning_jobs(stage, arm)[0])
+            rate = best_rate(stage, arm, results)
+            chosen = "rate not chosen yet" if rate is None else f"rate {rate:g}"
             state = f"{all_runs - count} of {all_runs} runs, {chosen}"
-        except NotThereYet as error:
+        except (NotThereYet, AllDivergedError) as error:
             state = str(error)
         lines.append(f"  {name:<28} tier {arm.tier}  {state}")
     return lines
@@ -92,14 +103,15 @@ def overview(stage: Stage, only: str, results: Path) -> list[str]:
 def run_stage(stage: Stage, given: Any, results: Path, deadline: float | None) -> int:
     """Every missing job in order; 0 when all that can be run is there, 75 when the time was up before."""
     parent, texts = open_stage(stage, given)
-    parent_scores(stage, parent, texts, results / "parent.json")
+    start = parent_scores(stage, parent, texts, results / "parent.json")
+    _check_same({**start, "parent": start["model"]}, parent, texts)
     passed_over: set[str] = set()
     for job in ordered_jobs(stage, given.only, results):
         if job.arm.name in passed_over:
             continue
         path = job.result(results)
         if path.is_file():
-            load_result(job, results)  # refuses one that was made otherwise
+            _check_same(load_result(job, results), parent, texts)
             continue
         try:
             check_possible(job)
@@ -117,7 +129,7 @@ def run_stage(stage: Stage, given: Any, results: Path, deadline: float | None) -
                 parent,
                 texts,
                 _sensitivity(job, parent, texts, results),
-                given.work / f"stage_{stage.name}" / job.name,
+                given.work / f"stage_{stage.name}" / f"{job.name}-{job.digest()[:8]}",
                 path,
                 deadline,
             )
@@ -137,6 +149,14 @@ def open_stage(stage: Stage, given: Any) -> tuple[Parent, StageTexts]:
     parent = open_parent(folder)
     cache = given.work / "tokens" / f"{stage.parent}-{stage.texts.pool}-{stage.training.seq_len}"
     return parent, prepare_texts(stage, given.data, loading.load_tokenizer(parent.source), cache, given.scored)
+
+
+def _check_same(record: dict[str, Any], parent: Parent, texts: StageTexts) -> None:
+    """Refuse a result of another parent or text: it must not stand beside those of this one."""
+    for what, mine in (("parent", parent.record), ("texts", texts.record)):
+        if record[what] != mine:
+            keys = [key for key in mine if record[what].get(key) != mine[key]]
+            raise ConfigError(f"{record['name']}: its result has another {what} ({', '.join(keys)}); move it away")
 
 
 def summary(record: dict[str, Any]) -> str:

@@ -10,6 +10,7 @@ made of something else than the YAML file says today is an error, never quietly 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import types
@@ -197,6 +198,10 @@ class Job:
         return (folder or self.stage.folder) / f"{self.name}.json"
 
 
+class AllDivergedError(ConfigError):
+    """No learning rate of an arm gave a finite loss; there is nothing to compare."""
+
+
 def load(name: str | Path) -> Stage:
     """A stage by its letter (``a`` is a.yaml of this folder) or by the path of a YAML file.
 
@@ -253,7 +258,7 @@ def best_rate(stage: Stage, arm: Arm, folder: Path | None = None) -> float | Non
     A run that diverged counts as infinitely bad.
 
     Raises:
-        ConfigError: every rate diverged.
+        AllDivergedError: every rate did.
     """
     losses: dict[float, float] = dict.fromkeys(stage.rates(arm), 0.0)
     for job in tuning_jobs(stage, arm):
@@ -264,7 +269,7 @@ def best_rate(stage: Stage, arm: Arm, folder: Path | None = None) -> float | Non
         losses[typing.cast(float, job.rate)] += float("inf") if nll is None else float(nll)
     best = min(losses, key=lambda rate: losses[rate])
     if losses[best] == float("inf"):
-        raise ConfigError(f"arm {arm.name}: every learning rate of {', '.join(f'{r:g}' for r in losses)} diverged")
+        raise AllDivergedError(f"arm {arm.name}: every learning rate of {', '.join(f'{r:g}' for r in losses)} diverged")
     return best
 
 
@@ -289,7 +294,7 @@ def load_result(job: Job, folder: Path | None = None) -> dict[str, Any]:
 def ordered_jobs(stage: Stage, only: str = "*", folder: Path | None = None) -> Iterator[Job]:
     """Every job in running order: tier by tier, tuning runs arm by arm, then final runs seed by seed.
 
-    It is lazy: a final job's rate is looked up when its turn comes.
+    It is lazy: a final job's rate is looked up when its turn comes. An arm whose rates all diverged has no final jobs.
     """
     chosen = [arm for arm in stage.arms if fnmatchcase(arm.name, only)]
     if not chosen:
@@ -300,7 +305,9 @@ def ordered_jobs(stage: Stage, only: str = "*", folder: Path | None = None) -> I
             yield from tuning_jobs(stage, arm)
         for place in range(len(stage.final.seeds) * len(stage.final.tokens)):
             for arm in arms:
-                yield final_jobs(stage, arm, folder)[place]
+                with contextlib.suppress(AllDivergedError):
+                    job = final_jobs(stage, arm, folder)[place]
+                    yield job
 
 
 def _build(kind: type[Any], record: Any, where: str) -> Any:

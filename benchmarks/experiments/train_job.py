@@ -14,13 +14,14 @@ from __future__ import annotations
 import inspect
 import shutil
 import statistics
+import subprocess
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from stages import CONTROL, SCHEMA, Job, Stage
+from stages import CONTROL, HERE, SCHEMA, Job, Stage
 from texts import StageTexts
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback, set_seed
@@ -91,6 +92,21 @@ def check_possible(job: Job) -> None:
 def device() -> torch.device:
     """Where the trainer trains: the GPU, if there is one."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def commit() -> str | None:
+    """The commit of this checkout, with a plus sign where source files differ from it; None outside of one."""
+
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(["git", *arguments], cwd=HERE, capture_output=True, text=True, check=False)
+        except OSError:
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    head = git("rev-parse", "HEAD")
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", "../../src", ".")
+    return head if head is None else head + ("+" if changed else "")
 
 
 class FullPrecisionTrainer(HestiaTrainer):
@@ -193,6 +209,7 @@ def run_job(
         "name": job.name,
         "stage": job.stage.name,
         "command": f"{COMMAND} {job.stage.name}",
+        "commit": commit(),
         "config": job.config(),
         "parent": parent.record,
         "texts": texts.record,
@@ -326,7 +343,7 @@ def parent_scores(stage: Stage, parent: Parent, texts: StageTexts, path: Path) -
     group: Any = stage.training.group_size
     apply(rounded, make_plan(rounded, "round_to_nearest", group_size=group))
     freeze(rounded)
-    record: dict[str, Any] = {"schema": SCHEMA, "name": "parent", "parent": parent.record, "texts": texts.record}
+    record: dict[str, Any] = {"schema": SCHEMA, "name": "parent", "model": parent.record, "texts": texts.record}
     for name, candidate in (("parent", model), ("round_to_nearest", rounded)):
         files = {
             file: _numbers(score(model_logits(candidate), blocks, parent=model_logits(model), description=""))

@@ -165,8 +165,22 @@ def test_a_diverged_rate_loses_and_all_diverged_is_an_error(tmp_path: Path) -> N
     second.result(tmp_path).write_text(
         json.dumps({"schema": 1, "config": second.config(), "valid_nll": None}), encoding="utf-8"
     )
-    with pytest.raises(ConfigError, match="every learning rate"):
+    with pytest.raises(stages.AllDivergedError, match="every learning rate"):
         stages.best_rate(stage, arm, tmp_path)
+    order = [(job.arm.name, job.phase) for job in stages.ordered_jobs(stage, "bitnet_ste", tmp_path)]
+    assert order == [("bitnet_ste", "tune")] * 2
+    assert any("bitnet_ste: every learning rate" in line for line in runner.overview(stage, "*", tmp_path))
+
+
+def test_results_of_another_parent_are_refused(
+    toy_stage: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert runner.main([*toy_stage, "--budget-minutes", "0"]) == 75
+    path = tmp_path / "results" / "parent.json"
+    record = read_json(path)
+    write_json(path, {**record, "model": {**record["model"], "weights_sha256": "0" * 64}})
+    assert runner.main(toy_stage) == 2
+    assert "parent: its result has another parent (weights_sha256); move it away" in capsys.readouterr().err
 
 
 def test_order_is_tier_by_tier_and_seed_by_seed(tmp_path: Path) -> None:
