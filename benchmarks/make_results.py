@@ -18,6 +18,7 @@ import matplotlib as mpl
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 from curvature import tables as curvature
+from experiments import tables as experiments
 
 from hestia.files import read_json
 
@@ -151,6 +152,23 @@ def _filled(path: Path, block: str) -> str:
     return re.sub(r"<!-- results -->.*?<!-- /results -->", lambda _: marked, text, flags=re.DOTALL)
 
 
+def comparison() -> list[str]:
+    """Lines of the controlled comparison: every stage that has results; nothing before the first one."""
+    sections = [text for stage in experiments.all_stages() if (text := experiments.section(stage))]
+    opening = ["## The controlled comparison", "", "How to run and read it: docs/benchmarks.md.", ""]
+    return [*opening, *sections] if sections else []
+
+
+def comparison_figures() -> dict[Path, str]:
+    """Path -> SVG text of the figures that the results allow."""
+    found: dict[Path, str] = {}
+    for stage in experiments.all_stages():
+        for kind, draw in (("tokens", experiments.tokens_figure), ("ranking", experiments.ranking_figure)):
+            if (text := draw(stage)) is not None:
+                found[FIGURE.with_name(f"stage_{stage.name}_{kind}.svg")] = text
+    return found
+
+
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.2g}"
 
@@ -179,6 +197,7 @@ def main() -> int:
             "",
             table(found),
             "",
+            *comparison(),
             "## Exports and their verification",
             "",
             exports_table(found),
@@ -211,7 +230,7 @@ def main() -> int:
         print("\n".join(f"stale: {path.relative_to(ROOT)}" for path in stale) or "all generated texts are current")
         return 1 if stale else 0
     plans = curvature.plans_figure()
-    figures = {FIGURE: figure(found), **({PLANS_FIGURE: plans} if plans is not None else {})}
+    figures = {FIGURE: figure(found), **({PLANS_FIGURE: plans} if plans is not None else {}), **comparison_figures()}
     for path, text in {**written, **figures}.items():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")

@@ -33,7 +33,8 @@ def metrics_table(record: dict[str, Any]) -> str:
         cells = [
             f"{row[k]['spearman']:.2f} [{row[k]['low']:.2f}, {row[k]['high']:.2f}]".replace("-", "−") for k in LABELS
         ]
-        lines.append(f"| {name} | {' | '.join(cells)} | {row['seconds']:.1f} |")
+        title = name.replace("|", "\\|")
+        lines.append(f"| {title} | {' | '.join(cells)} | {row['seconds']:.1f} |")
     return "\n".join(lines)
 
 

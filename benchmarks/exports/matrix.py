@@ -19,41 +19,46 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).parent))
-
-import toy_runs
-
-from hestia.errors import HestiaError
-from hestia.export import export_model, llama_cpp, mlx_engine
-from hestia.export.verify import verify
-from hestia.provenance import machine, versions
-from hestia.quant import BINARY, QuantSpec
-from hestia.targets import TARGETS
 
 ROOT = Path(__file__).parents[2]
 RESULT = ROOT / "benchmarks" / "results" / "export_matrix.json"
 DOCUMENT = ROOT / "docs" / "exporting.md"
 BEGIN, END = "<!-- begin: benchmarks/exports/matrix.py -->", "<!-- end: benchmarks/exports/matrix.py -->"
-IDS = torch.stack([(torch.arange(48) * 7919 + k * 31) % 380 for k in range(2)])
+IDS = [[(i * 7919 + k * 31) % 380 for i in range(48)] for k in range(2)]
 
 
 def cell(run: Path, target: str, path: Path) -> dict[str, Any]:
     """Export, verify and run one file."""
+    import torch
+    import toy_runs
+
+    from hestia.errors import HestiaError
+    from hestia.export import export_model
+    from hestia.export.verify import verify
+
     frozen = toy_runs.FrozenModel(run)
     try:
         export_model(frozen, target, path)
     except HestiaError as error:
         assert not path.exists()
         return {"refused": str(error).replace(f"{run}/model/config.json: ", "").replace(f"{run}/model: ", "")}
-    result = verify(path, run, target=target, token_ids=IDS)
+    result = verify(path, run, target=target, token_ids=torch.tensor(IDS))
     shutil.rmtree(path) if path.is_dir() else path.unlink()
     return result.to_json()
 
 
 def measure() -> dict[str, Any]:
     """All cells."""
+    import torch
+    import toy_runs
+
+    from hestia.export import llama_cpp, mlx_engine
+    from hestia.provenance import machine, versions
+    from hestia.quant import BINARY, QuantSpec
+    from hestia.targets import TARGETS
+
+    assert llama_cpp.available() and mlx_engine.available(), "needs llama-cpp-python and mlx-lm"
     cells: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -128,7 +133,6 @@ def main() -> int:
     if parser.parse_args().check:
         record = json.loads(RESULT.read_text())
     else:
-        assert llama_cpp.available() and mlx_engine.available(), "needs llama-cpp-python and mlx-lm"
         record = measure()
         RESULT.write_text(json.dumps(record, indent=1) + "\n")
     before, _, rest = DOCUMENT.read_text().partition(BEGIN)

@@ -39,6 +39,7 @@ def anonymous() -> int:
 def child(run: Path, target: str, out: Path, head: str) -> dict[str, Any]:
     """One export, watched from a thread beside it."""
     import gguf  # noqa: F401 - what an export imports lazily belongs to the baseline
+    from transformers import LlamaForCausalLM  # noqa: F401
 
     from hestia.export import export_model
     from hestia.export import gguf as gguf_export  # noqa: F401

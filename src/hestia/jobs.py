@@ -43,6 +43,8 @@ def plan_model(options: Options) -> Plan:
         options.target,
         options.sensitivity,
         bits=options.bits,
+        widths=options.mix(),
+        max_kl=options.max_kl,
         group_size=options.group(),
         skip=options.skip,
         fallback=options.fallback,

@@ -42,7 +42,11 @@ class Options:
     options: Mapping[str, Any] = field(
         default_factory=dict, metadata={"help": "option of the recipe as KEY=VALUE (repeatable)"}
     )
-    bits: float = _option(1.58, "bits a weight: 1, 1.58 or 2")
+    bits: float = _option(
+        1.58, "bits a weight: a width of the recipe, or a budget such as 1.9 to be spent where the damage falls most"
+    )
+    widths: tuple[str, ...] = _option((), "widths that such a plan may mix (repeatable); 16 keeps a tensor as it is")
+    max_kl: float | None = _option(None, "instead of --bits: the cheapest plan whose predicted KL is at most this")
     group_size: str = _option("row", "weights that share a scale: a number, row or tensor")
     skip: tuple[str, ...] = _option((), "shell pattern of module paths to keep (repeatable)")
     fallback: bool = _option(False, "let single tensors use another exact type of the target format")
@@ -114,7 +118,12 @@ class Options:
                 )
         for name in ("tokens", "eval_tokens"):
             count(getattr(self, name), name)
+        if not 0.0 < self.bits <= 32.0:
+            raise ConfigError(f"--bits must be a positive number, got {self.bits:g}")
+        if self.max_kl is not None and not 0.0 < self.max_kl < math.inf:
+            raise ConfigError(f"--max-kl must be a positive number of nats a token, got {self.max_kl}")
         self.group()
+        self.mix()
         self.learning_rate()
 
     def group(self) -> Any:
@@ -128,6 +137,18 @@ class Options:
         if self.group_size.isdigit() and int(self.group_size) > 0:
             return int(self.group_size)
         raise ConfigError(f"--group-size must be a positive number, row or tensor, got {self.group_size!r}")
+
+    def mix(self) -> tuple[float, ...] | None:
+        """The widths a mixed plan may use; None where the recipe's own will do.
+
+        Raises:
+            ConfigError: something that is no width.
+        """
+        widths = {"1": 1.0, "1.58": 1.58, "2": 2.0, "3": 3.0, "4": 4.0, "16": 16.0}
+        for text in self.widths:
+            if text not in widths:
+                raise ConfigError(f"--widths {text!r}: {nearest(text, widths)}")
+        return tuple(widths[text] for text in self.widths) or None
 
     def learning_rate(self) -> float | None:
         """The peak rate, or None for auto.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 import os
 import shutil
 import time
@@ -33,11 +34,13 @@ from .export.refit import refit as refit_scales
 from .export.verify import PROBE_FILE, kept_text, require_ok, verify
 from .files import read_json, replacing_folder, require_writable, sha256, write_json, write_text
 from .jobs import LARGEST_DEFAULT_BATCH, TUNING_BLOCKS, calibrate_on, choose_device, longest_block, prepare_text, spread
+from .mixed import candidates, is_mixed
 from .options import Options, count, load_config
 from .planner import plan as make_plan
 from .plans import Plan
 from .progress import announce as say
 from .provenance import command_line, machine, versions
+from .quant import STE, AbsMean, QuantSpec
 from .report.html import write_report
 from .report.model_card import write_model_card
 from .schedules import LearningRateSchedule
@@ -192,23 +195,42 @@ class Run:
         if self.given_plan is not None:
             nn.apply(self._empty_model(), self.given_plan)  # refuses a plan of another model
             return self.given_plan
-        return self._make_plan(self.options.sensitivity)
+        if not self.is_mixed or self.options.sensitivity is not None:
+            return self._make_plan(self.options.sensitivity)
+        if self.options.calibrate == 0:
+            raise ConfigError(
+                f"--calibrate 0 leaves nothing to spend --bits {self.options.bits:g} by; "
+                "give --sensitivity FILE, or let it calibrate"
+            )
+        return self._make_plan(None, alike=True)
+
+    @cached_property
+    def is_mixed(self) -> bool:
+        """Whether the plan may give tensors different widths, which needs a sensitivity whatever the recipe."""
+        o = self.options
+        return is_mixed(recipes.get(o.recipe, **o.options), o.bits, o.mix(), o.max_kl)
 
     def _empty_model(self) -> PreTrainedModel:
         return loading.empty_model(self.source, self.config, trust_remote_code=self.options.trust_remote_code)
 
-    def _make_plan(self, sensitivity: str | curvature.Sensitivity | None) -> Plan:
+    def _make_plan(self, sensitivity: str | curvature.Sensitivity | None, *, alike: bool = False) -> Plan:
+        """The plan; ``alike`` takes all weights for equally sensitive, to see whether any plan meets the budget."""
         o = self.options
+        model = self._empty_model()
+        even = {path: {width: 4.0**-width for width in recipes.GRIDS} for path in nn.select(model, o.skip).candidates}
         return make_plan(
-            self._empty_model(),
+            model,
             recipes.get(o.recipe, **o.options),
             o.target,
             sensitivity,
             bits=o.bits,
+            widths=o.mix(),
+            max_kl=math.inf if alike and o.max_kl is not None else o.max_kl,
+            damages=even if alike else None,
             group_size=o.group(),
             skip=o.skip,
             fallback=o.fallback,
-            allow_partial=o.allow_partial,
+            allow_partial=o.allow_partial or alike,
         )
 
     def _plan(self, plan: Plan) -> Plan:
@@ -218,7 +240,8 @@ class Run:
             if self.given_plan is not None and made.to_json() != self.given_plan.to_json():
                 raise ConfigError(f"{self.folder} holds a run by another plan than the one given. Choose another --out")
             return made
-        if self.given_plan is None and recipes.get(self.options.recipe, **self.options.options).uses_curvature:
+        recipe = recipes.get(self.options.recipe, **self.options.options)
+        if self.given_plan is None and (recipe.uses_curvature or self.is_mixed):
             sensitivity = self._sensitivity(plan)
             if sensitivity is not None:
                 plan = self._make_plan(sensitivity)
@@ -235,14 +258,22 @@ class Run:
         else:
             model: Any = self._load_model()
             model.to(self.device)
-            candidates = {layer.spec.grid.name: layer.spec for layer in plan.layers.values()}
+            paths, candidates = self._to_measure(plan)
             identity = loading.fingerprint(self.source, self.config)
             sensitivity = self.clock.measure(
                 "calibrate",
-                lambda: calibrate_on(model, list(plan.layers), candidates, self.training, self.options, identity),
+                lambda: calibrate_on(model, paths, candidates, self.training, self.options, identity),
             )
         sensitivity.save(path)
         return sensitivity
+
+    def _to_measure(self, plan: Plan) -> tuple[list[str], dict[str, QuantSpec]]:
+        """The tensors that calibration looks at, and by label every quantizer that they may get."""
+        if not self.is_mixed:
+            return list(plan.layers), {layer.spec.grid.name: layer.spec for layer in plan.layers.values()}
+        o = self.options
+        specs = candidates(recipes.get(o.recipe, **o.options), o.group(), o.mix())
+        return list(nn.select(self._empty_model(), o.skip).candidates), specs
 
     def _frozen(self, plan: Plan) -> FrozenModel:
         if not (self.resume and (self.folder / CODES_FILE).is_file()):
@@ -547,15 +578,19 @@ def _numbers(result: Score) -> dict[str, Any]:
 def round_to_nearest_twin(plan: Plan) -> Plan:
     """The plan that rounds the same tensors to the same levels and groups, without training, shift or constraint."""
     recipe = recipes.get("round_to_nearest")
-    plain = recipe.spec_for(1.58, "row")
-    layers = {
-        path: dataclasses.replace(
-            layer,
-            spec=dataclasses.replace(plain, grid=dataclasses.replace(spec.grid, block=0), group_size=spec.group_size),
-            temperature_factor=1.0,
+    scales = {grid.values: recipe.spec_for(bits, "row").scale for bits, grid in recipes.GRIDS.items()}
+
+    def rounded(spec: QuantSpec) -> QuantSpec:
+        return QuantSpec(
+            grid=dataclasses.replace(spec.grid, block=0),
+            group_size=spec.group_size,
+            scale=scales.get(spec.grid.values) or AbsMean(),
+            estimator=STE(),
         )
+
+    layers = {
+        path: dataclasses.replace(layer, spec=rounded(layer.spec), temperature_factor=1.0)
         for path, layer in plan.layers.items()
-        for spec in (layer.spec,)
     }
     return dataclasses.replace(
         plan, recipe=recipe.to_json(), trains=False, schedule=recipe.schedule(), layers=layers, correction=None

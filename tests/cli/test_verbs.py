@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from toy_runs import QUICK, Invoke
 
 from hestia.cli.main import main
@@ -75,17 +75,100 @@ def test_train_follows_its_plan(invoke: Invoke, toy_parent: Path, toy_text: Path
 
 
 def test_export_then_verify(invoke: Invoke, toy_run: Path, tmp_path: Path) -> None:
-    before = sorted(toy_run.rglob("*"))
+    run = Path(shutil.copytree(toy_run, tmp_path / "run"))
+    before = sorted(run.rglob("*"))
     path = tmp_path / "toy.gguf"
-    status, out, _ = invoke("export", toy_run, "--to", "gguf:q4_0", "--out", path)
+    status, out, _ = invoke("export", run, "--to", "gguf:q4_0", "--out", path)
     assert status == 0
     assert f"{path}: {path.stat().st_size:,} bytes, codes equal" in out
-    assert path.read_bytes() == next((toy_run / "exports" / "gguf-q4_0").iterdir()).read_bytes()
-    status, out, _ = invoke("verify", path, "--against", toy_run, "--json", "--no-engine")
+    assert path.read_bytes() == next((run / "exports" / "gguf-q4_0").iterdir()).read_bytes()
+    status, out, _ = invoke("verify", path, "--against", run, "--json", "--no-engine")
     assert status == 0
     assert one_object(out)["codes_equal"] is True
-    assert sorted(toy_run.rglob("*")) == before
-    assert list(tmp_path.iterdir()) == [path]
+    assert sorted(run.rglob("*")) == before
+    assert sorted(tmp_path.iterdir()) == [run, path]
+    entries = json.loads((run / "report.json").read_text())["exports"]
+    assert [entry["target"] for entry in entries] == ["hf", "gguf:q4_0", "gguf:q4_0"]
+    assert entries[2]["path"] == "../toy.gguf" and entries[2]["verify"]["ok"] is True
+    assert entries[2]["sha256"] == entries[1]["sha256"] in (run / "README.md").read_text()
+
+
+def test_a_rounded_head_and_refitted_scales_are_said_everywhere(invoke: Invoke, toy_run: Path, tmp_path: Path) -> None:
+    """A run with a scale for every 32 weights does not fit blocks of 64, until it is asked to."""
+    from hestia.export.frozen import FrozenModel, save_codes
+    from hestia.quant import QuantizedTensor
+
+    run = Path(shutil.copytree(toy_run, tmp_path / "run"))
+    frozen = FrozenModel(run)
+    fine = {}
+    for name in frozen.quantized:
+        old = frozen.codes(name)
+        scales = old.block_scales(32).clone()
+        scales[:, ::2] *= 2
+        fine[name] = QuantizedTensor(old.codes, scales, 32)
+    tensors = load_file(run / "model" / "model.safetensors")
+    tensors |= {f"{name}.weight": new.dense(frozen.dtype) for name, new in fine.items()}
+    save_file(tensors, run / "model" / "model.safetensors", metadata={"format": "pt"})
+    save_codes(run / "codes.safetensors", fine)
+    path = tmp_path / "a.gguf"
+    arguments = ("export", run, "--to", "gguf:q2_0", "--out", path, "--head", "q8_0")
+    status, _, err = invoke(*arguments)
+    assert status == 2
+    assert "finer groups of 32 do not fit" in err
+    assert not path.exists()
+    status, out, err = invoke(*arguments, "--refit")
+    assert status == 0, err
+    assert "REFITTED: 14 tensors to groups of 64; NLL" in out
+    assert "embedding and head are rounded" in out
+    entry = json.loads((run / "report.json").read_text())["exports"][-1]
+    assert entry["refit"]["nll_change"] is not None and entry["head"]["exact"] is False
+    card = (run / "README.md").read_text()
+    assert "This file is not the trained model itself: on request 14 tensors got coarser scales" in card
+    assert "which rounds:" in card
+    status, out, err = invoke("verify", path, "--against", run, "--no-engine")
+    assert status == 0, err
+    assert "compared with the refitted model" in out or "engine check skipped" in out
+
+
+def test_verify_without_a_run(invoke: Invoke, toy_run: Path, tmp_path: Path) -> None:
+    inside = next((toy_run / "exports" / "gguf-q4_0").iterdir())
+    status, out, _ = invoke("verify", inside, "--no-engine")
+    assert status == 0 and f"of run {toy_run.name}, codes equal: yes" in out
+    path = Path(shutil.copy(inside, tmp_path / "a.gguf"))
+    status, out, _ = invoke("verify", path)
+    assert status == 0
+    assert f"says it is gguf:q4_0 of run '{toy_run.name}', codes " in out
+    assert "its blocks have these codes: yes" in out
+    data = bytearray(path.read_bytes())
+    data[-40] ^= 1
+    path.write_bytes(data)
+    status, out, err = invoke("verify", path, "--json")
+    assert status == 3 and one_object(out)["file_matches"] is False
+    assert "are not those of run" in err
+    status, _, err = invoke("verify", shutil.copytree(toy_run / "exports" / "hf", tmp_path / "hf"))
+    assert status == 2 and "--against" in err
+
+
+def test_the_list_of_targets_knows_the_run(invoke: Invoke, toy_run: Path) -> None:
+    status, out, _ = invoke("export", "--list")
+    assert status == 0
+    assert "gguf:q1_0" in out and "this run" not in out
+    status, out, _ = invoke("export", toy_run, "--list", "--json")
+    rows = {row["target"]: row for row in one_object(out)["targets"]}
+    assert status == 0
+    assert rows["gguf:q2_0"]["fits"] is True and rows["gguf:q2_0"]["bits_per_weight"] == 2.25
+    assert rows["gguf:tq2_0"]["fits"].startswith("TQ2_0 stores rows in blocks of 256")
+
+
+@pytest.mark.parametrize("verb", ["run", "verify", "bench"])
+def test_damaged_files_are_one_line(invoke: Invoke, toy_run: Path, tmp_path: Path, verb: str) -> None:
+    path = tmp_path / "a.gguf"
+    data = next((toy_run / "exports" / "gguf-q4_0").iterdir()).read_bytes()
+    for content in (data[:5000], b"GGML" + data[4:], data[: len(data) // 2], b""):
+        path.write_bytes(content)
+        status, _, err = invoke(verb, path, *(("--prompt", "a") if verb == "run" else ()))
+        assert status == 3
+        assert err.startswith("hestia: ") and err.count("\n") == 1
 
 
 def test_verify_of_the_runs_own_hf_export(invoke: Invoke, toy_run: Path) -> None:
@@ -161,6 +244,11 @@ def test_compare_report_and_recipes(invoke: Invoke, toy_run: Path, tmp_path: Pat
     status, out, _ = invoke("compare", toy_run, toy_run)
     assert status == 0
     assert out.count("hestia") >= 2
+    assert f"{toy_run} - {toy_run}: +0.0000 [+0.0000, +0.0000] nats a token" in out
+    assert "no difference can be claimed" in out
+    status, out, _ = invoke("compare", toy_run, toy_run, "--json")
+    (difference,) = one_object(out)["differences"]  # type: ignore[misc]
+    assert (difference["over"], difference["claimed"], difference["difference"]["mean"]) == ("blocks", False, 0.0)
     copy = Path(shutil.copytree(toy_run, tmp_path / "run"))
     for name in ("report.html", "README.md"):
         (copy / name).unlink()

@@ -49,10 +49,15 @@ class Case:
         cast_parameters(model, dtype)
         return model
 
+    @property
+    def target(self) -> str:
+        """A file format that holds this width in rows of 32."""
+        return "hf" if self.bits <= 2.0 else "hf:int4"
+
     def plan(self, model: nn.Module, group_size: GroupSize = "row") -> hestia.Plan:
         """Its plan with default options, and curvatures that differ from tensor to tensor."""
         traces = {path: 10.0**k for k, path in enumerate(select(model).candidates)}
-        return hestia.plan(model, self.recipe, "hf", traces, bits=self.bits, group_size=group_size)
+        return hestia.plan(model, self.recipe, self.target, traces, bits=self.bits, group_size=group_size)
 
     def converted(
         self,

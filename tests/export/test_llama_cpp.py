@@ -137,7 +137,9 @@ class TestEngine:
 
     def test_a_session_completes_chats_and_measures(self, tmp_path: Path) -> None:
         frozen = make_run(tmp_path / "run", tokenizer=byte_fallback, bos_token_id=1, eos_token_id=2)
-        (frozen.folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
+        (frozen.folder / "chat_template.jinja").write_text(
+            "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}"
+        )
         path = tmp_path / "a.gguf"
         export_gguf(frozen, target("gguf:f32"), path)
         with Session(path) as session:

@@ -127,3 +127,15 @@ def test_normal_steps_are_the_best_ones(grid: Grid) -> None:
 def test_gaussian_refuses_a_grid_it_does_not_know() -> None:
     with pytest.raises(ConfigError, match=r"no step for the grid \[-3, 0, 3\]; use 'least_squares'"):
         Gaussian()(weights(), Grid.of([-3, 0, 3]))
+
+
+@pytest.mark.parametrize("grid", [TERNARY, INT2, INT3, INT4, Grid((-15, -9, 1, 12))], ids=lambda g: g.name)
+def test_a_snapped_scale_times_any_level_is_exact_in_bf16_and_fp16(grid: Grid) -> None:
+    scales = torch.logspace(-4, 3, 2000) * torch.linspace(1.0, 2.0, 2000)
+    snapped = snap(scales, grid)
+    assert torch.equal(snap(snapped, grid), snapped)
+    for level in grid.levels:
+        product = snapped * level
+        assert torch.equal(product.bfloat16().float(), product) and torch.equal(product.half().float(), product)
+    odd = max(abs(v) // (abs(v) & -abs(v)) for v in grid.levels if v)
+    assert float(((snapped - scales) / scales).abs().max()) <= 2.0 ** ((odd - 1).bit_length() - 8) * (1 + 1e-6)

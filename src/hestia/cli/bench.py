@@ -28,8 +28,11 @@ def command(
     as_json: bool,
 ) -> None:
     """Measure prompt and decode speed of FILES in turn, several times, best of all rounds, in llama.cpp on the CPU."""
+    import torch
+
     from ..export.speed import compare_speed
     from ..files import write_json
+    from ..provenance import command_line, machine, versions
 
     for file in files:
         if Path(file).suffix != ".gguf":
@@ -38,7 +41,8 @@ def command(
         [Path(f) for f in files], prompt_tokens=prompt_tokens, tokens=tokens, rounds=rounds, threads=threads
     )
     if out is not None:
-        write_json(Path(out), record)
+        where = {"command": command_line(), "versions": versions(), "machine": machine(torch.device("cpu"))}
+        write_json(Path(out), {**record, **where})
     width = max(len(Path(f).name) for f in files)
     lines = [
         f"{threads} thread{'s' if threads > 1 else ''}, memory read at {record['bandwidth_gb_per_s']:.1f} GB/s; "

@@ -77,6 +77,11 @@ def tokenizer_metadata(folder: Path, config: dict[str, Any], rows: int) -> dict[
     settings_path = folder / "tokenizer_config.json"
     settings = read_json(settings_path) if settings_path.is_file() else {}
     model = tokenizer.get("model") or {}
+    if model.get("type") == "Unigram":
+        raise ExportError(
+            f"{path}: a Unigram tokenizer cannot be exported to GGUF: llama.cpp's has no byte fallback; "
+            "--to hf and mlx carry it as it is"
+        )
     if model.get("type") != "BPE":
         raise ExportError(f"{path}: model {model.get('type')!r} cannot be exported to GGUF, only BPE can")
     for option in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):

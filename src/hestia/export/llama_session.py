@@ -56,9 +56,9 @@ class Session:
     """
 
     def __init__(self, path: Path, *, context: int | None = None, threads: int = 1) -> None:
+        file = open_checked(path)
         if not llama_cpp.available():
             raise ExportError("llama-cpp-python is not installed: pip install 'hestia-lm[run]'")
-        file = open_checked(path)
         self.path, self.speed = path, Speed(0, 0.0, 0, 0.0)
         self.has_template = file.text("tokenizer.chat_template") is not None
         longest = file.integer(f"{file.text('general.architecture')}.context_length") or 512

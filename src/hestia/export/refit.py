@@ -3,7 +3,7 @@
 A target with one scale for B weights cannot hold a model trained with a scale for every n < B of them. Then codes c'
 and scales s' of the longer groups are fitted to the trained weights w = c s:
 
-    s' = sum(c' w) / sum(c'^2)   over the group,   c' = Q(w / s'),   three times each, then snap(s') and c' once more
+    s' = sum(c' w) / sum(c'^2)   over the group,   c' = Q(w / s'),   in turn from c' = c, and snap(s') at the end
 
 which is least squares, monotone until the snap. Curvature's unit is a whole tensor, so as a weight it would not move
 the fit of single groups; it gives the loss to expect, the sum over tensors of 1/2 trace / weights |w' - w|^2, beside
@@ -27,13 +27,13 @@ from ..files import replacing_folder
 from ..quant.codes import QuantizedTensor
 from ..quant.grids import Grid
 from ..quant.grouping import to_groups
-from ..quant.scales import snap
+from ..quant.scales import SMALLEST_SCALE, snap
 from ..targets import Target
 from .frozen import CODES_FILE, MODEL_FOLDER, FrozenModel, save_codes
 from .huggingface import load, logits
 
 REFITS_FOLDER = "refits"
-_ROUNDS = 3
+_ROUNDS = 4
 
 
 @dataclass(frozen=True)
@@ -67,14 +67,14 @@ def refit_tensor(tensor: QuantizedTensor, grid: Grid, group_size: int) -> Quanti
     """Least-squares codes and scales in groups of ``group_size`` for the weights that ``tensor`` stands for."""
     weight = to_groups(tensor.dense(), group_size)
     codes = to_groups(tensor.codes.float(), group_size)
-    scale = weight.abs().amax(dim=-1, keepdim=True)
-    for _ in range(_ROUNDS):
+    scale = weight.abs().amax(dim=-1, keepdim=True).clamp_min(SMALLEST_SCALE)
+    for round_ in range(_ROUNDS + 1):
+        if round_:
+            codes = grid.round(weight / (scale * grid.unit)) / grid.unit
         power = (codes * codes).sum(dim=-1, keepdim=True)
         fitted = (codes * weight).sum(dim=-1, keepdim=True) / power.clamp_min(1.0)
-        scale = torch.where((power > 0) & (fitted > 0), fitted, scale.clamp_min(2.0**-14))
-        codes = grid.round(weight / (scale * grid.unit)) / grid.unit
+        scale = torch.where((power > 0) & (fitted > 0), fitted, scale)
     scale = snap(scale)
-    codes = grid.round(weight / (scale * grid.unit)) / grid.unit
     return QuantizedTensor(codes.to(torch.int8).reshape(tensor.codes.shape), scale.squeeze(-1), group_size)
 
 

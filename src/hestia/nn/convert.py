@@ -70,8 +70,8 @@ def freeze(model: nn.Module) -> dict[str, QuantizedTensor]:
     """Replace every quantized layer by a plain one that holds ``codes * scales``, in place, and return the codes.
 
     The weights return to the parent's dtype, which holds them exactly: snapped scales are bf16 and fp16 numbers, and
-    the levels -2, -1, 0, 1 only change sign and exponent. An output shift moves into the bias, and where the parent had
-    none, the model's configuration says so from then on.
+    ``snap`` leaves room for the product with every level of the grid. An output shift moves into the bias, and where
+    the parent had none, the model's configuration says so from then on.
 
     Raises:
         PlanError: no layer is quantized: ``apply`` was not called, or ``freeze`` already was.

@@ -35,12 +35,21 @@ class Scales(NamedTuple):
     level: Tensor
 
 
-def snap(scale: Tensor) -> Tensor:
-    """The nearest bf16 number within the normal range of fp16: exact in fp16, bf16 and fp32.
+def snap(scale: Tensor, grid: Grid | None = None) -> Tensor:
+    """The nearest scale that is exact in fp16, bf16 and fp32, and with which every level of ``grid`` is exact too.
 
-    ``s' = clamp(bf16(s), 2**-14, 65280)``. Relative change at most 2**-8 inside the range; idempotent.
+        s' = clamp(s to 8 - b significant bits, 2**-14, 65280)
+
+    b bits more are what a product with the largest odd factor of a level needs: 0 up to 2 bits (-2 .. 1), 2 on -4 .. 3
+    (the 3), 3 on -8 .. 7 (5 and 7). Relative change at most 2**(b - 8) inside the range; idempotent.
     """
-    return scale.to(torch.bfloat16).to(scale.dtype).clamp(SMALLEST_SCALE, LARGEST_SCALE)
+    snapped = scale.to(torch.bfloat16).to(scale.dtype)
+    odd = max((abs(v) // (abs(v) & -abs(v)) for v in grid.levels if v), default=1) if grid is not None else 1
+    if odd > 1:
+        mantissa, exponent = torch.frexp(scale)
+        steps = 2.0 ** (8 - (odd - 1).bit_length())
+        snapped = torch.ldexp(torch.round(mantissa * steps) / steps, exponent)
+    return snapped.clamp(SMALLEST_SCALE, LARGEST_SCALE)
 
 
 @dataclass(frozen=True)

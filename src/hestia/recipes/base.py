@@ -10,12 +10,30 @@ from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 from ..errors import ConfigError, nearest
-from ..quant import BINARY, INT2, INT3, INT4, TERNARY, Correction, Grid, GroupSize, QuantSpec
+from ..quant import (
+    BINARY,
+    INT2,
+    INT3,
+    INT4,
+    TERNARY,
+    AbsMean,
+    Correction,
+    Gaussian,
+    Grid,
+    GroupSize,
+    QuantSpec,
+    ScaleRule,
+)
 from ..quant.family import Member
 from ..schedules import KnobSchedule
 
 GRIDS: dict[float, Grid] = {1.0: BINARY, 1.58: TERNARY, 2.0: INT2, 3.0: INT3, 4.0: INT4}
 """Bit width as people write it -> grid."""
+
+
+def scale_for(grid: Grid) -> ScaleRule:
+    """absmean up to three levels, as the ternary papers have it; beyond, where it is too coarse, gaussian."""
+    return AbsMean() if len(grid.levels) <= 3 else Gaussian()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +82,14 @@ class Recipe(Member, ABC):
         if bits not in self.widths:
             raise ConfigError(f"recipe {self.name!r} does not do {bits:g} bits; it does {_listed(self.widths)}")
         return self._spec(GRIDS[bits], group_size)
+
+    def mixed_spec(self, bits: float, group_size: GroupSize) -> QuantSpec:
+        """``spec_for`` in a plan of several widths, where a recipe may leave what its paper does with one width.
+
+        Raises:
+            ConfigError: see ``spec_for``.
+        """
+        return self.spec_for(bits, group_size)
 
     @abstractmethod
     def _spec(self, grid: Grid, group_size: GroupSize) -> QuantSpec:
