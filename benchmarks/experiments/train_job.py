@@ -11,11 +11,11 @@ machine that is shared with other work the processor's seconds compare, the cloc
 
 from __future__ import annotations
 
-import inspect
 import shutil
 import statistics
 import subprocess
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ from hestia.planner import plan as make_plan
 from hestia.plans import Plan
 from hestia.provenance import machine, versions
 from hestia.schedules import LearningRateSchedule
-from hestia.training import HestiaTrainer, QATCallback, TrainConfig, checkpoints
+from hestia.training import Distillation, HestiaTrainer, QATCallback, TrainConfig, checkpoints
 from hestia.training.trainer import CHECKPOINTS
 
 COMMAND = "python benchmarks/experiments/run.py"
@@ -83,8 +83,7 @@ def check_possible(job: Job) -> None:
     arm = job.arm
     if arm.recipe != CONTROL and arm.recipe not in recipes.names():
         raise NotThereYet(f"recipe {arm.recipe!r} is not there yet")
-    if arm.teacher and "teacher" not in inspect.signature(HestiaTrainer.__init__).parameters:
-        raise NotThereYet("teachers are not there yet")
+    _distillation(arm.teacher)
     if arm.recipe != CONTROL:
         recipes.get(arm.recipe, **arm.options)
 
@@ -192,7 +191,7 @@ def run_job(
     work.mkdir(parents=True, exist_ok=True)
     times = StepTimes(work / "times.json", deadline)
     kind = FullPrecisionTrainer if job.arm.recipe == CONTROL else HestiaTrainer
-    extra: dict[str, Any] = {"teacher": job.arm.teacher} if job.arm.teacher else {}
+    extra: dict[str, Any] = {"teacher": parent.load()} if job.arm.teacher else {}
     trainer = kind(
         model,
         plan=plan,
@@ -295,9 +294,22 @@ def _train_config(job: Job) -> TrainConfig:
         bf16=shared.bf16,
         seed=job.seed,
         log_every=0,
+        distill=_distillation(job.arm.teacher),
+        teacher="parent" if job.arm.teacher else "",
         save_every=job.steps + 1,  # the callback asks for checkpoints by time
         keep=1,
     )
+
+
+def _distillation(teacher: Mapping[str, Any]) -> Distillation | None:
+    """``{loss: forward_kl, weight: 0.5}`` of an arm as the trainer takes it; None for an arm without a teacher."""
+    if not teacher:
+        return None
+    unknown = set(teacher) - {"loss", "weight"}
+    if unknown:
+        raise ConfigError(f"teacher: unknown key {min(unknown)!r}; a teacher has loss and weight")
+    options = {"divergence": teacher.get("loss"), "weight": teacher.get("weight")}
+    return Distillation(**{key: value for key, value in options.items() if value is not None})
 
 
 def _plan(job: Job, model: nn.Module, sensitivity: Sensitivity | None) -> Plan:

@@ -230,7 +230,7 @@ def _check_biases(model: nn.Module, recipe: str, paths: Sequence[str], targets: 
     config: Any = getattr(model, "config", None)
     if config is None:
         return
-    advice = f"Keep them with --skip, or choose a recipe without an output shift (all but {recipe!r} have none)."
+    advice = "Keep them with --skip, or choose a recipe without an output shift."
     if options_for(model, paths) is None:
         held = set[str]().union(*(biased_layers(model, options) or () for options in OPTIONS))
         missing = [path for path in paths if path not in held]

@@ -110,6 +110,8 @@ def test_options_choose_the_parts() -> None:
     spec = recipes.get("hearth", scale="twn", soft=False, floor=0.2, ceiling=3.0, tail="trust").spec_for(1.58, "row")
     assert spec == QuantSpec(scale=TWN(), estimator=Softmax(floor=0.2, ceiling=3.0, hard="trust"))
     assert recipes.get("hearth", scale="saliency", every=4).spec_for(1.58, "row").scale == Saliency(every=4)
+    kept = recipes.get("hearth", scale="saliency", search=False).spec_for(1.58, "row").scale
+    assert kept == Saliency(lowest=0.75, candidates=1)
     assert recipes.get("hearth").correction() is None
     assert recipes.get("hearth", pull=5.0, pull_start=0.7).correction() == Pull(strength=5.0, start=0.7)
     assert recipes.get("hearth", hard_from=0.85).schedule().base_temperature(0.85) == 0.0
@@ -120,3 +122,14 @@ def test_without_its_options_it_is_hestia_without_curvature() -> None:
     assert plain.spec_for(1.58, "row") == recipes.get("hestia").spec_for(1.58, "row")
     assert plain.spec_for(1.58, "row").scale == AbsMean()
     assert plain.schedule() == recipes.get("hestia").schedule()
+
+
+def test_one_candidate_is_weighted_least_squares_at_that_threshold() -> None:
+    generator = torch.Generator().manual_seed(3)
+    w = torch.randn(3, 64, generator=generator, dtype=torch.float64)
+    h = torch.rand(3, 64, generator=generator, dtype=torch.float64)
+    w_hat = Quantizer(QuantSpec(scale=Saliency(lowest=0.75, candidates=1))).fake(w, tau(1.0), tau(0.0), h)
+    for row, importance, found in zip(w, h, w_hat, strict=True):
+        q = row.sign() * (row.abs() > 0.75 * (row.abs().mean() + 1e-5))
+        level = (importance * q * row).sum() / (importance * q * q).sum()
+        torch.testing.assert_close(found, level * q)

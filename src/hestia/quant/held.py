@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .grids import Grid
-from .scales import TWN, ScaleRule, Scales
+from .scales import TWN, ScaleRule, Scales, best_level
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,8 @@ class Saliency(HeldRule):
 
     All candidates are weighed in one pass: the loss is ``sum h w^2 - A_k^2 / B_k`` with A_k = sum of h|w| and B_k = sum
     of h over ``|w| > t_k``, so h and h|w| are summed by the interval that |w| falls into, from the top down. h counts
-    relative to its mean in the group; a group without any h counts every weight alike.
+    relative to its mean in the group; a group without any h counts every weight alike. With one candidate nothing is
+    searched: weighted least squares at the threshold ``lowest``, at a tenth of the time.
 
     ``every`` is how often, in steps, training hands over a fresh h; ``warmup`` steps go by before the first.
     """
@@ -171,16 +172,19 @@ class Saliency(HeldRule):
         h = torch.where(mean > 0, held / mean.clamp_min(torch.finfo(held.dtype).tiny), 1.0)
         magnitude = w_RGN.abs()
         size = magnitude.mean(dim=-1, keepdim=True) + self.eps
+        step = 2.0 * size * self.lowest
+        if self.candidates > 1:
+            step = step + 2.0 * size * self.width * self._best(magnitude, size, h)
+        return Scales(step, best_level(w_RGN, grid.round(w_RGN / step), step, h))
+
+    def _best(self, magnitude: Tensor, size: Tensor, h: Tensor) -> Tensor:
+        """k of the best threshold of every group."""
         # interval k holds t_(k-1) < |w| <= t_k, so weights of interval k + 1 and above survive threshold k
         place = ((magnitude / size - self.lowest) / self.width).ceil_().clamp_(0, self.candidates).long()
-        empty = w_RGN.new_zeros(*w_RGN.shape[:-1], self.candidates + 1)
+        empty = magnitude.new_zeros(*magnitude.shape[:-1], self.candidates + 1)
         b = _from_the_top(empty.scatter_add(-1, place, h))[..., 1:]
         a = _from_the_top(empty.scatter_add(-1, place, h * magnitude))[..., 1:]
-        saved = a * a / b.clamp_min(1e-30)
-        best = saved.argmax(dim=-1, keepdim=True)
-        level = a.gather(-1, best) / b.gather(-1, best).clamp_min(1e-30)
-        step = 2.0 * size * (self.lowest + self.width * best)
-        return Scales(step, torch.where(level > 0, level, step))
+        return (a * a / b.clamp_min(1e-30)).argmax(dim=-1, keepdim=True)
 
 
 def _from_the_top(sums: Tensor) -> Tensor:

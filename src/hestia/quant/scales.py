@@ -196,8 +196,9 @@ class Gaussian(ScaleRule):
         return Scales(step, best_level(w_RGN, grid.round(w_RGN / step), step))
 
 
-def best_level(w_RGN: Tensor, q_RGN: Tensor, fallback: Tensor) -> Tensor:
-    """argmin_s sum (w - s q)^2, kept positive; ``fallback`` where every code is zero."""
-    power = (q_RGN * q_RGN).sum(dim=-1, keepdim=True)
-    level = (q_RGN * w_RGN).sum(dim=-1, keepdim=True) / power.clamp_min(1e-30)
+def best_level(w_RGN: Tensor, q_RGN: Tensor, fallback: Tensor, h_RGN: Tensor | None = None) -> Tensor:
+    """argmin_s sum h (w - s q)^2, kept positive; ``fallback`` where every code is zero; no ``h``: all count alike."""
+    weighted = q_RGN if h_RGN is None else h_RGN * q_RGN
+    power = (weighted * q_RGN).sum(dim=-1, keepdim=True)
+    level = (weighted * w_RGN).sum(dim=-1, keepdim=True) / power.clamp_min(1e-30)
     return torch.where((power > 0) & (level > 0), level, fallback)

@@ -63,6 +63,7 @@ class Hearth(Recipe):
         pull: CAGE's strength, in units of the learning rate; 0 is none.
         pull_start: share of the run after which it pulls.
         every: steps between two hand-overs of importance (saliency).
+        search: whether saliency tries 17 thresholds at every step, as quasar does, or keeps TWN's.
     """
 
     name: ClassVar[str] = "hearth"
@@ -78,13 +79,16 @@ class Hearth(Recipe):
     pull: float = 0.0
     pull_start: float = 0.8
     every: int = 1
+    search: bool = True
 
     def _spec(self, grid: Grid, group_size: GroupSize) -> QuantSpec:
         rules: dict[str, ScaleRule] = {
             "absmean": AbsMean(),
             "least_squares": LeastSquares(soft=self.soft),
             "twn": TWN(soft=self.soft),
-            "saliency": Saliency(every=self.every),
+            "saliency": Saliency(every=self.every)
+            if self.search
+            else Saliency(lowest=0.75, candidates=1, every=self.every),
         }
         estimator = Softmax(floor=self.floor, ceiling=self.ceiling, hard=self.tail)
         return QuantSpec(grid=grid, group_size=group_size, scale=rules[self.scale], estimator=estimator)
