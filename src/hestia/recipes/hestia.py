@@ -38,12 +38,12 @@ class Hestia(Recipe):
         kappa: slope of the score's sigmoid.
         rho: share of the run over which pressure rises.
         matched: divide the factors by their mean, so that alpha keeps the arithmetic mean temperature.
-        scale: rule of the scale; absmean (the paper's) suits {-1, 0, 1} better than {-2, -1, 0, 1}.
+        scale: rule of the scale; absmean (the paper's) suits {-1, 0, 1} better than {-2, -1, 0, 1}, and from 3 bits on
+            gaussian takes its place.
         temperature: tau0 (paper 0.3; 0.351 is the value fitted in the published code).
         hold: share of the run before the temperature falls; None means rho.
         decay: "cosine" or "linear".
         end_temperature: temperature of the last step.
-        scale: "paper" (absmean up to 2 bits) or "gaussian".
     """
 
     name: ClassVar[str] = "hestia"
