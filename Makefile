@@ -3,15 +3,16 @@ PYTHON ?= python3
 BIN := .venv/bin
 GPU := $(shell command -v nvidia-smi 2>/dev/null)
 
-.PHONY: setup demo test test-slow test-llama lint format speed clean
+.PHONY: setup demo test test-slow test-llama lint format speed bench-smoke clean
 
 setup: .venv/.installed
 
 # Without a GPU the CPU build of torch is tried first; constraints.txt then keeps whatever torch is there.
-.venv/.installed: requirements.txt constraints.txt pyproject.toml
+.venv/.installed: requirements.txt requirements-oracle.txt constraints.txt pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(if $(GPU),false,$(BIN)/pip install -q torch==2.13.0+cpu) || $(BIN)/pip install -q torch==2.13.0
 	$(BIN)/pip install -q -r requirements.txt -c constraints.txt
+	$(BIN)/pip install -q --no-deps -r requirements-oracle.txt
 	$(BIN)/pip install -q --no-deps --no-build-isolation -e .
 	@touch $@
 
@@ -41,6 +42,9 @@ format: setup
 
 speed: setup
 	for script in benchmarks/speed/*.py; do $(BIN)/python $$script || exit 1; done
+
+bench-smoke: setup
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/experiments/smoke.py
 
 clean:
 	rm -rf .venv demo runs

@@ -17,12 +17,15 @@ import matplotlib as mpl
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
+from curvature import tables as curvature
+from experiments import tables as experiments
 
 from hestia.files import read_json
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 FIGURE = ROOT / "docs" / "figures" / "nll.svg"
+PLANS_FIGURE = ROOT / "docs" / "figures" / "plans.svg"
 MODELS = {
     "stories260K": "stories260K (0.26M), TinyStories test",
     "books-6m": "books-6m (5.8M), Gutenberg + OpenStax test",
@@ -142,6 +145,30 @@ def figure(found: dict[str, dict[str, dict[str, Any]]]) -> str:
     return buffer.getvalue()
 
 
+def _filled(path: Path, block: str) -> str:
+    """The text of ``path`` with ``block`` between its result marks."""
+    text = path.read_text(encoding="utf-8")
+    marked = f"<!-- results -->\n{block}\n<!-- /results -->"
+    return re.sub(r"<!-- results -->.*?<!-- /results -->", lambda _: marked, text, flags=re.DOTALL)
+
+
+def comparison() -> list[str]:
+    """Lines of the controlled comparison: every stage that has results; nothing before the first one."""
+    sections = [text for stage in experiments.all_stages() if (text := experiments.section(stage))]
+    opening = ["## The controlled comparison", "", "How to run and read it: docs/benchmarks.md.", ""]
+    return [*opening, *sections] if sections else []
+
+
+def comparison_figures() -> dict[Path, str]:
+    """Path -> SVG text of the figures that the results allow."""
+    found: dict[Path, str] = {}
+    for stage in experiments.all_stages():
+        for kind, draw in (("tokens", experiments.tokens_figure), ("ranking", experiments.ranking_figure)):
+            if (text := draw(stage)) is not None:
+                found[FIGURE.with_name(f"stage_{stage.name}_{kind}.svg")] = text
+    return found
+
+
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.2g}"
 
@@ -170,6 +197,7 @@ def main() -> int:
             "",
             table(found),
             "",
+            *comparison(),
             "## Exports and their verification",
             "",
             exports_table(found),
@@ -178,6 +206,12 @@ def main() -> int:
             "",
             speed(),
             "",
+            "## Curvature",
+            "",
+            "Commands: `python benchmarks/curvature/metrics.py --models DIR --data DIR`, and `plans.py` beside it.",
+            "",
+            curvature.section(),
+            "",
             "## Greedy text, llama.cpp beside the frozen model",
             "",
             "llama.cpp rounds activations to 8 bits, so the two may part at a near tie.",
@@ -185,15 +219,19 @@ def main() -> int:
             greedy(found),
         ]
     )
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    block = f"<!-- results -->\n{table(found)}\n<!-- /results -->"
-    readme = re.sub(r"<!-- results -->.*?<!-- /results -->", lambda _: block, readme, flags=re.DOTALL)
-    written = {ROOT / "benchmarks" / "RESULTS.md": page, ROOT / "README.md": readme}
+    guide = ROOT / "docs" / "curvature.md"
+    written = {
+        ROOT / "benchmarks" / "RESULTS.md": page,
+        ROOT / "README.md": _filled(ROOT / "README.md", table(found)),
+        guide: _filled(guide, curvature.section()),
+    }
     if check:
         stale = [path for path, text in written.items() if not path.exists() or path.read_text("utf-8") != text]
         print("\n".join(f"stale: {path.relative_to(ROOT)}" for path in stale) or "all generated texts are current")
         return 1 if stale else 0
-    for path, text in {**written, FIGURE: figure(found)}.items():
+    plans = curvature.plans_figure()
+    figures = {FIGURE: figure(found), **({PLANS_FIGURE: plans} if plans is not None else {}), **comparison_figures()}
+    for path, text in {**written, **figures}.items():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
     return 0

@@ -206,11 +206,28 @@ def test_round_to_nearest_does_not_train(invoke: Invoke, job: Job, tmp_path: Pat
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
+@pytest.mark.parametrize("recipe", ["tequila", "quasar", "paretoq", "sherry"])
+def test_ports_go_through_the_main_job_with_a_teacher(invoke: Invoke, job: Job, tmp_path: Path, recipe: str) -> None:
+    teacher = ("--teacher", "parent", "--distill", "akl", "--distill-weight", "0.7", "--scale-rate", "0.5")
+    targets = ("--target", "hf", "--target", "gguf:q4_0", "--fallback")
+    status, _, err = invoke(*job("--recipe", recipe, *teacher, *targets))
+    assert status == 0, err
+    report = read(tmp_path / "run" / "report.json")
+    assert report["recipe"] == recipe and [e["verify"]["codes_equal"] for e in report["exports"]] == [True, True]
+    frozen = load_file(tmp_path / "run" / "model" / "model.safetensors")
+    assert not [name for name in frozen if "_hestia" in name]
+    biases = [name for name in frozen if name.endswith("_proj.bias")]
+    assert len(biases) == (14 if recipe == "tequila" else 0)
+    last = [row["hard_loss"] for row in rows(tmp_path / "run") if "hard_loss" in row][-1]
+    assert last < 7.0
+    assert invoke(*job("--recipe", recipe, *teacher[:4], "--distill-weight", "0.6", *targets, "--resume"))[0] == 2
+
+
 def test_auto_runs_the_pilot_and_takes_its_best_rate(invoke: Invoke, job: Job, tmp_path: Path, lean: None) -> None:
     assert invoke(*job("--lr", "auto", "--steps", "4", "--recipe", "bitnet_ste"))[0] == 0
     trials = [row["pilot"] for row in rows(tmp_path / "run") if "pilot" in row]
-    assert len(trials) == 4
-    assert all(trial["held_out_loss"] > 0 for trial in trials)
+    assert len(trials) == 4, "trials as long as the run need no second round"
+    assert all(trial["held_out_loss"] > 0 and trial["steps"] == 4 for trial in trials)
     best = min(trials, key=lambda trial: trial["held_out_loss"])
     report = read(tmp_path / "run" / "report.json")
     assert report["learning_rate"] == best["learning_rate"]

@@ -231,7 +231,7 @@ def test_skipping_too_much_is_refused_and_says_what_was_skipped() -> None:
 def test_a_sensitivity_heats_the_sensitive_and_alpha_s_sign_turns_it_round() -> None:
     model = qwen2()
     table = measured(hestia.plan(model))
-    scores = hestia_scores(table.geometric_means)
+    scores = hestia_scores(table.values)
     for alpha in (0.4, -0.4, 0.0):
         plan = hestia.plan(model, sensitivity=table, options={"alpha": alpha})
         for path, layer in plan.layers.items():
@@ -255,7 +255,7 @@ def test_a_sensitivity_may_be_a_file_an_object_or_numbers(tmp_path: Path) -> Non
     table.save(tmp_path / "sensitivity.json")
     plans = [
         hestia.plan(model, sensitivity=given)
-        for given in (tmp_path / "sensitivity.json", str(tmp_path / "sensitivity.json"), table, table.geometric_means)
+        for given in (tmp_path / "sensitivity.json", str(tmp_path / "sensitivity.json"), table, table.values)
     ]
     assert all(plan == plans[0] for plan in plans[1:]) and plans[0] != hestia.plan(model)
 
@@ -270,7 +270,7 @@ def test_a_skipped_tensor_may_have_been_measured_and_does_not_count() -> None:
     model = qwen2()
     table = measured(hestia.plan(model))
     plan = hestia.plan(model, sensitivity=table, skip=["*.v_proj"])
-    left = {path: trace for path, trace in table.geometric_means.items() if path in plan.layers}
+    left = {path: trace for path, trace in table.values.items() if path in plan.layers}
     assert len(left) == 12 and plan == hestia.plan(model, sensitivity=left, skip=["*.v_proj"])
 
 
@@ -309,3 +309,130 @@ def test_factors_of_a_plan_can_be_replaced() -> None:
     changed = plan.with_factors({first: 1.5})
     assert changed.layers[first] == replace(plan.layers[first], temperature_factor=1.5)
     assert all(changed.layers[path] == plan.layers[path] for path in rest)
+
+
+# --- several widths ------------------------------------------------------------------------------------------------
+
+
+def candidates_of(plan: hestia.Plan, group_size: object = "row") -> Sensitivity:
+    """A sensitivity with a damage for every width: later tensors hurt more, and each bit less hurts fourfold."""
+    grids = {grid.name: (width, grid) for width, grid in recipes.GRIDS.items()}
+    spec = {"scale": {"name": "gaussian"}, "estimator": {"name": "ste"}, "group_size": group_size}
+    tensors = {}
+    for k, (path, layer) in enumerate(plan.layers.items()):
+        others = {f"quadratic:{n}": [2.0 ** (k + 1 - 2 * w) * x for x in (0.5, 1.5)] for n, (w, _) in grids.items()}
+        tensors[path] = TensorSensitivity.of(path, layer.weights, [1.0 + k, 2.0 + k], others=others)
+    return Sensitivity(
+        estimator="gnb",
+        seed=0,
+        sequences=2,
+        scored_positions=14,
+        tensors=tensors,
+        candidates={name: {"levels": list(grid.values), **spec} for name, (_, grid) in grids.items()},
+    )
+
+
+def test_a_number_of_bits_that_is_no_width_is_a_budget_spent_where_it_hurts() -> None:
+    model = wide()
+    table = candidates_of(hestia.plan(model))
+    plan = hestia.plan(model, target="gguf:mixed", bits=1.9, sensitivity=table)
+    spending = plan.spending
+    assert spending is not None and spending.asked_bits == 1.9 and spending.bits <= 1.9
+    assert plan.bits_per_weight("gguf:mixed") == pytest.approx(spending.bits), "nothing is kept at this budget"
+    damages = [layer.damage for layer in plan.layers.values()]
+    assert None not in damages and spending.predicted_kl == pytest.approx(sum(d for d in damages if d is not None))
+    for path, layer in plan.layers.items():
+        width = next(w for w, grid in recipes.GRIDS.items() if grid == layer.spec.grid)
+        assert layer.damage == pytest.approx(0.5 * table.means(f"quadratic:{layer.spec.grid.name}")[path])
+        assert layer.spec == recipes.get("hestia").mixed_spec(width, "row")
+        narrow = TARGETS["gguf:mixed"].storage(layer.spec.grid, "row", layer.shape, fallback=False)
+        assert layer.stored == {"gguf:mixed": narrow.name}
+    assert len({layer.spec.grid.name for layer in plan.layers.values()}) > 1
+    for layer in range(2):
+        for tied in (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj")):
+            chosen = [plan.layers[f"model.layers.{layer}.{name}"] for name in tied]
+            assert len({(c.spec.grid, c.stored["gguf:mixed"]) for c in chosen}) == 1, "fused kernels have one type"
+    uniform = 0.5 * sum(table.means("quadratic:ternary").values())
+    assert spending.predicted_kl < uniform
+    bits = [point[0] for point in spending.curve]
+    assert bits == sorted(bits) and bits[0] <= spending.bits <= bits[-1]
+
+
+def test_the_same_sensitivity_gives_the_same_mixed_plan_and_it_survives_its_file(tmp_path: Path) -> None:
+    model = wide()
+    table = candidates_of(hestia.plan(model))
+    turned = replace(table, tensors=dict(reversed(table.tensors.items())))
+    plans = [hestia.plan(model, target="gguf:mixed", bits=1.9, sensitivity=given) for given in (table, table, turned)]
+    assert plans[0] == plans[1]
+    assert {p: layer.spec for p, layer in plans[2].layers.items()} == {p: x.spec for p, x in plans[0].layers.items()}
+    plans[0].save(tmp_path / "plan.json")
+    again = hestia.Plan.load(tmp_path / "plan.json")
+    assert again == plans[0] and again.table() == plans[0].table()
+    assert "asked for at most 1.9 bits" in again.table() and "half of dW' G dW (gnb, 2 sequences)" in again.table()
+    record = json.loads((tmp_path / "plan.json").read_text())
+    del record["spending"]["source"]
+    with pytest.raises(PlanError, match="missing key 'source'"):
+        hestia.Plan.from_json(record)
+
+
+def test_what_the_allocation_keeps_says_so_and_every_weight_is_still_accounted_for() -> None:
+    model = wide()
+    table = candidates_of(hestia.plan(model))
+    plan = hestia.plan(model, target="hf", bits=4.0, widths=(1.58, 2.0, 16.0), sensitivity=table, allow_partial=True)
+    kept = {name for name, why in plan.kept.items() if why.reason.startswith("kept by the allocation: ")}
+    assert kept and plan.spending is not None and plan.spending.bits <= 4.0
+    names = [f"{path}.weight" for path in plan.layers] + list(plan.kept)
+    assert sorted(names) == sorted(n for n, _ in model.named_parameters())
+    with pytest.raises(PlanError, match=r"only \d+ % of the non-embedding weights"):
+        hestia.plan(model, target="hf", bits=29.0, widths=(1.58, 16.0), sensitivity=table)
+
+
+def test_widths_that_the_target_cannot_hold_are_left_out_by_name() -> None:
+    model = wide()
+    table = candidates_of(hestia.plan(model))
+    plan = hestia.plan(model, target="hf", bits=2.5, sensitivity=table)
+    assert plan.spending is not None and set(plan.spending.left_out) == {"3", "4"}
+    assert "4 bits left out: pack-quantized 2-bit cannot express the levels int4" in plan.table()
+    with pytest.raises(PlanError, match="pack-quantized 2-bit cannot express the levels int4"):
+        hestia.plan(model, target="hf", bits=4.5, widths=(4.0,), sensitivity=table)
+
+
+def test_a_bound_on_the_damage_finds_the_cheapest_plan() -> None:
+    model = wide()
+    table = candidates_of(hestia.plan(model))
+    reference = hestia.plan(model, target="gguf:mixed", bits=1.9, sensitivity=table).spending
+    assert reference is not None
+    found = hestia.plan(model, target="gguf:mixed", max_kl=reference.predicted_kl, sensitivity=table).spending
+    assert found is not None and found.predicted_kl <= reference.predicted_kl and found.bits <= reference.bits
+
+
+def test_a_mixed_plan_that_cannot_be_made_says_what_to_do() -> None:
+    model = wide()
+    table = candidates_of(hestia.plan(model))
+    with pytest.raises(PlanError, match=r"needs a sensitivity: run `hestia calibrate MODEL --data TEXT"):
+        hestia.plan(model, target="gguf:mixed", bits=1.9)
+    with pytest.raises(PlanError, match=r"measured no damage of binary, ternary.*calibrate again"):
+        hestia.plan(model, target="gguf:mixed", bits=1.9, sensitivity=measured(hestia.plan(model)))
+    with pytest.raises(PlanError, match=r"in groups of row, the plan wants 128: calibrate again with --group-size 128"):
+        hestia.plan(model, target="gguf:mixed", bits=5.1, group_size=128, sensitivity=table)
+    with pytest.raises(PlanError, match=r"0\.3 bits a weight cannot be reached: .* ask for --bits \d\.\d+ or more"):
+        hestia.plan(model, target="gguf:mixed", bits=0.3, sensitivity=table)
+    with pytest.raises(PlanError, match="was it calibrated on another model"):
+        hestia.plan(qwen2(), target="gguf:mixed", bits=2.5, sensitivity=table)
+
+
+def test_damages_may_be_the_caller_s_own() -> None:
+    model = wide()
+    damages = {path: {w: 4.0**-w for w in recipes.GRIDS} for path in hestia.plan(model).layers}
+    plan = hestia.plan(model, "bitnet_ste", target="gguf:mixed", bits=2.0, widths=(1.58, 4.0), damages=damages)
+    assert plan.spending is not None and plan.spending.source == "the caller's numbers"
+    assert {layer.spec.grid.name for layer in plan.layers.values()} == {"ternary", "int4"}
+
+
+def test_a_mixed_hestia_plan_keeps_the_paper_s_ternary_and_takes_the_measured_rule_from_two_bits() -> None:
+    recipe = recipes.get("hestia")
+    alone = {w: recipe.spec_for(w, "row").scale.name for w in recipe.widths}
+    assert alone == {1.0: "absmean", 1.58: "absmean", 2.0: "absmean", 3.0: "gaussian", 4.0: "gaussian"}
+    mixed = {w: recipe.mixed_spec(w, "row").scale.name for w in recipe.widths}
+    assert mixed == {**alone, 2.0: "gaussian"}
+    assert recipes.get("hestia", scale="gaussian").spec_for(1.58, "row").scale.name == "gaussian"

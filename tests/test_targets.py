@@ -161,3 +161,16 @@ def test_head_types_by_name() -> None:
     assert head_type("q8_0") is Q8_0
     with pytest.raises(ConfigError, match="did you mean 'q8_0'"):
         head_type("q80")
+
+
+def test_the_mixed_target_stores_each_tensor_in_its_cheapest_exact_type() -> None:
+    mixed = TARGETS["gguf:mixed"]
+    for grid in (BINARY, TERNARY, INT2, Grid(tuple(range(-8, 8)))):
+        for columns in (64, 96, 256, 768):
+            chosen = mixed.storage(grid, "row", (8, columns), fallback=False)
+            held = [t for t in mixed.types if t.refusal(grid, "row", (8, columns)) is None]
+            assert chosen in held
+            assert chosen.stored_bytes((8, columns), "row") == min(t.stored_bytes((8, columns), "row") for t in held)
+    assert mixed.storage(TERNARY, "row", (8, 256), fallback=False) is TQ1_0
+    assert mixed.storage(TERNARY, "row", (8, 64), fallback=False) is Q2_0
+    assert mixed.storage(TERNARY, 32, (8, 64), fallback=False) is Q4_0

@@ -1,7 +1,8 @@
 """What the quantizer adds to a training step, and what calibration costs, on the bundled 6M-parameter model.
 
     step          forward, backward and AdamW on 4,096 tokens (16 blocks of 256) under bf16 autocast
-    calibration   one sequence of 256 tokens, all tensors together, against a plain forward and backward of it
+    calibration   eight sequences of 256 tokens, all tensors together, with and without the damage of five candidate
+                  quantizers, against a plain forward and backward of them
 
 Arms take turns in one process and the order rotates, so that a noisy machine disturbs all alike; medians, quartiles and
 ratios are reported. Goals: step at most 1.10 times the step without any quantizer, calibration at most 3.5 times.
@@ -25,6 +26,7 @@ import hestia
 from hestia import loading
 from hestia.curvature import calibrate
 from hestia.files import write_json
+from hestia.jobs import candidate_specs
 from hestia.nn import knobs_of
 from hestia.provenance import machine, versions
 from hestia.tiny import model_path
@@ -61,15 +63,20 @@ def main() -> None:
     model = parent()
     plan = hestia.plan(model, target="gguf:tq2_0")
     weights = {path: model.get_parameter(f"{path}.weight") for path in plan.layers}
-    pair = ids[:2]
+    some = ids[:8]
+    candidates = candidate_specs([weight.shape[1] for weight in weights.values()], "row")
 
     def plain() -> None:
-        for row in pair:
+        for row in some:
             model.zero_grad(set_to_none=True)
             model(input_ids=row[None], labels=row[None]).loss.backward()
 
     record["calibration"] = compare(
-        {"forward and backward": plain, "calibrate": lambda: discard(calibrate(model, weights, pair))},
+        {
+            "forward and backward": plain,
+            "calibrate": lambda: discard(calibrate(model, weights, some)),
+            "with 5 candidates": lambda: discard(calibrate(model, weights, some, candidates=candidates)),
+        },
         options.rounds,
         "forward and backward",
     )

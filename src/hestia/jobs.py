@@ -20,6 +20,8 @@ from .nn import select
 from .options import Options, count
 from .planner import plan as make_plan
 from .plans import Plan
+from .quant import Gaussian, GroupSize, QuantSpec
+from .quant.grouping import group_shape
 
 LARGEST_DEFAULT_BATCH = 16
 """Blocks a step where --batch-size is not given, at most."""
@@ -42,6 +44,8 @@ def plan_model(options: Options) -> Plan:
         options.target,
         options.sensitivity,
         bits=options.bits,
+        widths=options.mix(),
+        max_kl=options.max_kl,
         group_size=options.group(),
         skip=options.skip,
         fallback=options.fallback,
@@ -55,14 +59,17 @@ def calibrate_model(options: Options) -> curvature.Sensitivity:
     Raises:
         ConfigError, CalibrationError: bad input, or a tensor that the text does not reach.
     """
-    choose_device(options)
+    device = choose_device(options)
     source = loading.resolve(options.model)
     config = loading.load_config(source, trust_remote_code=options.trust_remote_code)
     tokenizer = loading.load_tokenizer(source, trust_remote_code=options.trust_remote_code)
     text = prepare_text(options, tokenizer, longest_block(config, options), None)
-    model = loading.load_model(source, trust_remote_code=options.trust_remote_code)
-    paths = list(select(model, options.skip).candidates)
-    return calibrate_on(model, paths, text.train, options, loading.fingerprint(source, config))
+    model: Any = loading.load_model(source, trust_remote_code=options.trust_remote_code)
+    model.to(device)
+    linears = select(model, options.skip).candidates
+    specs = candidate_specs([linear.in_features for linear in linears.values()], options.group())
+    identity = loading.fingerprint(source, config)
+    return calibrate_on(model, list(linears), specs, text.train, options, identity)
 
 
 def evaluate_model(
@@ -216,17 +223,36 @@ def longest_block(config: Any, options: Options) -> int:
     return chosen
 
 
+def candidate_specs(widths: Sequence[int], group_size: GroupSize) -> dict[str, QuantSpec]:
+    """Label -> quantizer of every bit width, by the scale rule that suits them all.
+
+    Raises:
+        PlanError: a group size that does not divide a row of ``widths`` inputs.
+    """
+    for columns in sorted(set(widths)):
+        group_shape((1, columns), group_size)
+    return {grid.name: QuantSpec(grid=grid, group_size=group_size, scale=Gaussian()) for grid in recipes.GRIDS.values()}
+
+
 def calibrate_on(
     model: PreTrainedModel,
-    paths: Sequence[str] | Plan,
+    paths: Sequence[str],
+    candidates: Mapping[str, QuantSpec],
     blocks: Blocks,
     options: Options,
     fingerprint: Mapping[str, Any],
 ) -> curvature.Sensitivity:
-    """Curvature of the named tensors (or all that a plan quantizes) on ``--calibrate`` blocks drawn by seed."""
-    names = list(paths.layers) if isinstance(paths, Plan) else list(paths)
-    weights = {path: model.get_parameter(f"{path}.weight") for path in names}
+    """Curvature of the named tensors on at most ``--calibrate`` blocks drawn by seed."""
+    weights = {path: model.get_parameter(f"{path}.weight") for path in paths}
     rows = epoch_order(len(blocks), options.seed, 0)[: options.calibrate]
     return curvature.calibrate(
-        model, weights, blocks.input_ids[rows].long(), seed=options.seed, fingerprint=fingerprint
+        model,
+        weights,
+        blocks.input_ids[rows].long(),
+        estimator=options.estimator,
+        candidates=candidates,
+        diagonals=options.group(),
+        stopping=curvature.Stopping(),
+        seed=options.seed,
+        fingerprint=fingerprint,
     )

@@ -42,7 +42,11 @@ class Options:
     options: Mapping[str, Any] = field(
         default_factory=dict, metadata={"help": "option of the recipe as KEY=VALUE (repeatable)"}
     )
-    bits: float = _option(1.58, "bits a weight: 1, 1.58 or 2")
+    bits: float = _option(
+        1.58, "bits a weight: a width of the recipe, or a budget such as 1.9 to be spent where the damage falls most"
+    )
+    widths: tuple[str, ...] = _option((), "widths that such a plan may mix (repeatable); 16 keeps a tensor as it is")
+    max_kl: float | None = _option(None, "instead of --bits: the cheapest plan whose predicted KL is at most this")
     group_size: str = _option("row", "weights that share a scale: a number, row or tensor")
     skip: tuple[str, ...] = _option((), "shell pattern of module paths to keep (repeatable)")
     fallback: bool = _option(False, "let single tensors use another exact type of the target format")
@@ -53,7 +57,9 @@ class Options:
     seq_len: int | None = _option(None, "tokens a block; default min(1024, the model's maximum)")
     batch_size: int | None = _option(None, "blocks a step; default such that at least 300 steps fit, 16 at most")
     accumulation: int = _option(1, "micro-batches a step")
-    lr: str = _option("auto", "peak learning rate, or auto: a pilot of four rates")
+    lr: str = _option(
+        "auto", "peak learning rate, or auto: a pilot of short runs at four rates, then longer ones at the best two"
+    )
     warmup: float = _option(0.05, "share of the run that warms up the learning rate")
     lr_decay: float = _option(0.2, "share of the run over which the learning rate decays at the end")
     lr_final: float = _option(0.1, "learning rate at the end, as a share of the peak")
@@ -61,8 +67,15 @@ class Options:
     second_factor: float = _option(0.5, "the second stage's rate, as a share of the peak")
     weight_decay: float = _option(0.01, "AdamW's weight decay on matrices")
     clip: float = _option(1.0, "gradient norm limit")
+    teacher: str | None = _option(None, "distil from parent (the model itself) or from another model folder or hub id")
+    distill: str = _option("forward_kl", "what --teacher gives: forward_kl, reverse_kl or akl")
+    distill_weight: float = _option(0.5, "the teacher's share in the loss; the rest is cross entropy")
+    scale_rate: float = _option(1.0, "factor on the learning rate of learned scales")
+    norm_rate: float = _option(1.0, "factor on the learning rate of norms and biases")
+    embedding_rate: float = _option(1.0, "factor on the learning rate of embeddings")
     embeddings: str = _option("train", "train or freeze the embeddings (and a tied head)")
-    calibrate: int = _option(64, "sequences of the curvature estimate; 0 ignores curvature")
+    calibrate: int = _option(256, "most sequences of the curvature estimate, which stops when it has settled; 0: none")
+    estimator: str = _option("gnb", "how curvature is measured: gnb, fisher, kl, hutchinson, hutchpp, xtrace, eigen")
     sensitivity: str | None = _option(None, "use this sensitivity.json instead of calibrating")
     separator: str = _option("auto", "line that separates documents in .txt files")
     joiner: str = _option("auto", "join documents by bos, eos or both; auto asks the tokenizer")
@@ -87,6 +100,9 @@ class Options:
         _choice("head", self.head, ("auto", "f32", "f16", "bf16", "q8_0"))
         _choice("joiner", self.joiner, ("auto", "bos", "eos", "both"))
         _choice("device", self.device, ("auto", "cpu", "cuda"))
+        _choice("distill", self.distill, ("forward_kl", "reverse_kl", "akl"))
+        if not 0.0 <= self.distill_weight <= 1.0:
+            raise ConfigError(f"--distill-weight must lie in [0, 1], got {self.distill_weight}")
         for name in ("accumulation", "batch_size", "steps", "seq_len", "threads", "save_every", "log_every"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -95,14 +111,19 @@ class Options:
             raise ConfigError(f"--calibrate needs at least 2 sequences (or 0 for none), got {self.calibrate}")
         if not 0.0 < self.held_out_share < 0.5:
             raise ConfigError(f"--held-out-share must lie between 0 and 0.5, got {self.held_out_share}")
-        for name in ("clip", "weight_decay"):
+        for name in ("clip", "weight_decay", "scale_rate", "norm_rate", "embedding_rate"):
             if not 0.0 <= getattr(self, name) < math.inf:
                 raise ConfigError(
                     f"--{name.replace('_', '-')} must be 0 or a positive number, got {getattr(self, name)}"
                 )
         for name in ("tokens", "eval_tokens"):
             count(getattr(self, name), name)
+        if not 0.0 < self.bits <= 32.0:
+            raise ConfigError(f"--bits must be a positive number, got {self.bits:g}")
+        if self.max_kl is not None and not 0.0 < self.max_kl < math.inf:
+            raise ConfigError(f"--max-kl must be a positive number of nats a token, got {self.max_kl}")
         self.group()
+        self.mix()
         self.learning_rate()
 
     def group(self) -> Any:
@@ -116,6 +137,18 @@ class Options:
         if self.group_size.isdigit() and int(self.group_size) > 0:
             return int(self.group_size)
         raise ConfigError(f"--group-size must be a positive number, row or tensor, got {self.group_size!r}")
+
+    def mix(self) -> tuple[float, ...] | None:
+        """The widths a mixed plan may use; None where the recipe's own will do.
+
+        Raises:
+            ConfigError: something that is no width.
+        """
+        widths = {"1": 1.0, "1.58": 1.58, "2": 2.0, "3": 3.0, "4": 4.0, "16": 16.0}
+        for text in self.widths:
+            if text not in widths:
+                raise ConfigError(f"--widths {text!r}: {nearest(text, widths)}")
+        return tuple(widths[text] for text in self.widths) or None
 
     def learning_rate(self) -> float | None:
         """The peak rate, or None for auto.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 import os
 import shutil
 import time
@@ -33,16 +34,18 @@ from .export.refit import refit as refit_scales
 from .export.verify import PROBE_FILE, kept_text, require_ok, verify
 from .files import read_json, replacing_folder, require_writable, sha256, write_json, write_text
 from .jobs import LARGEST_DEFAULT_BATCH, TUNING_BLOCKS, calibrate_on, choose_device, longest_block, prepare_text, spread
+from .mixed import candidates, is_mixed
 from .options import Options, count, load_config
 from .planner import plan as make_plan
 from .plans import Plan
 from .progress import announce as say
 from .provenance import command_line, machine, versions
+from .quant import STE, AbsMean, QuantSpec
 from .report.html import write_report
 from .report.model_card import write_model_card
 from .schedules import LearningRateSchedule
 from .targets import target as find_target
-from .training import HestiaTrainer, TrainConfig, check_loggers, checkpoints, pilot
+from .training import Distillation, HestiaTrainer, TrainConfig, check_loggers, checkpoints, pilot
 from .training.trainer import LOG_FILE
 
 OPTIONS_FILE, PLAN_FILE, SENSITIVITY_FILE = "run.yaml", "plan.json", "sensitivity.json"
@@ -142,7 +145,7 @@ class Run:
 
     def _stages(self) -> dict[str, Any]:
         started = time.perf_counter()
-        plan = self._plan_without_curvature()
+        plan = self.plan_without_curvature()
         text = self.text
         self._check_inputs()
         self._open_folder()
@@ -187,28 +190,47 @@ class Run:
             text = self.text
             token_cache.save(self.folder / CACHE_FOLDER, text.record["key"], text.train, text.held_out, text.record)
 
-    def _plan_without_curvature(self) -> Plan:
+    def plan_without_curvature(self) -> Plan:
         """The plan before calibration: refuses at once what could not be exported at the end."""
         if self.given_plan is not None:
             nn.apply(self._empty_model(), self.given_plan)  # refuses a plan of another model
             return self.given_plan
-        return self._make_plan(self.options.sensitivity)
+        if not self.is_mixed or self.options.sensitivity is not None:
+            return self._make_plan(self.options.sensitivity)
+        if self.options.calibrate == 0:
+            raise ConfigError(
+                f"--calibrate 0 leaves nothing to spend --bits {self.options.bits:g} by; "
+                "give --sensitivity FILE, or let it calibrate"
+            )
+        return self._make_plan(None, alike=True)
+
+    @cached_property
+    def is_mixed(self) -> bool:
+        """Whether the plan may give tensors different widths, which needs a sensitivity whatever the recipe."""
+        o = self.options
+        return is_mixed(recipes.get(o.recipe, **o.options), o.bits, o.mix(), o.max_kl)
 
     def _empty_model(self) -> PreTrainedModel:
         return loading.empty_model(self.source, self.config, trust_remote_code=self.options.trust_remote_code)
 
-    def _make_plan(self, sensitivity: str | curvature.Sensitivity | None) -> Plan:
+    def _make_plan(self, sensitivity: str | curvature.Sensitivity | None, *, alike: bool = False) -> Plan:
+        """The plan; ``alike`` takes all weights for equally sensitive, to see whether any plan meets the budget."""
         o = self.options
+        model = self._empty_model()
+        even = {path: {width: 4.0**-width for width in recipes.GRIDS} for path in nn.select(model, o.skip).candidates}
         return make_plan(
-            self._empty_model(),
+            model,
             recipes.get(o.recipe, **o.options),
             o.target,
             sensitivity,
             bits=o.bits,
+            widths=o.mix(),
+            max_kl=math.inf if alike and o.max_kl is not None else o.max_kl,
+            damages=even if alike else None,
             group_size=o.group(),
             skip=o.skip,
             fallback=o.fallback,
-            allow_partial=o.allow_partial,
+            allow_partial=o.allow_partial or alike,
         )
 
     def _plan(self, plan: Plan) -> Plan:
@@ -218,7 +240,8 @@ class Run:
             if self.given_plan is not None and made.to_json() != self.given_plan.to_json():
                 raise ConfigError(f"{self.folder} holds a run by another plan than the one given. Choose another --out")
             return made
-        if self.given_plan is None and recipes.get(self.options.recipe, **self.options.options).uses_curvature:
+        recipe = recipes.get(self.options.recipe, **self.options.options)
+        if self.given_plan is None and (recipe.uses_curvature or self.is_mixed):
             sensitivity = self._sensitivity(plan)
             if sensitivity is not None:
                 plan = self._make_plan(sensitivity)
@@ -233,15 +256,24 @@ class Run:
         elif self.options.calibrate == 0:
             return None
         else:
-            model = self._load_model()
+            model: Any = self._load_model()
+            model.to(self.device)
+            paths, candidates = self._to_measure(plan)
+            identity = loading.fingerprint(self.source, self.config)
             sensitivity = self.clock.measure(
                 "calibrate",
-                lambda: calibrate_on(
-                    model, plan, self.training, self.options, loading.fingerprint(self.source, self.config)
-                ),
+                lambda: calibrate_on(model, paths, candidates, self.training, self.options, identity),
             )
         sensitivity.save(path)
         return sensitivity
+
+    def _to_measure(self, plan: Plan) -> tuple[list[str], dict[str, QuantSpec]]:
+        """The tensors that calibration looks at, and by label every quantizer that they may get."""
+        if not self.is_mixed:
+            return list(plan.layers), {layer.spec.grid.name: layer.spec for layer in plan.layers.values()}
+        o = self.options
+        specs = candidates(recipes.get(o.recipe, **o.options), o.group(), o.mix())
+        return list(nn.select(self._empty_model(), o.skip).candidates), specs
 
     def _frozen(self, plan: Plan) -> FrozenModel:
         if not (self.resume and (self.folder / CODES_FILE).is_file()):
@@ -282,6 +314,11 @@ class Run:
             weight_decay=o.weight_decay,
             clip=o.clip,
             train_embeddings=o.embeddings == "train",
+            scale_rate=o.scale_rate,
+            norm_rate=o.norm_rate,
+            embedding_rate=o.embedding_rate,
+            distill=Distillation(divergence=o.distill, weight=o.distill_weight) if o.teacher is not None else None,
+            teacher=o.teacher or "",
             bf16=self.bf16,
             gradient_checkpointing=o.gradient_checkpointing,
             compile=o.compile,
@@ -294,20 +331,26 @@ class Run:
         )
 
     def _pilot(self, plan: Plan) -> float:
-        steps = max(12, round(0.03 * self.steps))
-        say(f"learning-rate pilot: four rates, {steps} steps each")
-        (self.folder / LOG_FILE).unlink(missing_ok=True)  # of a pilot that was interrupted
-
-        def trial(rate: float) -> float:
-            model = nn.apply(self._load_model(), plan)
-            trainer = self._trainer(model, plan, self._config_for(rate, steps, save=False), f"pilot at {rate:g}")
-            trainer.fit()
-            return score(model_logits(model), self.tuning, description="pilot loss").nll
-
+        first, second = pilot.trial_steps(self.steps)
+        say(f"learning-rate pilot: four rates, {first} steps each, then the best two, {second} steps each")
         width = int(getattr(self.config.get_text_config(), "hidden_size", 1024))
-        rate = self.clock.measure("pilot", lambda: pilot.choose(trial, pilot.rates(width), self.folder / LOG_FILE))
+        rate = self.clock.measure(
+            "pilot",
+            lambda: pilot.choose(
+                lambda rate, steps: self.trial(plan, rate, steps),
+                pilot.rates(width),
+                self.steps,
+                self.folder / LOG_FILE,
+            ),
+        )
         say(f"learning rate {rate:g}")
         return rate
+
+    def trial(self, plan: Plan, rate: float, steps: int) -> float:
+        """Hard loss on the tuning blocks after a whole run in miniature: ``steps`` steps, schedules included."""
+        model = nn.apply(self._load_model(), plan)
+        self._trainer(model, plan, self._config_for(rate, steps, save=False), f"pilot at {rate:g}").fit()
+        return score(model_logits(model), self.tuning, description="pilot loss").nll
 
     def _trainer(self, model: Any, plan: Plan, config: TrainConfig, description: str) -> HestiaTrainer:
         return HestiaTrainer(
@@ -318,7 +361,15 @@ class Run:
             held_out=self.tuning,
             folder=self.folder,
             description=description,
+            teacher=self._teacher(),
         )
+
+    def _teacher(self) -> Any:
+        """A model of its own to learn from: the parent again, or the one that --teacher names."""
+        name = self.options.teacher
+        if name is None:
+            return None
+        return self._load_model() if name == "parent" else loading.load_model(loading.resolve(name))
 
     def _scores(self, plan: Plan) -> dict[str, Any]:
         """Parent, round-to-nearest and frozen model on the same held-out blocks."""
@@ -525,14 +576,25 @@ def _numbers(result: Score) -> dict[str, Any]:
 
 
 def round_to_nearest_twin(plan: Plan) -> Plan:
-    """The plan that rounds the same tensors with the same grids and groups, without training."""
+    """The plan that rounds the same tensors to the same levels and groups, without training, shift or constraint."""
     recipe = recipes.get("round_to_nearest")
-    scale = recipe.spec_for(1.58, "row").scale
+    scales = {grid.values: recipe.spec_for(bits, "row").scale for bits, grid in recipes.GRIDS.items()}
+
+    def rounded(spec: QuantSpec) -> QuantSpec:
+        return QuantSpec(
+            grid=dataclasses.replace(spec.grid, block=0),
+            group_size=spec.group_size,
+            scale=scales.get(spec.grid.values) or AbsMean(),
+            estimator=STE(),
+        )
+
     layers = {
-        path: dataclasses.replace(layer, spec=dataclasses.replace(layer.spec, scale=scale), temperature_factor=1.0)
+        path: dataclasses.replace(layer, spec=rounded(layer.spec), temperature_factor=1.0)
         for path, layer in plan.layers.items()
     }
-    return dataclasses.replace(plan, recipe=recipe.to_json(), trains=False, schedule=recipe.schedule(), layers=layers)
+    return dataclasses.replace(
+        plan, recipe=recipe.to_json(), trains=False, schedule=recipe.schedule(), layers=layers, correction=None
+    )
 
 
 def export_and_verify(

@@ -6,16 +6,20 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from . import recipes
 from .curvature import Sensitivity
+from .curvature.allocation import KEPT, Damage, Interactions
 from .errors import PlanError
+from .mixed import KEPT_REASON, allocate, candidates, is_mixed, layers_of, measured_damage, offer, spending
+from .nn.biases import OPTIONS, biased_layers, options_for
 from .nn.select import Selection, select
-from .plans import LayerPlan, Plan
-from .quant import GroupSize
-from .quant.grouping import group_shape
+from .plans import Kept, LayerPlan, Plan, Spending
+from .quant import GroupSize, QuantSpec
 from .recipes import Recipe
+from .targets import LLAMA_CPP_BIASES, Target
 from .targets import target as find_target
 
 SMALLEST_COVERAGE = 0.5
@@ -28,6 +32,10 @@ def plan(
     sensitivity: str | Path | Sensitivity | Mapping[str, float] | None = None,
     *,
     bits: float = 1.58,
+    widths: Sequence[float] | None = None,
+    max_kl: float | None = None,
+    damages: Damage | None = None,
+    interactions: Interactions | None = None,
     group_size: GroupSize = "row",
     skip: str | Sequence[str] = (),
     fallback: bool = False,
@@ -41,7 +49,12 @@ def plan(
         recipe: a recipe or its name.
         target: file format or formats that must hold the result exactly.
         sensitivity: a sensitivity.json, its object, or module path -> curvature; None ignores curvature.
-        bits: 1, 1.58 or 2, as far as the recipe does them.
+        bits: one of the recipe's widths for every tensor; any other number, such as 1.9, is a budget of stored bits a
+            weight (scales and padding included) that an exact allocation spends where the damage falls most.
+        widths: what the allocation may choose from, 16 for keeping a tensor; with it every ``bits`` is a budget.
+        max_kl: instead of a budget, the cheapest plan whose predicted KL is at most this many nats a token.
+        damages: module path -> width -> predicted KL, for the allocation; None takes those of the sensitivity.
+        interactions: pairwise terms of the damages (``allocation.Interactions``).
         group_size: weights that share a scale: an int, "row" or "tensor".
         skip: shell pattern or patterns of module paths to keep.
         fallback: let single tensors use another exact storage type of the target.
@@ -51,27 +64,52 @@ def plan(
     Raises:
         ConfigError: an unknown recipe, option, target or width.
         PlanError: a tensor that group size or target cannot hold, a pattern that matches nothing, a sensitivity of
-            another model, or too few quantizable weights.
+            another model, too few quantizable weights, or a budget that nothing fits (the smallest is named).
     """
     chosen = recipe if isinstance(recipe, Recipe) else recipes.get(recipe, **(options or {}))
-    spec = chosen.spec_for(bits, group_size)
+    if isinstance(sensitivity, (str, Path)):
+        sensitivity = Sensitivity.load(Path(sensitivity))
     targets = [find_target(name) for name in ([target] if isinstance(target, str) else target)]
     selection = select(model, skip)
     if not selection.candidates or (selection.coverage() < SMALLEST_COVERAGE and not allow_partial):
         raise PlanError(_refusal(selection))
-    layers: dict[str, LayerPlan] = {}
-    problems: dict[str, list[str]] = {}
-    for path, linear in selection.candidates.items():
-        shape = (linear.out_features, linear.in_features)
-        try:
-            group_shape(shape, group_size)
-            stored = {t.name: t.storage(spec.grid, group_size, shape, fallback=fallback).name for t in targets}
-        except ValueError as error:
-            problems.setdefault(str(error), []).append(path)
-            continue
-        layers[path] = LayerPlan(spec=spec, shape=shape, stored=stored)
-    if problems:
-        raise PlanError(_summary(problems))
+    traces = sensitivity.values if isinstance(sensitivity, Sensitivity) else sensitivity
+    spent: Spending | None = None
+    if is_mixed(chosen, bits, widths, max_kl):
+        if damages is None and isinstance(sensitivity, Sensitivity):
+            _check_same_model(_bare(chosen, targets, selection), sensitivity.values, sensitivity)
+        specs = candidates(chosen, group_size, widths)
+        damages, source = _damages(chosen, bits, sensitivity, damages, specs)
+        by_width = {w: specs[grid.name] for w, grid in recipes.GRIDS.items() if grid.name in specs}
+        offered = offer(
+            selection.candidates,
+            by_width,
+            targets,
+            damages,
+            keep=widths is None or KEPT in widths,
+            fallback=fallback,
+            dtype=_stored_dtype(model),
+        )
+        found, points = allocate(
+            selection.candidates, offered, damages, bits=bits, max_kl=max_kl, interactions=interactions
+        )
+        spent = spending(
+            found,
+            target=targets[0].name,
+            bits=bits,
+            max_kl=max_kl,
+            source=source,
+            left_out=offered.left_out,
+            curve=points,
+        )
+        layers = layers_of(selection.candidates, by_width, offered, damages, found)
+        selection = _keeping(model, selection, layers)
+        if not layers or (selection.coverage() < SMALLEST_COVERAGE and not allow_partial):
+            raise PlanError(f"{spent.summary()}: {_refusal(selection)}")
+    else:
+        layers = _uniform(selection, chosen.spec_for(bits, group_size), targets, fallback=fallback)
+    if any(layer.spec.output_shift is not None for layer in layers.values()):
+        _check_biases(model, chosen.name, list(layers), [t.name for t in targets])
     result = Plan(
         recipe=chosen.to_json(),
         trains=chosen.trains,
@@ -80,14 +118,89 @@ def plan(
         layers=layers,
         kept=selection.kept,
         warnings=selection.warnings,
+        correction=chosen.correction(),
+        spending=spent,
     )
-    if isinstance(sensitivity, (str, Path)):
-        sensitivity = Sensitivity.load(Path(sensitivity))
-    traces = sensitivity.geometric_means if isinstance(sensitivity, Sensitivity) else sensitivity
     if traces is None:
         return result
     _check_same_model(result, traces, sensitivity)
     return result.with_factors(chosen.temperature_factors({path: traces[path] for path in layers}))
+
+
+def _uniform(
+    selection: Selection, spec: QuantSpec, targets: Sequence[Target], *, fallback: bool
+) -> dict[str, LayerPlan]:
+    """Every candidate under one quantizer; refused as a whole where a target cannot hold one of them."""
+    layers: dict[str, LayerPlan] = {}
+    problems: dict[str, list[str]] = {}
+    for path, linear in selection.candidates.items():
+        shape = (linear.out_features, linear.in_features)
+        try:
+            spec.check_shape(shape)
+            stored = {t.name: t.storage(spec.grid, spec.group_size, shape, fallback=fallback).name for t in targets}
+        except ValueError as error:
+            problems.setdefault(str(error), []).append(path)
+            continue
+        layers[path] = LayerPlan(spec=spec, shape=shape, stored=stored)
+    if problems:
+        raise PlanError(_summary(problems))
+    return layers
+
+
+def _damages(
+    recipe: Recipe,
+    bits: float,
+    sensitivity: Sensitivity | Mapping[str, float] | None,
+    damages: Damage | None,
+    specs: Mapping[str, QuantSpec],
+) -> tuple[Damage, str]:
+    if damages is not None:
+        return damages, "the caller's numbers"
+    if not isinstance(sensitivity, Sensitivity):
+        listed = ", ".join(f"{width:g}" for width in recipe.widths)
+        raise PlanError(
+            f"recipe {recipe.name!r} does not do {bits:g} bits for all tensors alike (it does {listed}); a plan of "
+            "several widths needs a sensitivity: run `hestia calibrate MODEL --data TEXT --out sensitivity.json` and "
+            "give --sensitivity sensitivity.json"
+        )
+    return measured_damage(sensitivity, specs)
+
+
+def _bare(recipe: Recipe, targets: Sequence[Target], selection: Selection) -> Plan:
+    """All candidates without a thought to the target, to be compared with a sensitivity."""
+    spec = QuantSpec()
+    layers = {
+        path: LayerPlan(spec=spec, shape=(linear.out_features, linear.in_features))
+        for path, linear in selection.candidates.items()
+    }
+    return Plan(
+        recipe=recipe.to_json(),
+        trains=recipe.trains,
+        targets=tuple(t.name for t in targets),
+        schedule=recipe.schedule(),
+        layers=layers,
+        kept=selection.kept,
+    )
+
+
+def _keeping(model: nn.Module, selection: Selection, layers: Mapping[str, LayerPlan]) -> Selection:
+    """The selection after the allocation: candidates that got no grid are kept, in the order of the model."""
+    kept = dict(selection.kept)
+    for path, linear in selection.candidates.items():
+        if path not in layers:
+            kept[f"{path}.weight"] = Kept(reason=KEPT_REASON, weights=linear.weight.numel())
+    ordered = {name: kept[name] for name, _ in model.named_parameters() if name in kept}
+    return Selection(
+        candidates={path: linear for path, linear in selection.candidates.items() if path in layers},
+        kept=ordered,
+        warnings=selection.warnings,
+    )
+
+
+def _stored_dtype(model: nn.Module) -> torch.dtype | None:
+    """The parent's dtype, in which kept weights are written, whatever dtype they were loaded in."""
+    dtype = getattr(getattr(model, "config", None), "dtype", None)
+    return dtype if isinstance(dtype, torch.dtype) else None
 
 
 def _check_same_model(
@@ -110,6 +223,29 @@ def _check_same_model(
     else:
         return
     raise PlanError(f"the sensitivity {problem}: was it calibrated on another model?")
+
+
+def _check_biases(model: nn.Module, recipe: str, paths: Sequence[str], targets: Sequence[str]) -> None:
+    """Refuse a shift where the frozen model could not hold it as a bias, in transformers or in llama.cpp."""
+    config: Any = getattr(model, "config", None)
+    if config is None:
+        return
+    advice = "Keep them with --skip, or choose a recipe without an output shift."
+    if options_for(model, paths) is None:
+        held = set[str]().union(*(biased_layers(model, options) or () for options in OPTIONS))
+        missing = [path for path in paths if path not in held]
+        raise PlanError(
+            f"recipe {recipe!r} freezes its shift into biases, and {type(model).__name__} has no bias for "
+            f"{len(missing)} of {len(paths)} tensors, the first is {missing[0]}. {advice}"
+        )
+    if any(name.startswith("gguf") for name in targets):
+        allowed = LLAMA_CPP_BIASES.get(str(config.model_type), frozenset())
+        missing = [path for path in paths if not any(path.endswith(suffix) for suffix in allowed)]
+        if missing:
+            raise PlanError(
+                f"recipe {recipe!r} freezes its shift into biases, and llama.cpp loads none for {len(missing)} of "
+                f"{len(paths)} tensors of {config.model_type}, the first is {missing[0]}. {advice}"
+            )
 
 
 def _refusal(selection: Selection) -> str:

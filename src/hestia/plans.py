@@ -9,7 +9,7 @@ from typing import Any
 
 from .errors import ConfigError, PlanError, nearest
 from .files import read_json, write_json
-from .quant.grouping import group_shape
+from .quant.corrections import Correction
 from .quant.spec import QuantSpec
 from .schedules import KnobSchedule
 from .targets import target
@@ -26,12 +26,14 @@ class LayerPlan:
         shape: (out_features, in_features).
         temperature_factor: exp(alpha (s_i - c)); multiplies the base temperature.
         stored: storage type of each target, ``{"gguf:tq2_0": "TQ2_0"}``.
+        damage: predicted KL of quantizing this tensor alone, nats a token; None where the plan did not ask.
     """
 
     spec: QuantSpec
     shape: tuple[int, int]
     temperature_factor: float = 1.0
     stored: Mapping[str, str] = field(default_factory=dict)
+    damage: float | None = None
 
     @property
     def weights(self) -> int:
@@ -48,6 +50,58 @@ class Kept:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Spending:
+    """How a plan of several widths came about.
+
+    Attributes:
+        target: the file format whose bytes were counted.
+        asked_bits: the budget in stored bits a weight; None where a bound on the damage was asked for.
+        asked_kl: that bound; None where a budget was asked for.
+        bits: stored bits a weight of all tensors that could be quantized, kept ones, scales and padding included.
+        predicted_kl: sum of the tensors' damages, nats a token, plus pairwise terms where they were given.
+        source: where the damages come from, in words.
+        left_out: width -> why no tensor could have it.
+        curve: (bits, predicted KL) of the optimum at other budgets, ascending.
+    """
+
+    target: str
+    asked_bits: float | None
+    asked_kl: float | None
+    bits: float
+    predicted_kl: float
+    source: str
+    left_out: Mapping[str, str] = field(default_factory=dict)
+    curve: tuple[tuple[float, float], ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """The JSON object ``spending`` of plan.json."""
+        return {**vars(self), "left_out": dict(self.left_out), "curve": [list(point) for point in self.curve]}
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> Spending:
+        """The inverse of ``to_json``; KeyError, TypeError or ValueError for a record that is none."""
+        asked = {k: None if record[k] is None else float(record[k]) for k in ("asked_bits", "asked_kl")}
+        return cls(
+            target=target(record["target"]).name,
+            source=str(record["source"]),
+            left_out={str(k): str(v) for k, v in record["left_out"].items()},
+            curve=tuple((float(bits), float(damage)) for bits, damage in record["curve"]),
+            bits=float(record["bits"]),
+            predicted_kl=float(record["predicted_kl"]),
+            asked_bits=asked["asked_bits"],
+            asked_kl=asked["asked_kl"],
+        )
+
+    def summary(self) -> str:
+        """One sentence: what was asked and what came out."""
+        wanted = f"a predicted KL of {self.asked_kl:g}" if self.asked_kl is not None else f"{self.asked_bits:g} bits"
+        return (
+            f"asked for at most {wanted}: {self.bits:.4f} bits a weight in {self.target}, "
+            f"linear layers it keeps included; predicted KL {self.predicted_kl:.4g} nats a token, from {self.source}"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class Plan:
     """Module path -> LayerPlan, parameter name -> Kept, and the schedule that moves the knobs.
 
@@ -59,6 +113,8 @@ class Plan:
         layers: the quantized weights, in the order of the model.
         kept: every other parameter, in the order of the model.
         warnings: sentences about large weights that hestia cannot quantize; shown with the table.
+        correction: what pulls the latent weights after every optimizer step, or nothing.
+        spending: how the bits were allocated; None where all tensors have one width.
     """
 
     recipe: Mapping[str, Any]
@@ -68,6 +124,8 @@ class Plan:
     layers: Mapping[str, LayerPlan]
     kept: Mapping[str, Kept]
     warnings: tuple[str, ...] = ()
+    correction: Correction | None = None
+    spending: Spending | None = None
 
     @property
     def quantized_weights(self) -> int:
@@ -105,7 +163,7 @@ class Plan:
 
     def to_json(self) -> dict[str, Any]:
         """The JSON object of plan.json."""
-        return {
+        record = {
             "schema": SCHEMA,
             "recipe": dict(self.recipe),
             "trains": self.trains,
@@ -116,13 +174,16 @@ class Plan:
                     "shape": list(layer.shape),
                     "temperature_factor": layer.temperature_factor,
                     "stored": dict(layer.stored),
+                    **({} if layer.damage is None else {"damage": layer.damage}),
                     **layer.spec.to_json(),
                 }
                 for path, layer in self.layers.items()
             },
             "kept": {name: {"reason": kept.reason, "weights": kept.weights} for name, kept in self.kept.items()},
             "warnings": list(self.warnings),
+            **({} if self.spending is None else {"spending": self.spending.to_json()}),
         }
+        return record if self.correction is None else {**record, "correction": self.correction.to_json()}
 
     @classmethod
     def from_json(cls, record: dict[str, Any], where: str = "plan") -> Plan:
@@ -142,10 +203,13 @@ class Plan:
                 if not 0.0 < factor < 1e6:
                     raise PlanError(f"temperature_factor must be positive and finite, got {factor}")
                 spec, shape, stored = QuantSpec.from_json(entry), (rows, columns), dict(entry["stored"])
-                group_shape(shape, spec.group_size)
+                spec.check_shape(shape)
                 for name in targets:
                     _check_stored(name, stored.get(name), spec, shape)
-                layers[path] = LayerPlan(spec=spec, shape=shape, temperature_factor=factor, stored=stored)
+                damage = None if entry.get("damage") is None else float(entry["damage"])
+                layers[path] = LayerPlan(
+                    spec=spec, shape=shape, temperature_factor=factor, stored=stored, damage=damage
+                )
             place = where
             return cls(
                 recipe=dict(record["recipe"]),
@@ -155,6 +219,8 @@ class Plan:
                 layers=layers,
                 kept={k: Kept(reason=str(v["reason"]), weights=int(v["weights"])) for k, v in record["kept"].items()},
                 warnings=tuple(map(str, record["warnings"])),
+                correction=Correction.from_json(record["correction"]) if "correction" in record else None,
+                spending=None if record.get("spending") is None else Spending.from_json(record["spending"]),
             )
         except KeyError as error:
             raise PlanError(f"{place}: missing key {error}") from None
@@ -169,13 +235,15 @@ class Plan:
     def table(self) -> str:
         """The plan for people: one line a quantized tensor, then the kept ones by reason."""
         width = max((len(path) for path in self.layers), default=10)
-        lines = [f"{'tensor':<{width}}  {'shape':>13}  {'grid':<8} {'group':<7} {'tau x':>6}  stored as"]
+        grid = max([8, *(len(layer.spec.grid.name) for layer in self.layers.values())])
+        spent = f"{'bits':>7} {'damage':>9}  " if self.spending is not None else ""
+        lines = [f"{'tensor':<{width}}  {'shape':>13}  {'grid':<{grid}} {'group':<7} {'tau x':>6}  {spent}stored as"]
         for path, layer in self.layers.items():
             shape = f"{layer.shape[0]} x {layer.shape[1]}"
             stored = ", ".join(dict.fromkeys(layer.stored.values())) or "-"
             lines.append(
-                f"{path:<{width}}  {shape:>13}  {layer.spec.grid.name:<8} {layer.spec.group_size!s:<7} "
-                f"{layer.temperature_factor:>6.3f}  {stored}"
+                f"{path:<{width}}  {shape:>13}  {layer.spec.grid.name:<{grid}} {layer.spec.group_size!s:<7} "
+                f"{layer.temperature_factor:>6.3f}  {self._spent(layer)}{stored}"
             )
         reasons: dict[str, tuple[int, int]] = {}
         for kept in self.kept.values():
@@ -189,8 +257,20 @@ class Plan:
         lines.append(f"quantized: {self.quantized_weights:,} of {total:,} weights ({share:.1f} %)")
         for name in self.targets:
             lines.append(f"{name}: {self.bits_per_weight(name):.4f} bits a quantized weight, scales included")
+        if self.spending is not None:
+            lines += [f"{width} bits left out: {why}" for width, why in self.spending.left_out.items()]
+            lines.append(self.spending.summary())
         lines += [f"WARNING: {warning}" for warning in self.warnings]
         return "\n".join(lines)
+
+    def _spent(self, layer: LayerPlan) -> str:
+        """Stored bits a weight and predicted damage of one tensor, where bits were allocated."""
+        if self.spending is None:
+            return ""
+        types = {t.name: t for t in target(self.spending.target).types}
+        stored = types[layer.stored[self.spending.target]].stored_bytes(layer.shape, layer.spec.group_size)
+        damage = "-" if layer.damage is None else f"{layer.damage:.3g}"
+        return f"{8.0 * stored / layer.weights:>7.4f} {damage:>9}  "
 
 
 def _check_stored(target_name: str, type_name: str | None, spec: QuantSpec, shape: tuple[int, int]) -> None:

@@ -34,7 +34,7 @@ def versions() -> dict[str, str]:
 def machine(device: torch.device) -> dict[str, Any]:
     """Processor, threads and device, as far as they can be read."""
     record: dict[str, Any] = {
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "device": device.type,
@@ -44,7 +44,8 @@ def machine(device: torch.device) -> dict[str, Any]:
     return record
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """The processor's name, as far as the system tells."""
     try:
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):

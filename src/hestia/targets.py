@@ -101,12 +101,14 @@ class Target:
             fallback is allowed, best first.
         loads_in: engines that load the file, and their backends.
         caution: what to know before choosing it.
+        cheapest: every tensor gets the smallest of ``types`` that holds it exactly; none of them is the target's own.
     """
 
     name: str
     types: tuple[StorageType, ...]
     loads_in: str
     caution: str = ""
+    cheapest: bool = False
 
     @property
     def container(self) -> str:
@@ -124,6 +126,10 @@ class Target:
         Raises:
             PlanError: none does, or only a fallback does and ``fallback`` is False; the message names what would.
         """
+        if self.cheapest:
+            held = [t for t in self.types if t.refusal(grid, group_size, shape) is None]
+            if held:
+                return min(held, key=lambda t: t.stored_bytes(shape, group_size))
         refusal = self.types[0].refusal(grid, group_size, shape)
         if refusal is None:
             return self.types[0]
@@ -134,7 +140,9 @@ class Target:
         others = [
             t.name
             for t in TARGETS.values()
-            if t.name != self.name and not t.dense and t.types[0].refusal(grid, group_size, shape) is None
+            if t.name != self.name
+            and not (t.dense or t.cheapest)
+            and t.types[0].refusal(grid, group_size, shape) is None
         ]
         if others:
             hints.append(f"--target {' or '.join(others)} would hold it")
@@ -178,6 +186,23 @@ TARGETS: dict[str, Target] = {
 
 HEAD_TYPES: dict[str, StorageType | None] = {"auto": None, "f32": F32, "f16": F16, "bf16": BF16, "q8_0": Q8_0}
 """How a GGUF file may store embeddings and head; None: the smallest dense type that keeps every number."""
+
+_QKV = frozenset(f"self_attn.{x}_proj" for x in "qkv")
+LLAMA_CPP_BIASES: dict[str, frozenset[str]] = {
+    "llama": _QKV | {"self_attn.o_proj"} | {f"mlp.{x}_proj" for x in ("gate", "up", "down")},
+    "qwen2": _QKV,
+    "qwen3": _QKV,
+}
+"""``model_type`` -> the linear layers of a block whose bias llama.cpp loads if the file has one."""
+
+
+_GGUF_TYPES = {t.name: t for chosen in TARGETS.values() for t in chosen.types if t.ggml is not None}
+TARGETS["gguf:mixed"] = Target(
+    "gguf:mixed",
+    tuple(sorted(_GGUF_TYPES.values(), key=lambda t: t.block_bytes / t.block)),
+    "llama.cpp, wherever it runs every type in the file",
+    cheapest=True,
+)
 
 
 def target(name: str) -> Target:

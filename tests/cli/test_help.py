@@ -42,7 +42,10 @@ def test_quantize_takes_every_option_of_the_job(invoke: Invoke) -> None:
     ("verb", "flags"),
     [
         ("calibrate", "--data --calibrate --skip --out --seq-len --seed --device --json"),
-        ("plan", "--sensitivity --recipe --option --target --bits --group-size --skip --fallback --out --json"),
+        (
+            "plan",
+            "--sensitivity --recipe --option --target --bits --widths --max-kl --group-size --skip --fallback --out",
+        ),
         ("train", "--plan --data --out --lr --tokens --resume --config --json"),
         ("export", "--to --out --list --fallback --head --refit --json"),
         ("bench", "--prompt-tokens --tokens --rounds --threads --out --json"),

@@ -30,6 +30,8 @@ def test_calibrate_writes_what_plan_reads(
     assert status == 0
     assert "model.layers.1.mlp.down_proj" in text
     assert f"written to {out}" in text
+    assert out.with_suffix(".svg").read_text(encoding="utf-8").count("<title>") == 14
+    assert out.with_suffix(".safetensors").is_file()
     status, text, _ = invoke(*words, "--json")
     assert status == 0
     assert one_object(text) == json.loads(out.read_text(encoding="utf-8"))
@@ -245,6 +247,11 @@ def test_compare_report_and_recipes(invoke: Invoke, toy_run: Path, tmp_path: Pat
     status, out, _ = invoke("compare", toy_run, toy_run)
     assert status == 0
     assert out.count("hestia") >= 2
+    assert f"{toy_run} - {toy_run}: +0.0000 [+0.0000, +0.0000] nats a token" in out
+    assert "no difference can be claimed" in out
+    status, out, _ = invoke("compare", toy_run, toy_run, "--json")
+    (difference,) = one_object(out)["differences"]  # type: ignore[misc]
+    assert (difference["over"], difference["claimed"], difference["difference"]["mean"]) == ("blocks", False, 0.0)
     copy = Path(shutil.copytree(toy_run, tmp_path / "run"))
     for name in ("report.html", "README.md"):
         (copy / name).unlink()
@@ -261,7 +268,7 @@ def test_compare_report_and_recipes(invoke: Invoke, toy_run: Path, tmp_path: Pat
     assert status == 0
     assert "arXiv:2601.20745" in out
     assert "--option alpha=0.4" in out
-    assert "widths: 1, 1.58, 2 bits" in out
+    assert "widths: 1, 1.58, 2, 3, 4 bits" in out
 
 
 def test_run_needs_a_gguf_file_that_is_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

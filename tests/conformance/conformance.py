@@ -1,16 +1,17 @@
 """What every test of the suite starts from: one recipe at one width, and a toy model with all that can go wrong.
 
-The parent is a Qwen2: biases that are not zero, grouped heads, a head tied to the embedding.
+The parent is a Qwen2: biases that are not zero, grouped heads, a head tied to the embedding. A recipe that freezes a
+shift into biases gets a Llama instead, which has a place for all of them: biases in attention, none yet in the MLP.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from toy_models import IDS, qwen2
+from toy_models import IDS, qwen2, tied_llama
 
 import hestia
 from hestia import recipes
@@ -32,21 +33,42 @@ class Case:
     def __str__(self) -> str:
         return f"{self.recipe}-{self.bits:g}"
 
+    @property
+    def shifts(self) -> bool:
+        """Whether it freezes an output shift into biases."""
+        return recipes.get(self.recipe).spec_for(self.bits, "row").output_shift is not None
+
+    @property
+    def make(self) -> Callable[[], nn.Module]:
+        """The toy architecture it is applied to."""
+        return biased_llama if self.shifts else qwen2
+
+    def parent(self, dtype: torch.dtype = torch.float32) -> nn.Module:
+        """The toy model before the surgery; rotary buffers stay fp32, as in a model that was loaded."""
+        model = self.make()
+        cast_parameters(model, dtype)
+        return model
+
+    @property
+    def target(self) -> str:
+        """A file format that holds this width in rows of 32."""
+        return "hf" if self.bits <= 2.0 else "hf:int4"
+
     def plan(self, model: nn.Module, group_size: GroupSize = "row") -> hestia.Plan:
         """Its plan with default options, and curvatures that differ from tensor to tensor."""
         traces = {path: 10.0**k for k, path in enumerate(select(model).candidates)}
-        return hestia.plan(model, self.recipe, "hf", traces, bits=self.bits, group_size=group_size)
+        return hestia.plan(model, self.recipe, self.target, traces, bits=self.bits, group_size=group_size)
 
     def converted(
         self,
-        make: Callable[[], nn.Module] = qwen2,
+        make: Callable[[], nn.Module] | None = None,
         *,
         dtype: torch.dtype = torch.float32,
         group_size: GroupSize = "row",
         t: float = 0.5,
     ) -> tuple[nn.Module, hestia.Plan]:
         """A toy model under this recipe, in training mode, with the knobs at ``t``."""
-        model = make()
+        model = (make or self.make)()
         cast_parameters(model, dtype)
         plan = self.plan(model, group_size)
         hestia.apply(model, plan)
@@ -54,11 +76,18 @@ class Case:
         return model.train(), plan
 
 
-def parent(dtype: torch.dtype = torch.float32) -> nn.Module:
-    """The toy model that the recipes are applied to; rotary buffers stay fp32, as in a model that was loaded."""
-    model = qwen2()
-    cast_parameters(model, dtype)
-    return model
+def biased_llama() -> nn.Module:
+    """A tied Llama with biases in attention that are not zero."""
+    return tied_llama(attention_bias=True)
+
+
+def without_ports(names: Iterable[str]) -> list[str]:
+    """State-dict keys, or parameter names, without those that a port added."""
+    return [name for name in names if "._hestia." not in name]
+
+
+PORTS_BIASES = [f"model.layers.{k}.mlp.{x}_proj.bias" for k in range(2) for x in ("gate", "up", "down")]
+"""What freezing a shift adds to ``biased_llama``."""
 
 
 CASES = [Case(name, bits) for name in recipes.names() for bits in recipes.get(name).widths]
@@ -72,7 +101,7 @@ ONE_WIDTH = [
 
 def move(model: nn.Module, plan: hestia.Plan, t: float) -> None:
     """Set the knobs as the clock does at ``t``."""
-    knobs_of(model).set(pressure=plan.schedule.pressure(t), temperature=plan.schedule.base_temperature(t))
+    knobs_of(model).set(**plan.schedule.at(t))
 
 
 def logits(model: nn.Module) -> Tensor:

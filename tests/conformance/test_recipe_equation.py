@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from conformance import CASES, TIMES, Case, disturb, gradients, logits, move, parent
+from conformance import CASES, TIMES, Case, disturb, gradients, logits, move, without_ports
 from torch import Tensor
 
 import hestia
@@ -28,14 +28,15 @@ def test_every_recipe_says_where_it_comes_from() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_pressure_0_is_the_parent_bit_for_bit(case: Case, dtype: torch.dtype) -> None:
-    plain = parent(dtype).train()
+    plain = case.parent(dtype).train()
     answer, theirs = logits(plain), gradients(plain)
     model, plan = case.converted(dtype=dtype)
     for t in (0.0, 0.9, 1.0):
         knobs_of(model).set(pressure=0.0, temperature=plan.schedule.base_temperature(t))
         assert torch.equal(logits(model), answer)
         ours = gradients(model)
-        assert ours.keys() == theirs.keys()
+        assert {*without_ports(ours)} == theirs.keys()
+        assert all(bool((ours[name] == 0).all()) for name in ours.keys() - theirs.keys())
         for name, gradient in theirs.items():
             assert torch.equal(ours[name].to(dtype), gradient), name
 
@@ -77,7 +78,7 @@ def test_evaluation_is_of_the_frozen_model(case: Case, dtype: torch.dtype) -> No
         assert torch.equal(logits(model), before), "evaluation must not depend on the knobs"
         hestia.freeze(model)
         assert torch.equal(logits(model), before)
-        assert not torch.equal(before, logits(parent(dtype).eval()))
+        assert not torch.equal(before, logits(case.parent(dtype).eval()))
 
 
 def test_at_the_end_training_computes_what_is_frozen_up_to_the_snapped_scale(case: Case) -> None:
@@ -86,7 +87,8 @@ def test_at_the_end_training_computes_what_is_frozen_up_to_the_snapped_scale(cas
     for path, layer in quantized_modules(model):
         soft, hard = layer.effective_weight().detach(), layer.codes().dense()
         assert torch.equal(soft == 0, hard == 0), path
-        torch.testing.assert_close(soft, hard, rtol=2.0**-7, atol=1e-6, msg=path)
+        kept = 7 - (layer.quantizer.spec.grid.largest_odd_factor - 1).bit_length()  # bits that snapping leaves a scale
+        torch.testing.assert_close(soft, hard, rtol=2.0**-kept, atol=1e-6, msg=path)
 
 
 @pytest.mark.parametrize("t", TIMES)
@@ -137,6 +139,6 @@ def test_a_plan_read_from_json_trains_the_same(case: Case) -> None:
     model, plan = case.converted(t=0.5)
     again = hestia.Plan.from_json(copy.deepcopy(plan.to_json()))
     assert again == plan
-    twin = hestia.apply(parent().train(), again)
+    twin = hestia.apply(case.parent().train(), again)
     move(twin, again, 0.5)
     assert torch.equal(logits(twin), logits(model))

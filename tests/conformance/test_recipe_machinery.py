@@ -18,6 +18,7 @@ from toy_models import qwen2, snapshot, tied_llama
 
 import hestia
 from hestia.nn import knobs_of, quantized_modules
+from hestia.training.callback import correct, hand_over_importance
 
 # --- autocast and checkpointing ------------------------------------------------------------------------------------
 
@@ -197,6 +198,30 @@ def test_fully_shard_takes_the_same_step(trained: Case) -> None:
         assert isinstance(parameter, DTensor)
         assert torch.equal(parameter.full_tensor(), theirs[name]), name
     assert {id(layer.knobs) for _, layer in quantized_modules(model)} == {id(knobs_of(model))}
+
+
+@pytest.mark.usefixtures("one_process")
+@pytest.mark.parametrize("name", ["cage", "quasar"])
+def test_what_the_clock_does_after_a_step_is_the_same_under_fully_shard(name: str) -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    plain, plan = Case(name, 1.58).converted(t=1.0)
+    model = copy.deepcopy(plain)
+    mesh = dist.init_device_mesh("cpu", (1,))
+    for layer in model.get_submodule("model.layers").children():
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    for run in (model, plain):
+        optimizer = torch.optim.AdamW(run.parameters(), lr=1e-2)
+        loss(run).backward()
+        optimizer.step()
+        layers = [layer for _, layer in quantized_modules(run)]
+        hand_over_importance(layers, optimizer, step=20)
+        if plan.correction is not None:
+            correct(layers, optimizer, plan.correction, t=0.95)
+    for (path, ours), (_, theirs) in zip(quantized_modules(model), quantized_modules(plain), strict=True):
+        assert torch.equal(ours.weight.full_tensor(), theirs.weight), path  # type: ignore[operator]
+        assert theirs.held is None or torch.equal(ours.held, theirs.held), path  # type: ignore[arg-type]
 
 
 def _worker(rank: int, folder: str, case: Case) -> None:

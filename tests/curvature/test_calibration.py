@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from hestia.curvature import ESTIMATORS, calibrate
+from hestia.curvature import CurvatureEstimator, calibrate
+from hestia.curvature.estimators import Problem, Row
 from hestia.errors import CalibrationError, ConfigError
 
 torch.set_num_threads(1)
@@ -98,8 +100,16 @@ def test_only_one_gradient_is_alive_at_a_time(toy: Toy, monkeypatch: pytest.Monk
     assert len(returned) == 8 and all(gradient.untyped_storage().nbytes() == 4 for gradient in returned)
 
 
-def test_an_estimator_is_one_line_in_the_table(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(ESTIMATORS, "ones", lambda forward, weights, ids, seed: dict.fromkeys(weights, 1.0 + seed))
+class Ones(CurvatureEstimator):
+    """What a new estimator takes: a name and one method."""
+
+    name: ClassVar[str] = "ones"
+
+    def sample(self, problem: Problem, ids: Tensor) -> Row:
+        return {path: {"trace": 1.0 + problem.seed} for path in problem.weights}
+
+
+def test_an_estimator_is_found_by_name_once_its_class_is_defined(toy: Toy) -> None:
     assert calibrate(toy, weights_of(toy), IDS, estimator="ones", seed=2).traces == {"body": 3.0, "head": 3.0}
     with pytest.raises(ConfigError, match="did you mean 'ones'"):
         calibrate(toy, weights_of(toy), IDS, estimator="one")

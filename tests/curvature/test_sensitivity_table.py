@@ -14,6 +14,7 @@ from scipy import stats
 
 from hestia.curvature import Sensitivity, TensorSensitivity
 from hestia.curvature.intervals import jackknife_error, log_mean_interval
+from hestia.curvature.show import table
 from hestia.errors import CalibrationError, ConfigError
 
 positive = st.floats(1e-20, 1e20)
@@ -76,7 +77,7 @@ def test_round_trip_is_exact(tmp_path: Path) -> None:
     written.save(tmp_path / "sensitivity.json")
     assert Sensitivity.load(tmp_path / "sensitivity.json") == written
     record = json.loads((tmp_path / "sensitivity.json").read_text())
-    assert record["schema"] == 1
+    assert record["schema"] == 2
     assert record["tensors"]["layers.0.q"]["trace"] == written.traces["layers.0.q"]
     assert len(record["tensors"]["layers.0.q"]["samples"]) == 8
 
@@ -111,8 +112,8 @@ def test_a_damaged_file_is_refused_with_the_place(tmp_path: Path, change: object
 
 
 def test_another_schema_and_a_missing_file_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "s.json").write_text('{"schema": 2}')
-    with pytest.raises(ConfigError, match="schema 2, this version reads schema 1"):
+    (tmp_path / "s.json").write_text('{"schema": 1}')
+    with pytest.raises(ConfigError, match="schema 1, this version reads schema 2"):
         Sensitivity.load(tmp_path / "s.json")
     with pytest.raises(ConfigError, match="no such file"):
         Sensitivity.load(tmp_path / "none.json")
@@ -127,7 +128,7 @@ def test_a_sample_is_never_clipped(bad: float) -> None:
 
 
 def test_the_table_is_sorted_by_trace_and_warns_of_one_large_sequence() -> None:
-    text = a_sensitivity().table()
+    text = table(a_sensitivity())
     assert text.index("layers.0.k") < text.index("layers.0.q")
     assert "8 sequences x 5 scored positions" in text
     assert "one sequence carries over 10%" in text

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from scipy.stats import ttest_rel
 
 from hestia.errors import ConfigError
-from hestia.evaluation import PairedDifference, paired_difference
+from hestia.evaluation import PairedDifference, gap_closed, holm, paired_difference, paired_p_value
 
 numbers = st.floats(-100, 100)
 
@@ -56,3 +56,54 @@ def test_json_round_trip():
 def test_refusals(a: list[float], b: list[float], level: float, message: str):
     with pytest.raises(ConfigError, match=message):
         paired_difference(a, b, level)
+
+
+def test_the_interval_of_three_seeds_by_hand():
+    # d = 1, 2, 3: mean 2, deviation 1, t(0.975, 2) = 4.302653, half width 4.302653 / sqrt(3) = 2.484138
+    difference = paired_difference([1.0, 2.0, 3.0], [0.0, 0.0, 0.0])
+    assert (difference.low, difference.high) == pytest.approx((2 - 2.484138, 2 + 2.484138), abs=1e-6)
+    assert not difference.excludes_zero
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.tuples(numbers, numbers), min_size=2, max_size=8))
+def test_the_p_value_equals_scipy_and_agrees_with_the_interval(pairs: list[tuple[float, float]]):
+    a, b = np.array(pairs).T
+    if np.std(a - b) < 1e-6:
+        return
+    p = paired_p_value(a.tolist(), b.tolist())
+    assert p == pytest.approx(float(ttest_rel(a, b).pvalue), rel=1e-6, abs=1e-12)
+    if abs(p - 0.05) > 1e-9:
+        assert paired_difference(a.tolist(), b.tolist()).excludes_zero == (p < 0.05)
+
+
+def test_differences_without_spread_leave_nothing_to_chance():
+    assert paired_p_value([2.0, 3.0], [1.0, 2.0]) == 0.0
+    assert paired_p_value([2.0, 3.0], [2.0, 3.0]) == 1.0
+
+
+def test_holm_by_hand():
+    # sorted .005 .01 .03 .04 times 4 3 2 1 is .02 .03 .06 .04; the last may not fall below the one before
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.9, 0.8]) == [1.0, 1.0]
+    assert holm([]) == []
+    with pytest.raises(ConfigError, match="p value 1"):
+        holm([0.1, 1.1])
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=10), st.floats(0.001, 0.2))
+def test_holm_rejects_what_the_step_down_procedure_rejects(values: list[float], level: float):
+    rejected: set[int] = set()
+    for place in sorted(range(len(values)), key=lambda i: values[i]):  # the procedure as its paper states it
+        if min(1.0, (len(values) - len(rejected)) * values[place]) > level:
+            break
+        rejected.add(place)
+    assert {i for i, p in enumerate(holm(values)) if p <= level} == rejected
+
+
+def test_gap_closed():
+    assert gap_closed(3.0, baseline=3.0, control=2.0) == 0.0
+    assert gap_closed(2.0, baseline=3.0, control=2.0) == 1.0
+    assert gap_closed(3.5, baseline=3.0, control=2.0) == -0.5
+    with pytest.raises(ConfigError, match="no gap"):
+        gap_closed(2.0, baseline=2.0, control=2.0)

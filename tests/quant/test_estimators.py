@@ -3,7 +3,7 @@ import torch
 from torch import Tensor
 
 from hestia.errors import ConfigError
-from hestia.quant import BINARY, INT2, STE, TERNARY, ClippedSTE, Estimator, Grid, Softmax
+from hestia.quant import BINARY, INT2, STE, TERNARY, ClippedSTE, DampedFourier, Estimator, Grid, Softmax, Tanh, Trust
 
 GRIDS = [TERNARY, BINARY, INT2, Grid((-8, -1, 0, 3))]
 by_grid = pytest.mark.parametrize("grid", GRIDS, ids=lambda grid: grid.name)
@@ -86,8 +86,9 @@ def test_the_clip_mask_is_the_grids_range_and_a_margin() -> None:
 
 
 def test_estimators_travel_as_json_and_name_the_nearest() -> None:
-    for estimator in (STE(), ClippedSTE(margin=0.25), Softmax()):
+    bounded = Softmax(floor=0.1, ceiling=2.0, hard="trust")
+    for estimator in (STE(), ClippedSTE(margin=0.25), Softmax(), bounded, Trust(), Tanh(), DampedFourier()):
         assert Estimator.from_json(estimator.to_json()) == estimator
-    assert Estimator.names() == ["clipped_ste", "softmax", "ste"]
+    assert Estimator.names() == ["clipped_ste", "damped_fourier", "softmax", "ste", "tanh", "trust"]
     with pytest.raises(ConfigError, match="did you mean 'softmax'"):
         Estimator.make("softmaxx")

@@ -21,6 +21,7 @@ from hestia.quant import (
     Softmax,
     fake_quantize,
 )
+from hestia.quant.scales import NORMAL_STEPS
 
 ESTIMATORS = [STE(), ClippedSTE(), Softmax()]
 by_estimator = pytest.mark.parametrize("estimator", ESTIMATORS, ids=lambda e: e.name)
@@ -41,6 +42,8 @@ def knob(value: float) -> Tensor:
 @pytest.mark.parametrize("scale", ScaleRule.names())
 @pytest.mark.parametrize("levels", [(-1, 1), (-1, 0, 1), (-2, -1, 0, 1), (-1.5, -0.5, 0.5, 1.5)])
 def test_codes_times_scales_is_the_hard_weight(levels: tuple[float, ...], scale: str, group_size: Any) -> None:
+    if scale == "gaussian" and levels not in NORMAL_STEPS:
+        pytest.skip("this rule knows the common grids only, and says so (test_scales)")
     quantizer = Quantizer(QuantSpec(grid=Grid.of(levels), group_size=group_size, scale=ScaleRule.make(scale)))
     w = weight()
     frozen = quantizer.codes(w)

@@ -6,13 +6,15 @@ import re
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 from report_runs import PATHS, diagnostics, make_run, plan, report, sensitivity
 
 from hestia.report import plots
+from hestia.report.heatmap import draw, heat_map
 from hestia.report.html import write_report
-from hestia.report.records import Histogram, RunRecord, TrainingLog, TrainingRow
+from hestia.report.records import Histogram, RunRecord, Trace, TrainingLog, TrainingRow
 
 VOID = {"meta", "br", "link", "img", "input", "hr"}
 EVIL = "model.layers.0.\"'><script>alert(1)</script><svg onload=alert(2)>$\\frac{&amp;}</style>"
@@ -234,3 +236,15 @@ def test_the_histogram_marks_its_thresholds() -> None:
     assert drawing is not None
     assert {"−½", "½", "−1", "0", "1"} <= label_heights(drawing).keys()
     assert plots.weights(histogram(edges, [0.0] * 16), (-0.5, 0.5), name="a") is None
+
+
+def test_the_heat_map_file_escapes_names_and_shades_by_value() -> None:
+    traces = [Trace(path=f"layers.{k}.<b>{name}", trace=10.0**k) for k in (0, 2) for name in ("q", "v")]
+    heat = heat_map(traces)
+    assert heat is not None
+    drawing = draw(heat, "KL & more")
+    root = ElementTree.fromstring(drawing)
+    boxes = [e for e in root.iter() if e.tag.endswith("rect")][1:]
+    assert len(boxes) == 4
+    assert boxes[0].get("fill") == "rgb(255,247,237)" and boxes[-1].get("fill") == "rgb(194,65,12)"
+    assert "<b>" not in drawing and "KL &amp; more" in drawing and "href" not in drawing

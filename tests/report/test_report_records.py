@@ -61,7 +61,7 @@ def test_everything_is_read(tmp_path: Path) -> None:
     assert record.nll_intervals["quantized_minus_round_to_nearest"].low == -4.371
     assert record.sensitivity and len(record.sensitivity.tensors) == len(PATHS)
     assert len(record.log.rows) == 151 and len(record.log.hard) == 7 and len(record.log.pilots) == 4
-    assert record.log.pilots[-1] == (5.4e-2, None)
+    assert record.log.pilots[-1] == (5.4e-2, 12, None)
     assert record.codes["model.layers.0.self_attn.q_proj"].zero == 0.31
     assert record.options == {"tokens": "600k", "lr": "auto", "seed": 0, "data": ["my books.txt"]}
 

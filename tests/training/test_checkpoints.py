@@ -20,6 +20,7 @@ from toy_training import At, converted, log_rows, trainer
 
 import hestia
 from hestia.errors import ConfigError
+from hestia.schedules import LearningRateSchedule
 from hestia.training import checkpoints
 
 
@@ -248,6 +249,16 @@ def test_a_resumed_run_ends_bit_for_bit_where_an_uninterrupted_one_does(
     assert [row.get("learning_rate") for row in rows[0]] == [row.get("learning_rate") for row in rows[1]]
     codes = [hestia.freeze(m) for m in (whole, model)]
     assert all(torch.equal(codes[0][path].codes, codes[1][path].codes) for path in codes[0])
+
+
+@pytest.mark.parametrize("step", [1, 6])
+def test_the_first_step_after_resuming_has_the_rate_of_its_place(tmp_path: Path, step: int) -> None:
+    schedule = LearningRateSchedule(warmup=0.5, decay=0.5)  # no two steps share a rate
+    whole, _ = trained(tmp_path, schedule=schedule, steps=7, save_every=1, keep=9)
+    model, plan = converted()
+    again = trainer(tmp_path / "again", model, plan, schedule=schedule, steps=7)
+    again.fit(tmp_path / "checkpoints" / checkpoints.folder_name(step))
+    assert toy_models.same_bits(toy_models.snapshot(whole), toy_models.snapshot(model))
 
 
 def test_the_checkpoint_does_not_grow_with_the_run(tmp_path: Path) -> None:

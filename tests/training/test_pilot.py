@@ -21,24 +21,61 @@ def test_the_candidates_are_four_in_factors_of_three() -> None:
     assert pilot.rates(4096)[0] < pilot.rates(1024)[0] < pilot.rates(256)[0]
 
 
-def test_the_best_wins_and_every_trial_is_logged(tmp_path: Path) -> None:
-    losses = {4e-3: math.nan, 1e-3: 2.5, 4e-4: 2.25, 1e-4: 3.0}
+def test_the_best_of_the_second_round_wins_and_every_trial_is_logged(tmp_path: Path) -> None:
+    """The shorter runs prefer 1e-3, the longer ones 4e-4: the longer ones decide."""
+    losses = {
+        (4e-3, 12): math.nan,
+        (1e-3, 12): 2.25,
+        (4e-4, 12): 2.5,
+        (1e-4, 12): 3.0,
+        (1e-3, 36): 2.1,
+        (4e-4, 36): 2.0,
+    }
     log = tmp_path / "log.jsonl"
-    assert pilot.choose(losses.__getitem__, list(losses), log) == 4e-4
-    rows = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
-    expected = [(rate, None if math.isnan(loss) else loss) for rate, loss in losses.items()]
-    assert [(row["pilot"]["learning_rate"], row["pilot"]["held_out_loss"]) for row in rows] == expected
+    assert pilot.choose(lambda rate, steps: losses[rate, steps], [4e-3, 1e-3, 4e-4, 1e-4], 300, log) == 4e-4
+    rows = [json.loads(line)["pilot"] for line in log.read_text(encoding="utf-8").splitlines()]
+    expected = [(*trial, None if math.isnan(loss) else loss) for trial, loss in losses.items()]
+    assert [(row["learning_rate"], row["steps"], row["held_out_loss"]) for row in rows] == expected
+
+
+def test_an_interrupted_pilot_repeats_no_trial(tmp_path: Path) -> None:
+    log = tmp_path / "log.jsonl"
+    ran: list[tuple[float, int]] = []
+
+    def trial(rate: float, steps: int) -> float:
+        if len(ran) == 3:
+            raise KeyboardInterrupt
+        ran.append((rate, steps))
+        return 1.0 + rate
+
+    with pytest.raises(KeyboardInterrupt):
+        pilot.choose(trial, [4e-3, 1e-3, 4e-4, 1e-4], 1000, log)
+    with open(log, "a", encoding="utf-8") as handle:
+        handle.write('{"pilot": {"learning_ra')  # the line that a kill cut off
+    again: list[tuple[float, int]] = []
+
+    def second(rate: float, steps: int) -> float:
+        again.append((rate, steps))
+        return 1.0 + rate
+
+    assert pilot.choose(second, [4e-3, 1e-3, 4e-4, 1e-4], 1000, log) == 1e-4
+    assert again == [(1e-4, 12), (1e-4, 40), (4e-4, 40)]
+
+
+def test_trials_are_never_longer_than_the_run() -> None:
+    assert pilot.trial_steps(20) == [12, 20]
+    assert pilot.trial_steps(5) == [5, 5]
 
 
 def test_a_rate_that_a_guard_stopped_loses(tmp_path: Path) -> None:
-    def trial(rate: float) -> float:
+    def trial(rate: float, steps: int) -> float:
         if rate > 1e-3:
             raise GuardError("step 3: the loss is nan")
         return 5.0
 
-    assert pilot.choose(trial, [1e-2, 1e-3], tmp_path / "log.jsonl") == 1e-3
+    assert pilot.choose(trial, [1e-2, 1e-3], 100, tmp_path / "log.jsonl") == 1e-3
 
 
 def test_when_all_diverge_the_run_stops(tmp_path: Path) -> None:
     with pytest.raises(GuardError, match=r"every pilot diverged \(learning rates 0\.01, 0\.003\); set --lr lower"):
-        pilot.choose(lambda rate: math.inf, [1e-2, 3e-3], tmp_path / "log.jsonl")
+        pilot.choose(lambda rate, steps: math.inf, [1e-2, 3e-3], 100, tmp_path / "log.jsonl")

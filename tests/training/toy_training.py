@@ -42,6 +42,7 @@ def trainer(
     *,
     callbacks: list[TrainerCallback] | None = None,
     train: Blocks | None = None,
+    teacher: nn.Module | None = None,
     **config: Any,
 ) -> HestiaTrainer:
     """A trainer of six steps of four blocks that logs, evaluates and saves as told."""
@@ -55,6 +56,7 @@ def trainer(
         held_out=blocks(6, seed=1),
         folder=folder,
         callbacks=callbacks,
+        teacher=teacher,
     )
 
 

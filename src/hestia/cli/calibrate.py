@@ -2,23 +2,54 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from .shared import DATA, MACHINE, job_options, json_option, options_from, output_file, show
 
+if TYPE_CHECKING:
+    from ..curvature import Sensitivity
+
 
 @click.command(name="calibrate")
 @click.argument("model")
-@job_options((*DATA, *MACHINE, "calibrate", "skip", "out"))
+@job_options((*DATA, *MACHINE, "calibrate", "estimator", "group_size", "skip", "out"))
 @json_option
 def command(model: str, as_json: bool, **typed: Any) -> None:
-    """Estimate the Gauss-Newton trace of every quantizable tensor of MODEL, with intervals."""
+    """Measure which tensors of MODEL matter: curvature and predicted damage, with intervals."""
+    from .. import progress
+    from ..curvature import parallel
+    from ..curvature.show import table
+    from ..files import write_text
     from ..jobs import calibrate_model
 
     options = options_from(None, {"model": model, "allow_partial": True, **typed})
     path = output_file(options.out or "sensitivity.json")
-    sensitivity = calibrate_model(options)
+    with parallel.joined() as first:
+        if not first:
+            progress.enable(False)
+        sensitivity = calibrate_model(options)
+    if not first:
+        return
     sensitivity.save(path)
-    show(sensitivity.to_json(), as_json, f"{sensitivity.table()}\n\nwritten to {path}")
+    written = str(path)
+    drawing = heat_map_of(sensitivity)
+    if drawing is not None:
+        write_text(path.with_suffix(".svg"), drawing)
+        written += f", heat map in {path.with_suffix('.svg')}"
+    show(sensitivity.to_json(), as_json, f"{table(sensitivity)}\n\nwritten to {written}")
+
+
+def heat_map_of(sensitivity: Sensitivity) -> str | None:
+    """Layer by projection as an SVG: the damage, or the primary quantity where there is none; None without layers."""
+    from ..curvature.show import damages, reference_label
+    from ..report.heatmap import draw, heat_map
+    from ..report.records import Trace
+
+    label = reference_label(sensitivity)
+    found = damages(sensitivity, label) if label is not None else None
+    title = f"KL of {label} in nats a token, one tensor at a time" if found is not None else sensitivity.primary
+    values = sensitivity.values if found is None else found
+    heat = heat_map([Trace(path=path, trace=value) for path, value in values.items()])
+    return None if heat is None else draw(heat, f"{title} ({sensitivity.estimator})")

@@ -2,21 +2,60 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from .shared import json_option, show
+
+if TYPE_CHECKING:
+    from ..evaluation import Comparison
 
 
 @click.command(name="compare")
 @click.argument("runs", nargs=-1, required=True)
 @json_option
 def command(runs: tuple[str, ...], as_json: bool) -> None:
-    """The headline numbers of several RUNs in one table."""
+    """The headline numbers of several RUNs in one table.
+
+    Runs from one parent on the same held-out blocks are also compared with the first RUN, with 95 % intervals of the
+    paired difference: over blocks always, over seeds where two settings were run with the same two or more seeds.
+    """
+    from ..evaluation.comparison import compare_runs, pairable, scored_run
     from ..files import read_json
     from ..report.records import RunRecord
     from ..report.tables import compare
 
-    table = compare([RunRecord.load(Path(run)) for run in runs])
-    show({run: read_json(Path(run) / "report.json") for run in runs} if as_json else {}, as_json, table)
+    folders = [Path(run) for run in runs]
+    table = compare([RunRecord.load(folder) for folder in folders])
+    reports = {run: read_json(Path(run) / "report.json") for run in runs}
+    scored = [
+        scored_run(run, reports[run], read_json(folder / "scores.json"))
+        for run, folder in zip(runs, folders, strict=True)
+        if (folder / "scores.json").is_file()
+    ]
+    found = compare_runs(scored)
+    apart = [run.name for run in scored[1:] if not pairable(scored[0], run)]
+    lines = [table, *differences(found)]
+    if apart:
+        lines.append(f"not paired with {scored[0].name} (another parent or other blocks): {', '.join(apart)}")
+    record = {**reports, "differences": [comparison.to_json() for comparison in found]} if as_json else {}
+    show(record, as_json, "\n".join(lines))
+
+
+def differences(found: Sequence[Comparison]) -> list[str]:
+    """A line a comparison: the difference in nats a token, its interval, and whether it may be claimed."""
+    from ..report.tables import printable
+
+    lines: list[str] = []
+    for comparison in found:
+        d = comparison.difference
+        text = f"{comparison.name} - {comparison.reference}: {d.mean:+.4f} [{d.low:+.4f}, {d.high:+.4f}] nats a token"
+        over = f"95 % over {d.n} {comparison.over}"
+        if comparison.adjusted_p is not None:
+            over += f", Holm p {comparison.adjusted_p:.2g}"
+        verdict = "better" if d.mean < 0 else "worse"
+        lines.append(printable(f"{text} ({over}): {verdict if comparison.claimed else 'no difference can be claimed'}"))
+    return ["", *lines] if lines else []

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
 from typing import Any
 
 import click
 
+from ..files import write_bytes
 from .shared import job_options, json_option, options_from, output_file, show
 
 PLANNING = (
-    "recipe", "options", "target", "bits", "group_size", "skip", "fallback", "allow_partial", "sensitivity", "out",
-    "trust_remote_code",
+    "recipe", "options", "target", "bits", "widths", "max_kl", "group_size", "skip", "fallback", "allow_partial",
+    "sensitivity", "out", "trust_remote_code",
 )  # fmt: skip
 
 
@@ -19,11 +22,31 @@ PLANNING = (
 @job_options(PLANNING)
 @json_option
 def command(model: str, as_json: bool, **typed: Any) -> None:
-    """Plan MODEL: every weight accounted for, every tensor checked against the target. Reads no weights."""
+    """Plan MODEL: every weight accounted for, every tensor checked against the target. Reads no weights.
+
+    Where bits are spent tensor by tensor (--bits 1.9, --max-kl), the curve of predicted KL against bits is shown and
+    drawn beside the plan as .svg and .png.
+    """
     from ..jobs import plan_model
 
     options = options_from(None, {"model": model, **typed})
     path = output_file(options.out or "plan.json")
     plan = plan_model(options)
     plan.save(path)
-    show(plan.to_json(), as_json, f"{plan.table()}\n\nwritten to {path}")
+    text = f"{plan.table()}\n\nwritten to {path}"
+    if plan.spending is not None:
+        text = f"{plan.table()}\n\n{_drawn(plan.spending.to_json(), path)}"
+    show(plan.to_json(), as_json, text)
+
+
+def _drawn(spending: dict[str, Any], path: Path) -> str:
+    """The curve in characters, and where it and the plan lie."""
+    from ..report.pareto import terminal
+    from ..report.plots import pareto
+
+    chosen = (spending["bits"], spending["predicted_kl"])
+    figures = (path.with_suffix(".svg"), path.with_suffix(".png"))
+    for figure in figures:
+        write_bytes(figure, pareto(spending["curve"], chosen, figure.suffix.removeprefix(".")))
+    columns = shutil.get_terminal_size((100, 24)).columns
+    return f"{terminal(spending['curve'], chosen, columns)}\n\nwritten to {path}, {figures[0]} and {figures[1]}"

@@ -1,28 +1,23 @@
-"""Calibrate: run an estimator over sequences of text, leave the model as it was, and keep every number."""
+"""Calibrate: run an estimator over sequences of text until they suffice, and leave the model as it was."""
 
 from __future__ import annotations
 
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import CalibrationError, ConfigError, nearest
-from . import gnb
+from ..errors import CalibrationError
+from ..quant import QuantSpec
+from . import parallel
+from .estimators import Candidates, CurvatureEstimator, Diagonals, Forward, GaussNewton, Problem, Row, quantity
+from .stopping import Stopping
 from .table import Sensitivity, TensorSensitivity
-
-Forward = Callable[[Tensor], Tensor]
-"""Token ids [1, T] -> logits [1, T, V]."""
-
-Estimator = Callable[[Forward, Mapping[str, nn.Parameter], Tensor, int], dict[str, float]]
-"""(forward, weights, ids [T], seed) -> module path -> one positive sample of that tensor's trace."""
-
-ESTIMATORS: dict[str, Estimator] = {"gnb": gnb.traces}
-"""Every estimator by its name: one a file, one line here."""
 
 
 def calibrate(
@@ -30,7 +25,10 @@ def calibrate(
     weights: Mapping[str, nn.Parameter],
     sequences: Tensor,
     *,
-    estimator: str = "gnb",
+    estimator: str | CurvatureEstimator = "gnb",
+    candidates: Mapping[str, QuantSpec] | None = None,
+    diagonals: int | str | None = None,
+    stopping: Stopping | None = None,
     seed: int = 0,
     forward: Forward | None = None,
     fingerprint: Mapping[str, Any] | None = None,
@@ -40,52 +38,142 @@ def calibrate(
     The model runs as in ``eval()``, with gradients on, whatever the caller's mode, and is left as it was:
     modes, ``requires_grad`` and ``.grad`` included. Only one gradient is alive at a time.
 
+    Under ``torch.distributed`` every process takes its share of the sequences and all return the same table.
+
     Args:
         model: any causal language model; the Parameters of ``weights`` are among its own.
         weights: module path -> weight matrix, at least one; bf16 and fp16 weights are fine.
         sequences: token ids [K, T], K >= 2 of equal length T >= 2; the last token of each predicts nothing.
-        estimator: a key of ``ESTIMATORS``.
+        estimator: one of ``CurvatureEstimator.names()``, or the object.
+        candidates: label -> quantizer whose damage is measured in the same pass, one byte a weight and candidate.
+        diagonals: group size of the per-group sums of squared gradients to keep; None keeps none.
+        stopping: stop before all sequences are used; None uses all.
         seed: of the random probes, which depend on it and on the content of a sequence, and not on its place.
         forward: token ids [1, T] -> logits [1, T, V]; None means ``model(input_ids=ids).logits``.
         fingerprint: what identifies the model (path, commit, hashes), kept in the artefact as it is.
 
     Raises:
-        ConfigError: an unknown estimator.
+        ConfigError: an unknown estimator, or a group size that does not divide a row.
         CalibrationError: too few or too short sequences, two names for one tied weight, or a tensor whose sample
             is zero or not finite (the logits do not depend on it, or not on every sequence): named, never clipped.
     """
-    if estimator not in ESTIMATORS:
-        raise ConfigError(f"unknown estimator {estimator!r}: {nearest(estimator, ESTIMATORS)}")
-    from ..progress import track  # here, so that listing the recipes needs torch alone
-
+    chosen = estimator if isinstance(estimator, CurvatureEstimator) else CurvatureEstimator.make(estimator)
     _check(model, weights, sequences)
-    sample = ESTIMATORS[estimator]
+    if chosen.needs_candidates and not candidates:
+        raise CalibrationError(f"the estimator {chosen.name!r} needs candidates: whose damage is it to measure?")
     started = time.perf_counter()
-    rows: list[dict[str, float]] = []
     with _prepared(model, weights):
         ids = sequences.to(next(iter(weights.values())).device, copy=True)
-        run = forward or (lambda batch: model(input_ids=batch).logits)
-        for k, row in enumerate(track(ids, "calibrating", total=len(ids))):
-            try:
-                rows.append(sample(run, weights, row, seed))
-            except CalibrationError as error:
-                raise CalibrationError(f"sequence {k} of {len(ids)}: {error}") from None
+        problem = Problem(
+            model=model,
+            forward=forward or (lambda batch: model(input_ids=batch).logits),
+            weights=weights,
+            candidates=Candidates(weights, candidates or {}),
+            diagonals=None if diagonals is None else Diagonals(diagonals),
+            seed=seed,
+        )
+        chosen.prepare(problem, ids)
+        rows, stopped = _rows(chosen, problem, ids, stopping)
+        gauss_newton = _substitutes(chosen, problem, ids[: len(rows)], rows)
+    primary = _primary(chosen, problem.candidates)
+    columns = {path: _columns(rows, path, primary, signed=chosen.signed) for path in weights}
     return Sensitivity(
-        estimator=estimator,
+        estimator=chosen.name,
+        primary=primary,
         seed=seed,
         sequences=len(rows),
         scored_positions=len(rows) * (sequences.shape[1] - 1),
+        stopped=stopped,
+        candidates={label: spec.to_json() for label, spec in (candidates or {}).items()},
+        candidate_bytes=problem.candidates.nbytes,
         model=dict(fingerprint or {}),
         tensors={
-            path: TensorSensitivity.of(path, weight.numel(), _column(rows, path)) for path, weight in weights.items()
+            path: TensorSensitivity.of(
+                path,
+                weight.numel(),
+                columns[path].pop(primary),
+                others=columns[path],
+                errors=problem.candidates.errors[path],
+                signed=chosen.signed,
+                gauss_newton=gauss_newton.get(path),
+            )
+            for path, weight in weights.items()
         },
         seconds=time.perf_counter() - started,
+        diagonals={} if problem.diagonals is None else parallel.summed(problem.diagonals).mean(),
     )
+
+
+def _rows(
+    estimator: CurvatureEstimator, problem: Problem, ids: Tensor, stopping: Stopping | None
+) -> tuple[list[Row], str]:
+    """Rows until the rule says stop or the sequences end, and which it was."""
+    from ..progress import track  # here, so that listing the recipes needs torch alone
+
+    primary = _primary(estimator, problem.candidates)
+    rows: list[Row] = []
+    found = ""
+    stops = [len(ids)] if stopping is None else _doubling(stopping.start, len(ids))
+    for stop in stops:
+        share = range(len(rows) + parallel.rank(), stop, parallel.world_size())
+        mine: dict[int, Row] = {}
+        for k in track(share, f"calibrating, {estimator.name}", total=len(share)):
+            try:
+                mine[k] = estimator.sample(problem, ids[k])
+            except CalibrationError as error:
+                raise CalibrationError(f"sequence {k} of {len(ids)}: {error}") from None
+        if problem.diagonals is not None:
+            problem.diagonals.sequences += len(mine)
+        rows += parallel.gathered(mine, len(rows), stop)
+        if stopping is None:
+            return rows, f"all {len(rows)} sequences were used"
+        samples = {path: _columns(rows, path, primary, signed=estimator.signed)[primary] for path in problem.weights}
+        width, agreement = stopping.progress(samples)
+        found = f"median half-width {width:.1%}, split-half rank agreement {agreement:.3f}"
+        if stopping.enough(samples):
+            return rows, f"settled after {len(rows)} sequences: {found}"
+    return rows, f"the budget of {len(rows)} sequences ended first: {found}"
+
+
+def _doubling(start: int, most: int) -> list[int]:
+    """start, 2 start, 4 start, ... and ``most`` at the end.
+
+    >>> _doubling(32, 200)
+    [32, 64, 128, 200]
+    """
+    stops = []
+    while start < most:
+        stops.append(start)
+        start *= 2
+    return [*stops, most]
+
+
+def _substitutes(
+    estimator: CurvatureEstimator, problem: Problem, ids: Tensor, rows: Sequence[Row]
+) -> dict[str, list[float]]:
+    """Gauss-Newton samples for the tensors whose signed estimate cannot be told from zero."""
+    if not estimator.signed:
+        return {}
+    primary = estimator.primary
+    unsure = {}
+    for path, weight in problem.weights.items():
+        samples = _columns(rows, path, primary, signed=True)[primary]
+        if not TensorSensitivity.of(path, weight.numel(), samples, signed=True).low > 0.0:
+            unsure[path] = weight
+    if not unsure:
+        return {}
+    bare = replace(problem, weights=unsure, candidates=Candidates(unsure, {}), diagonals=None)
+    positive, _ = _rows(estimator.stand_in() or GaussNewton(), bare, ids, None)
+    return {path: _columns(positive, path, primary, signed=False)[primary] for path in unsure}
+
+
+def _primary(estimator: CurvatureEstimator, candidates: Candidates) -> str:
+    return quantity(estimator.primary, candidates.labels[0]) if estimator.needs_candidates else estimator.primary
 
 
 def _check(model: nn.Module, weights: Mapping[str, nn.Parameter], sequences: Tensor) -> None:
     if not weights:
-        raise CalibrationError("no tensors to calibrate: pass module path -> weight Parameter")
+        raise CalibrationError("no tensors to calibrate: the model has no linear layer that could become low-bit")
     if sequences.dim() != 2 or sequences.is_floating_point() or sequences.is_complex():
         raise CalibrationError(
             f"sequences must be integer token ids [K, T], got {sequences.dtype} of shape {list(sequences.shape)}"
@@ -131,24 +219,24 @@ def _prepared(model: nn.Module, weights: Mapping[str, nn.Parameter]) -> Iterator
             weight.requires_grad_(False)
 
 
-def _column(rows: list[dict[str, float]], path: str) -> list[float]:
-    """The samples of one tensor, each positive and finite.
+def _columns(rows: Sequence[Row], path: str, primary: str, *, signed: bool) -> dict[str, list[float]]:
+    """Quantity -> the samples of one tensor; the primary ones finite, and positive unless ``signed``.
 
     Raises:
         CalibrationError: one that is not; the tensor, the sequence and the likely cause are named.
     """
-    samples = [row.get(path, 0.0) for row in rows]
-    bad = [k for k, sample in enumerate(samples) if not (math.isfinite(sample) and sample > 0.0)]
+    samples = [row.get(path, {}).get(primary, 0.0) for row in rows]
+    bad = [k for k, s in enumerate(samples) if not (math.isfinite(s) and (s > 0.0 or (signed and path in rows[k])))]
     if not bad:
-        return samples
+        return {name: [row[path][name] for row in rows] for name in rows[0][path]}
     where = f"{path}: sequence {bad[0]}" + (f" (and {len(bad) - 1} others of {len(samples)})" if bad[1:] else "")
     if all(path not in row for row in rows):
         reason = "the model's output does not depend on this tensor; leave it out"
-    elif samples[bad[0]] == 0.0:
+    elif math.isfinite(samples[bad[0]]):
         reason = (
             "its gradient is exactly zero there: dead weights, an expert that no token reached, or an underflow in "
             f"{'low' if len(bad) < len(samples) else 'the'} precision; use longer sequences or fp32, or leave it out"
         )
     else:
         reason = "the backward pass overflowed; calibrate in fp32"
-    raise CalibrationError(f"{where}: trace sample {samples[bad[0]]}: {reason}")
+    raise CalibrationError(f"{where}: sample {samples[bad[0]]}: {reason}")

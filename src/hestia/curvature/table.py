@@ -1,7 +1,7 @@
-"""The artefact: sensitivity.json, one matrix of samples (sequences x tensors) and what follows from it.
+"""The artefact: sensitivity.json, one matrix of samples (sequences x tensors) a quantity, and what follows from it.
 
 The samples are the truth. Every statistic is computed from them, on writing and again on reading, so that a file cannot
-hold a mean that its samples do not have.
+hold a mean that its samples do not have. Per-channel and per-group sums lie beside it in sensitivity.safetensors.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from typing import Any
 
 from ..errors import CalibrationError
 from ..files import read_json, write_json
-from .intervals import jackknife_error, log_mean_interval
+from .intervals import jackknife_error, log_mean_interval, mean_interval
 
-SCHEMA = 1
+SCHEMA = 2
 
 LARGE_SHARE = 0.1
 """A sequence that carries more of a tensor's sum than this is worth a warning: the mean hangs on it."""
@@ -25,62 +25,124 @@ LARGE_SHARE = 0.1
 
 @dataclass(frozen=True, kw_only=True)
 class TensorSensitivity:
-    """What K sequences say about one weight matrix. Traces are in nats per squared weight unit.
+    """What K sequences say about one weight matrix, in the estimator's primary quantity and in all others.
 
     Attributes:
         path: module path.
         weights: number of weights in the tensor.
-        samples: K positive samples S_k of the trace, one a sequence, in the order of the sequences.
-        trace: arithmetic mean of the samples, the estimate of tr(G). Sequences have equal scored length, so this is the
-            token-weighted mean.
+        samples: K samples of the primary quantity, one a sequence, in the order of the sequences: positive, but for the
+            estimators of the true Hessian.
+        others: quantity -> its K samples, such as ``{"quadratic:ternary": (...)}``.
+        errors: candidate label -> ``||dW||^2``.
+        trace: arithmetic mean of ``samples``: the estimate of tr(G) where the primary quantity is the trace. Sequences
+            have equal scored length, so this is the token-weighted mean.
         standard_error: jackknife standard error of ``trace``.
-        log_mean: mean of log S.
-        half_width: half-width of the 95 % t interval of ``log_mean``, in natural log units.
+        log_mean, half_width: mean of log S and half-width of its 95 % t interval, in natural log units; None where a
+            sample is not positive.
         geometric_mean: exp(log_mean); steadier than ``trace``, and another quantity: below it where tails are heavy.
-        low, high: exp(log_mean -+ half_width), the 95 % interval of the geometric mean (not of the trace).
-        largest_share: the largest sample over the sum of all.
+        low, high: exp(log_mean -+ half_width), the 95 % interval of the geometric mean (not of the trace); where a
+            sample is not positive, the t interval of ``trace``.
+        largest_share: the largest sample over the sum of all; None where a sample is not positive.
+        gauss_newton: K Gauss-Newton samples that stand in for a signed estimate whose interval contains zero; None
+            where the estimate stands on its own.
     """
 
     path: str
     weights: int
     samples: tuple[float, ...]
+    others: Mapping[str, tuple[float, ...]]
+    errors: Mapping[str, float]
     trace: float
     standard_error: float
-    log_mean: float
-    half_width: float
-    geometric_mean: float
+    log_mean: float | None
+    half_width: float | None
+    geometric_mean: float | None
     low: float
     high: float
-    largest_share: float
+    largest_share: float | None
+    gauss_newton: tuple[float, ...] | None = None
 
     @classmethod
-    def of(cls, path: str, weights: int, samples: Sequence[float]) -> TensorSensitivity:
+    def of(
+        cls,
+        path: str,
+        weights: int,
+        samples: Sequence[float],
+        *,
+        others: Mapping[str, Sequence[float]] | None = None,
+        errors: Mapping[str, float] | None = None,
+        signed: bool = False,
+        gauss_newton: Sequence[float] | None = None,
+    ) -> TensorSensitivity:
         """All statistics of one tensor's samples.
 
+        Args:
+            path, weights, samples, others, errors: see the attributes.
+            signed: samples may be negative; nothing is ever clipped.
+            gauss_newton: the substitute, kept if the signed interval contains zero.
+
         Raises:
-            CalibrationError: fewer than two samples, or one that is not positive and finite.
+            CalibrationError: fewer than two samples, one that is not finite, or one that is not positive where it must
+            be.
         """
         if len(samples) < 2:
             raise CalibrationError(f"{path}: an interval needs at least 2 sequences, got {len(samples)}")
         for k, sample in enumerate(samples):
-            if not (math.isfinite(sample) and sample > 0.0):
-                raise CalibrationError(
-                    f"{path}: sequence {k}: a trace sample must be positive and finite, got {sample}"
-                )
-        log_mean, half_width = log_mean_interval(samples)
+            if not math.isfinite(sample) or not (signed or sample > 0.0):
+                wanted = "finite" if signed else "positive and finite"
+                raise CalibrationError(f"{path}: sequence {k}: a sample must be {wanted}, got {sample}")
+        positive = all(sample > 0.0 for sample in samples)
+        if positive and not signed:
+            log_mean, half_width = log_mean_interval(samples)
+            low, high = math.exp(log_mean - half_width), math.exp(log_mean + half_width)
+        else:
+            log_mean = half_width = None
+            mean, half = mean_interval(samples)
+            low, high = mean - half, mean + half
+        unsure = signed and not low > 0.0
         return cls(
             path=path,
             weights=weights,
             samples=tuple(samples),
+            others={name: tuple(column) for name, column in (others or {}).items()},
+            errors=dict(errors or {}),
             trace=statistics.fmean(samples),
             standard_error=jackknife_error(samples),
             log_mean=log_mean,
             half_width=half_width,
-            geometric_mean=math.exp(log_mean),
-            low=math.exp(log_mean - half_width),
-            high=math.exp(log_mean + half_width),
-            largest_share=max(samples) / math.fsum(samples),
+            geometric_mean=None if log_mean is None else math.exp(log_mean),
+            low=low,
+            high=high,
+            largest_share=max(samples) / math.fsum(samples) if positive else None,
+            gauss_newton=tuple(gauss_newton) if unsure and gauss_newton is not None else None,
         )
+
+    @property
+    def value(self) -> float:
+        """What scores use: the geometric mean; for a signed estimate its mean, or the Gauss-Newton one in its place.
+
+        Raises:
+            CalibrationError: a signed estimate whose interval contains zero, without a substitute.
+        """
+        if self.geometric_mean is not None:
+            return self.geometric_mean
+        if self.gauss_newton is not None:
+            return statistics.fmean(self.gauss_newton)
+        if self.low <= 0.0:
+            interval = f"{self.trace:.4g} ({self.low:.4g} .. {self.high:.4g})"
+            raise CalibrationError(f"{self.path}: the estimate {interval} cannot be told from zero")
+        return self.trace
+
+    def mean(self, quantity: str) -> float:
+        """Arithmetic mean of one of the other quantities.
+
+        Raises:
+            CalibrationError: it was not measured; those that were are named.
+        """
+        if quantity not in self.others:
+            measured = ", ".join(self.others) or "none but the primary one"
+            raise CalibrationError(f"{self.path}: {quantity!r} was not measured; there are {measured}")
+        return statistics.fmean(self.others[quantity])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,13 +150,18 @@ class Sensitivity:
     """Module path -> TensorSensitivity, and how it was measured.
 
     Attributes:
-        estimator: name in ``ESTIMATORS``.
+        estimator: its name.
         seed: of the probes.
         sequences: K.
         scored_positions: all positions that predict a token, K (T - 1).
         tensors: in the order of the model.
+        primary: the quantity of ``TensorSensitivity.samples``.
+        candidates: label -> the candidate quantizer's JSON.
+        stopped: why it ended at K sequences, in words.
         model: what identifies the model; empty if the caller did not say.
         seconds: wall time of the calibration.
+        candidate_bytes: bytes that the candidates' codes and scales held.
+        diagonals: ``PATH/output_channel`` and ``PATH/group`` -> sums of squared gradients (``Diagonals``).
     """
 
     estimator: str
@@ -102,26 +169,64 @@ class Sensitivity:
     sequences: int
     scored_positions: int
     tensors: Mapping[str, TensorSensitivity]
+    primary: str = "trace"
+    candidates: Mapping[str, Any] = field(default_factory=dict)
+    stopped: str = ""
     model: Mapping[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
+    candidate_bytes: int = 0
+    diagonals: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
     @property
     def traces(self) -> dict[str, float]:
-        """Module path -> arithmetic mean: the trace."""
+        """Module path -> arithmetic mean of the primary quantity: the trace."""
         return {path: tensor.trace for path, tensor in self.tensors.items()}
 
     @property
-    def geometric_means(self) -> dict[str, float]:
-        """Module path -> geometric mean: what ``hestia_scores`` should see, because its interval is known."""
-        return {path: tensor.geometric_mean for path, tensor in self.tensors.items()}
+    def values(self) -> dict[str, float]:
+        """Module path -> what scores use (``TensorSensitivity.value``)."""
+        return {path: tensor.value for path, tensor in self.tensors.items()}
+
+    @property
+    def quantities(self) -> tuple[str, ...]:
+        """The names of all quantities measured, the primary one first."""
+        first = next(iter(self.tensors.values()))
+        return (self.primary, *first.others)
+
+    def column(self, quantity: str) -> dict[str, tuple[float, ...]]:
+        """Module path -> the K samples of one quantity.
+
+        Raises:
+            CalibrationError: it was not measured; those that were are named.
+        """
+        if quantity == self.primary:
+            return {path: tensor.samples for path, tensor in self.tensors.items()}
+        if quantity not in self.quantities:
+            raise CalibrationError(f"{quantity!r} was not measured; measured were {', '.join(self.quantities)}")
+        return {path: tensor.others[quantity] for path, tensor in self.tensors.items()}
+
+    def means(self, quantity: str) -> dict[str, float]:
+        """Module path -> arithmetic mean of one quantity.
+
+        Raises:
+            CalibrationError: see ``column``.
+        """
+        return {path: statistics.fmean(samples) for path, samples in self.column(quantity).items()}
 
     def save(self, path: Path) -> None:
-        """Write sensitivity.json atomically."""
+        """Write sensitivity.json, and the diagonals beside it as .safetensors; each atomically."""
+        if self.diagonals:
+            from safetensors.torch import save_file
+
+            from ..files import replacing
+
+            with replacing(path.with_suffix(".safetensors")) as temporary:
+                save_file({name: tensor.contiguous() for name, tensor in self.diagonals.items()}, temporary)
         write_json(path, self.to_json())
 
     @classmethod
     def load(cls, path: Path) -> Sensitivity:
-        """Read sensitivity.json.
+        """Read sensitivity.json (without the diagonals).
 
         Raises:
             ConfigError: no such file, not JSON, or another schema.
@@ -134,26 +239,16 @@ class Sensitivity:
         return {
             "schema": SCHEMA,
             "estimator": self.estimator,
+            "primary": self.primary,
             "seed": self.seed,
             "sequences": self.sequences,
             "scored_positions": self.scored_positions,
+            "stopped": self.stopped,
+            "candidates": dict(self.candidates),
+            "candidate_bytes": self.candidate_bytes,
             "model": dict(self.model),
             "seconds": self.seconds,
-            "tensors": {
-                path: {
-                    "weights": tensor.weights,
-                    "trace": tensor.trace,
-                    "standard_error": tensor.standard_error,
-                    "log_mean": tensor.log_mean,
-                    "half_width": tensor.half_width,
-                    "geometric_mean": tensor.geometric_mean,
-                    "low": tensor.low,
-                    "high": tensor.high,
-                    "largest_share": tensor.largest_share,
-                    "samples": list(tensor.samples),
-                }
-                for path, tensor in self.tensors.items()
-            },
+            "tensors": {path: _entry(tensor) for path, tensor in self.tensors.items()},
         }
 
     @classmethod
@@ -169,18 +264,36 @@ class Sensitivity:
             tensors: dict[str, TensorSensitivity] = {}
             for path, entry in record["tensors"].items():
                 place = f"{where}: {path}"
-                samples = [float(sample) for sample in entry["samples"]]
-                if len(samples) != sequences:
-                    raise CalibrationError(
-                        f"{path}: {len(samples)} samples where the file speaks of {sequences} sequences"
-                    )
-                tensors[path] = TensorSensitivity.of(path, int(entry["weights"]), samples)
+                columns = {"samples": entry["samples"], **entry["others"]}
+                if entry["gauss_newton"] is not None:
+                    columns["gauss_newton"] = entry["gauss_newton"]
+                numbers = {name: [float(sample) for sample in column] for name, column in columns.items()}
+                for name, column in numbers.items():
+                    if len(column) != sequences:
+                        raise CalibrationError(
+                            f"{path}: {len(column)} {name} where the file speaks of {sequences} sequences"
+                        )
+                tensors[path] = TensorSensitivity.of(
+                    path,
+                    int(entry["weights"]),
+                    numbers.pop("samples"),
+                    gauss_newton=numbers.pop("gauss_newton", None),
+                    others=numbers,
+                    errors={str(label): float(error) for label, error in entry["errors"].items()},
+                    signed=bool(entry["signed"]),
+                )
             place = where
+            if not tensors:
+                raise CalibrationError("no tensors")
             return cls(
                 estimator=str(record["estimator"]),
+                primary=str(record["primary"]),
                 seed=int(record["seed"]),
                 sequences=sequences,
                 scored_positions=int(record["scored_positions"]),
+                stopped=str(record["stopped"]),
+                candidates=dict(record["candidates"]),
+                candidate_bytes=int(record["candidate_bytes"]),
                 tensors=tensors,
                 model=dict(record["model"]),
                 seconds=float(record["seconds"]),
@@ -192,27 +305,21 @@ class Sensitivity:
         except (TypeError, ValueError, AttributeError) as error:
             raise CalibrationError(f"{place}: {error}") from None
 
-    def table(self) -> str:
-        """The sensitivities for people: one line a tensor, the largest trace first."""
-        width = max((len(path) for path in self.tensors), default=6)
-        per_sequence = self.scored_positions // max(1, self.sequences)
-        lines = [
-            f"{self.estimator}: {self.sequences} sequences x {per_sequence} scored positions, seed {self.seed}, "
-            f"{self.seconds:.1f} s",
-            f"{'tensor':<{width}}  {'weights':>12}  {'trace':>10} {'+-':>6}  {'geo. mean':>10}  "
-            f"{'95 % of the geo. mean':>23}  largest sequence",
-        ]
-        for tensor in sorted(self.tensors.values(), key=lambda tensor: -tensor.trace):
-            interval = f"{tensor.low:.4g} .. {tensor.high:.4g}"
-            lines.append(
-                f"{tensor.path:<{width}}  {tensor.weights:>12,}  {tensor.trace:>10.4g} "
-                f"{tensor.standard_error / tensor.trace:>6.1%}  {tensor.geometric_mean:>10.4g}  {interval:>23}  "
-                f"{tensor.largest_share:>6.1%}{' !' if tensor.largest_share > LARGE_SHARE else ''}"
-            )
-        heavy = sum(tensor.largest_share > LARGE_SHARE for tensor in self.tensors.values())
-        if heavy:
-            lines.append(
-                f"! in {heavy} tensors one sequence carries over {LARGE_SHARE:.0%} of the sum: "
-                "trust the geometric mean, or add sequences"
-            )
-        return "\n".join(lines)
+
+def _entry(tensor: TensorSensitivity) -> dict[str, Any]:
+    return {
+        "weights": tensor.weights,
+        "trace": tensor.trace,
+        "standard_error": tensor.standard_error,
+        "log_mean": tensor.log_mean,
+        "half_width": tensor.half_width,
+        "geometric_mean": tensor.geometric_mean,
+        "low": tensor.low,
+        "high": tensor.high,
+        "largest_share": tensor.largest_share,
+        "signed": tensor.geometric_mean is None,
+        "errors": dict(tensor.errors),
+        "samples": list(tensor.samples),
+        "others": {name: list(column) for name, column in tensor.others.items()},
+        "gauss_newton": None if tensor.gauss_newton is None else list(tensor.gauss_newton),
+    }

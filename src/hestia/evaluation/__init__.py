@@ -1,18 +1,27 @@
-"""How good is the model: NLL and KL to its parent (``scoring``), tasks (``harness``), intervals (``paired``)."""
+"""How good is the model: NLL and KL to its parent (``scoring``), tasks (``harness``), intervals (``paired``),
+finished runs against each other (``comparison``).
+"""
 
+from .comparison import Comparison, ScoredRun, compare_runs
 from .harness import run_tasks
-from .paired import PairedDifference, paired_difference
+from .paired import PairedDifference, gap_closed, holm, paired_difference, paired_p_value
 from .protocols import ProtocolPerplexity, hestia_protocol_perplexity
 from .scoring import Logits, Score, model_logits, score
 
 __all__ = [
+    "Comparison",
     "Logits",
     "PairedDifference",
     "ProtocolPerplexity",
     "Score",
+    "ScoredRun",
+    "compare_runs",
+    "gap_closed",
     "hestia_protocol_perplexity",
+    "holm",
     "model_logits",
     "paired_difference",
+    "paired_p_value",
     "run_tasks",
     "score",
 ]

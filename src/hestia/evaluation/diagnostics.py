@@ -41,14 +41,14 @@ def histograms(model: nn.Module, parent: nn.Module) -> dict[str, Any]:
             record["histograms"][path] = {
                 "edges": edges,
                 "before": counts_before,
-                "after": _histogram(module.quantizer, module.weight)[1],
+                "after": _histogram(module.quantizer, module.weight, module.held)[1],
             }
     return record
 
 
-def _histogram(quantizer: Quantizer, weight: Tensor) -> tuple[list[float], list[int]]:
+def _histogram(quantizer: Quantizer, weight: Tensor, held: Tensor | None = None) -> tuple[list[float], list[int]]:
     w = to_groups(weight.detach().float().cpu(), quantizer.spec.group_size)
-    z = (w / quantizer.scales(w).step).flatten().clamp(-_RANGE, _RANGE)
+    z = (w / quantizer.scales(w, None if held is None else held.cpu()).step).flatten().clamp(-_RANGE, _RANGE)
     edges = torch.linspace(-_RANGE, _RANGE, _EDGES)
     counts = torch.histogram(z, edges).hist
     return [round(float(e), 6) for e in edges], [int(c) for c in counts]

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ExportError, nearest
+from ..targets import LLAMA_CPP_BIASES
 from .gguf_tokenizer import Value
 
 
@@ -59,8 +60,7 @@ def _weights(*names: str) -> frozenset[str]:
     return frozenset(f"{name}.weight" for name in names)
 
 
-_QKV_BIAS = frozenset(f"self_attn.{x}_proj.bias" for x in "qkv")
-_LLAMA_BIAS = _QKV_BIAS | {"self_attn.o_proj.bias"} | {f"mlp.{x}_proj.bias" for x in ("gate", "up", "down")}
+_BIASES = {kind: frozenset(f"{layer}.bias" for layer in layers) for kind, layers in LLAMA_CPP_BIASES.items()}
 _MATRICES = (*(f"self_attn.{x}_proj" for x in "qkvo"), *(f"mlp.{x}_proj" for x in ("gate", "up", "down")))
 _BLOCK = _weights("input_layernorm", "post_attention_layernorm", *_MATRICES)
 _QK_NORMS = _weights("self_attn.q_norm", "self_attn.k_norm")
@@ -68,11 +68,11 @@ _FOUR_NORMS = _BLOCK | _weights("pre_feedforward_layernorm", "post_feedforward_l
 _GELU = "gelu_pytorch_tanh"
 
 FAMILIES = {
-    "llama": Family("llama", _BLOCK, _LLAMA_BIAS, permuted=True),
+    "llama": Family("llama", _BLOCK, _BIASES["llama"], permuted=True),
     "mistral": Family("llama", _BLOCK, permuted=True),
     "smollm3": Family("smollm3", _BLOCK, permuted=True, own_head_size=False),
-    "qwen2": Family("qwen2", _BLOCK, _QKV_BIAS, own_head_size=False),
-    "qwen3": Family("qwen3", _BLOCK | _QK_NORMS),
+    "qwen2": Family("qwen2", _BLOCK, _BIASES["qwen2"], own_head_size=False),
+    "qwen3": Family("qwen3", _BLOCK | _QK_NORMS, _BIASES["qwen3"]),
     "gemma": Family("gemma", _BLOCK, norm_shift=1.0, activation=_GELU, tied=True),
     "gemma2": Family("gemma2", _FOUR_NORMS, norm_shift=1.0, activation=_GELU, tied=True, window_period=2),
     "gemma3_text": Family("gemma3", _FOUR_NORMS | _QK_NORMS, norm_shift=1.0, activation=_GELU, window_period=6),

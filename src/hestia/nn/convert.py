@@ -10,6 +10,7 @@ from torch import nn
 from ..errors import GuardError, PlanError
 from ..plans import Plan
 from ..quant import QuantizedTensor
+from .biases import declare
 from .knobs import Knobs
 from .linear import QuantLinear
 
@@ -45,7 +46,7 @@ def apply(model: nn.Module, plan: Plan) -> nn.Module:
         if shape != layer.shape:
             raise PlanError(f"{path}: the plan says {layer.shape}, the model has {shape}")
     schedule = plan.schedule
-    knobs = Knobs(schedule.pressure(0.0), schedule.base_temperature(0.0))
+    knobs = Knobs(**schedule.at(0.0))
     knobs.to(next(model.parameters()).device)
     for path, layer in plan.layers.items():
         linear = found[path]
@@ -69,7 +70,8 @@ def freeze(model: nn.Module) -> dict[str, QuantizedTensor]:
     """Replace every quantized layer by a plain one that holds ``codes * scales``, in place, and return the codes.
 
     The weights return to the parent's dtype, which holds them exactly: snapped scales are bf16 and fp16 numbers, and
-    the levels -2, -1, 0, 1 only change sign and exponent.
+    ``snap`` leaves room for the product with every level of the grid. An output shift moves into the bias, and where
+    the parent had none, the model's configuration says so from then on.
 
     Raises:
         PlanError: no layer is quantized: ``apply`` was not called, or ``freeze`` already was.
@@ -82,10 +84,16 @@ def freeze(model: nn.Module) -> dict[str, QuantizedTensor]:
         if not bool(torch.isfinite(module.weight).all()):
             raise GuardError(f"{path}: the weight holds NaN or infinity and cannot be frozen")
     frozen: dict[str, QuantizedTensor] = {}
+    shifted: list[str] = []
     for path, module in layers:
         frozen[path] = tensor = module.codes()
+        if module.quantizer.spec.output_shift is not None:
+            shifted.append(path)
+            module.fold_shift()
         module.weight.data = tensor.dense(module.parent_dtype)
         _replace(model, path, module.unquantized())
+    if shifted:
+        declare(model, shifted)
     return frozen
 
 

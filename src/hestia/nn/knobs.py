@@ -17,27 +17,37 @@ from ..errors import ConfigError
 
 
 class Knobs(nn.Module):
-    """``pressure`` (lambda, 0 to 1) and ``temperature`` (tau before any tensor's factor) of one model."""
+    """``pressure`` (lambda, 0 to 1) and ``temperature`` (tau before any tensor's factor) of one model.
+
+    ``residual``, the multiple of the latent weight that is added, is there only where the schedule has one.
+    """
 
     pressure: Tensor
     temperature: Tensor
+    residual: Tensor | None
 
-    def __init__(self, pressure: float = 1.0, temperature: float = 0.0) -> None:
+    def __init__(self, pressure: float = 1.0, temperature: float = 0.0, residual: float | None = None) -> None:
         super().__init__()
         self._values = {"pressure": pressure, "temperature": temperature}
+        self.register_buffer("residual", None, persistent=False)
+        if residual is not None:
+            self._values["residual"] = residual
         for name, value in self._values.items():
             self.register_buffer(name, torch.tensor(value, dtype=torch.float32), persistent=False)
 
     @torch.no_grad()
-    def set(self, *, pressure: float, temperature: float) -> None:
+    def set(self, *, pressure: float, temperature: float, residual: float = 0.0) -> None:
         """Move the knobs, in place."""
         self._values = {"pressure": pressure, "temperature": temperature}
         self.pressure.fill_(pressure)
         self.temperature.fill_(temperature)
+        if self.residual is not None:
+            self._values["residual"] = residual
+            self.residual.fill_(residual)
 
     @property
     def values(self) -> dict[str, float]:
-        """``{"pressure": ..., "temperature": ...}`` as exact Python floats; never synchronises with a device."""
+        """``{"pressure": ..., "temperature": ...}``, and the residual if any; exact, no device is synchronised."""
         return dict(self._values)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:

@@ -2,6 +2,9 @@
 
 training   y = x w_hat^T + b,   w_hat = (1 - lambda) w + lambda level Q_tau(w / step)     tau = base * factor
 eval       y = x w_q^T   + b,   w_q   = snap(level) Q(w / step)                           what will be exported
+
+Three additions, each only where plan and schedule ask for it: a held tensor that the scale rule reads, a residual
+``r(t) w`` on w_hat, and an output shift, ``lambda shift(w)`` on y, which becomes part of b when frozen.
 """
 
 from __future__ import annotations
@@ -10,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..quant import QuantizedTensor, Quantizer, QuantSpec
+from ..quant import HeldRule, QuantizedTensor, Quantizer, QuantSpec
+from .held import Held
 from .knobs import Knobs
 
 
@@ -33,21 +37,66 @@ class QuantLinear(nn.Linear):
         self.temperature_factor = temperature_factor
         self.knobs = knobs
         self.parent_dtype = linear.weight.dtype
+        self._hestia = Held(self.quantizer, linear.weight) if isinstance(spec.scale, HeldRule) else None
         self.train(linear.training)
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name nn.Linear gives it
         """``x [..., in_features] -> [..., out_features]``; hard and snapped in eval mode."""
-        return F.linear(input, self.effective_weight().to(input.dtype), self.bias)
+        shift = self.quantizer.spec.output_shift
+        if shift is None:
+            return F.linear(input, self.effective_weight().to(input.dtype), self.bias)
+        if not self.training:
+            return F.linear(input, self.effective_weight().to(input.dtype), self.shifted_bias().to(input.dtype))
+        out = F.linear(input, self.effective_weight().to(input.dtype), self.bias)
+        return out + (self.knobs.pressure * self.shift()).to(out.dtype)
 
     def effective_weight(self) -> Tensor:
         """The weight that this layer multiplies with, ``[O, I]``: w_hat in training, the frozen one in eval mode."""
         if not self.training:
-            return self.quantizer.hard(self.weight)
-        return self.quantizer.fake(self.weight, self.knobs.pressure, self.knobs.temperature * self.temperature_factor)
+            return self.quantizer.hard(self.weight, self.held)
+        knobs = self.knobs
+        w_hat = self.quantizer.fake(self.weight, knobs.pressure, knobs.temperature * self.temperature_factor, self.held)
+        return w_hat if knobs.residual is None else w_hat + knobs.residual * self.weight
+
+    @property
+    def held(self) -> Tensor | None:
+        """What the scale rule holds between steps: a learned scale, an importance, or nothing."""
+        return None if self._hestia is None else self._hestia.tensor
+
+    def restart(self) -> None:
+        """Fill what is held anew from the weight, after a model born on the meta device got its weights."""
+        if self._hestia is not None:
+            self._hestia.restart(self.quantizer, self.weight)
+
+    def shift(self) -> Tensor:
+        """The output shift ``[O]`` of the latent weight, differentiable in it."""
+        shift = self.quantizer.spec.output_shift
+        assert shift is not None
+        return shift(self.weight, self.quantizer.codes(self.weight, self.held).codes)
+
+    @torch.no_grad()
+    def shifted_bias(self) -> Tensor:
+        """Bias and output shift in one, in the parent's dtype: the bias that this layer freezes to."""
+        shift = self.shift()
+        return (shift if self.bias is None else self.bias.to(shift.dtype) + shift).to(self.parent_dtype)
+
+    @torch.no_grad()
+    def fold_shift(self) -> None:
+        """Put ``shifted_bias`` into the bias, which is created if there was none; before the weight is frozen."""
+        bias = self.shifted_bias()
+        if self.bias is None:
+            self.bias = nn.Parameter(bias, requires_grad=self.weight.requires_grad)
+        else:
+            self.bias.data = bias
+
+    def hard(self) -> Tensor:
+        """The hard, unsnapped ``level Q(w / step)`` that corrections pull to, detached."""
+        one = torch.ones((), dtype=torch.float32, device=self.weight.device)
+        return self.quantizer.fake(self.weight.detach(), one, torch.zeros_like(one), self.held).detach()
 
     def codes(self) -> QuantizedTensor:
         """The integers and snapped scales that this layer freezes to."""
-        return self.quantizer.codes(self.weight)
+        return self.quantizer.codes(self.weight, self.held)
 
     @torch.no_grad()
     def unquantized(self) -> nn.Linear:

@@ -10,12 +10,30 @@ from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 from ..errors import ConfigError, nearest
-from ..quant import BINARY, INT2, TERNARY, Grid, GroupSize, QuantSpec
+from ..quant import (
+    BINARY,
+    INT2,
+    INT3,
+    INT4,
+    TERNARY,
+    AbsMean,
+    Correction,
+    Gaussian,
+    Grid,
+    GroupSize,
+    QuantSpec,
+    ScaleRule,
+)
 from ..quant.family import Member
 from ..schedules import KnobSchedule
 
-GRIDS: dict[float, Grid] = {1.0: BINARY, 1.58: TERNARY, 2.0: INT2}
+GRIDS: dict[float, Grid] = {1.0: BINARY, 1.58: TERNARY, 2.0: INT2, 3.0: INT3, 4.0: INT4}
 """Bit width as people write it -> grid."""
+
+
+def scale_for(grid: Grid) -> ScaleRule:
+    """absmean up to three levels, as the ternary papers have it; beyond, where it is too coarse, gaussian."""
+    return AbsMean() if len(grid.levels) <= 3 else Gaussian()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +68,10 @@ class Recipe(Member, ABC):
                 if get_origin(hint) is Literal:
                     raise ConfigError(f"{where}: unknown {value!r}: {nearest(str(value), map(str, get_args(hint)))}")
                 raise ConfigError(f"{where} wants {getattr(hint, '__name__', hint)}, got {value!r}")
-        self.schedule()  # what it refuses is refused here, before anything is read or computed
+        self.schedule()  # what these refuse is refused here, before anything is read or computed
+        self.correction()
+        for bits in self.widths:
+            self._spec(GRIDS[bits], "row")
 
     def spec_for(self, bits: float, group_size: GroupSize) -> QuantSpec:
         """Grid, scale rule and estimator for a width.
@@ -62,6 +83,14 @@ class Recipe(Member, ABC):
             raise ConfigError(f"recipe {self.name!r} does not do {bits:g} bits; it does {_listed(self.widths)}")
         return self._spec(GRIDS[bits], group_size)
 
+    def mixed_spec(self, bits: float, group_size: GroupSize) -> QuantSpec:
+        """``spec_for`` in a plan of several widths, where a recipe may leave what its paper does with one width.
+
+        Raises:
+            ConfigError: see ``spec_for``.
+        """
+        return self.spec_for(bits, group_size)
+
     @abstractmethod
     def _spec(self, grid: Grid, group_size: GroupSize) -> QuantSpec:
         """The quantizer of one weight on ``grid``."""
@@ -69,6 +98,10 @@ class Recipe(Member, ABC):
     @abstractmethod
     def schedule(self) -> KnobSchedule:
         """Pressure and temperature over training."""
+
+    def correction(self) -> Correction | None:
+        """What pulls the latent weights after every optimizer step; nothing by default."""
+        return None
 
     def temperature_factors(self, traces: Mapping[str, float]) -> dict[str, float]:
         """Module path -> factor on the base temperature, from curvature; empty where the recipe ignores it."""

@@ -27,6 +27,9 @@ from .records import Histogram, TrainingLog
 # Placeholder colours that the style sheet's variables replace in the finished SVG.
 _INK, _SOFT, _RULE, _EMBER, _SLATE = "#010101", "#020202", "#030303", "#040404", "#050505"
 _VARIABLES = {_INK: "--ink", _SOFT: "--soft", _RULE: "--rule", _EMBER: "--ember", _SLATE: "--slate"}
+_PRINTED = {_INK: "#1b1b1b", _SOFT: "#5a5a5a", _RULE: "#c8c8c8", _EMBER: "#c2410c", _SLATE: "#475569"}
+"""The colours of a figure that stands in a file of its own, without a style sheet."""
+
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "hestia",
@@ -172,6 +175,35 @@ def weights(histogram: Histogram, thresholds: Sequence[float], *, name: str, wid
         ticks = sorted({*thresholds, -1.0, 0.0, 1.0}) if len(thresholds) <= 2 else [*thresholds]
         axes.set_xticks([t for t in ticks if abs(t) < edge], [_short(t) for t in ticks if abs(t) < edge])
         return _svg(figure, name, "Weights in units of their scale, before and after training")
+
+
+def pareto(curve: Sequence[Sequence[float]], chosen: Sequence[float], form: str, width: int = 640) -> bytes:
+    """Predicted KL against stored bits a weight with the chosen point: a file of its own, ``svg`` or ``png``.
+
+    Args:
+        curve: (bits, predicted KL) of the best plan at other budgets, ascending.
+        chosen: bits and predicted KL of this plan.
+        form: "svg" or "png".
+        width: in CSS pixels; a png has twice as many.
+    """
+    with matplotlib.rc_context({key: _PRINTED.get(value, value) for key, value in _STYLE.items()}):
+        figure, axes = _figure(width, _TALL)
+        shown = [(bits, damage) for bits, damage in curve if damage > 0.0]
+        axes.plot([b for b, _ in shown], [d for _, d in shown], color=_PRINTED[_SLATE], marker="o", markersize=3)
+        if chosen[1] > 0.0:
+            axes.plot([chosen[0]], [chosen[1]], color=_PRINTED[_EMBER], marker="o", markersize=8)
+            label = f"{chosen[0]:.2f} bits, KL {chosen[1]:.3g}"
+            axes.annotate(label, (chosen[0], chosen[1]), (10, 8), textcoords="offset points", color=_PRINTED[_EMBER])
+        if shown:
+            axes.set_yscale("log")
+            axes.yaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_major_locator(MaxNLocator(6))
+        axes.set_xlabel("stored bits a weight")
+        axes.set_ylabel("predicted KL, nats a token")
+        buffer = io.BytesIO()
+        metadata = {"Date": None} if form == "svg" else {"Software": None}
+        figure.savefig(buffer, format=form, dpi=2 * _DPI, facecolor="white", metadata=metadata)
+        return buffer.getvalue()
 
 
 def _single(

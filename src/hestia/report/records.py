@@ -25,7 +25,7 @@ import yaml
 from ..errors import ConfigError
 from ..files import read_json
 
-SCHEMA = 1
+SCHEMA, SENSITIVITY_SCHEMA = 1, 2
 REPORT_FILE = "report.json"
 
 
@@ -121,12 +121,12 @@ class Trace:
 
     path: str
     trace: float | None
-    standard_error: float | None
-    geometric_mean: float | None
-    low: float | None
-    high: float | None
-    largest_share: float | None
-    weights: int | None
+    standard_error: float | None = None
+    geometric_mean: float | None = None
+    low: float | None = None
+    high: float | None = None
+    largest_share: float | None = None
+    weights: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,13 +193,14 @@ class TrainingLog:
         rows: the training lines in order of step; of steps that a resumed run repeated, the later line.
         hard: (step, loss of the model that would be exported at this step, on text it is not trained on; not
             the held-out blocks of the report, which no decision of a run may see).
-        pilots: (learning rate, held-out loss) of the pilot runs; the loss is None where the pilot diverged.
+        pilots: (learning rate, steps, held-out loss) of the pilot runs; the loss is None where the pilot diverged, the
+            steps where an older log does not say.
         skipped: lines that could not be read.
     """
 
     rows: tuple[TrainingRow, ...] = ()
     hard: tuple[tuple[int, float], ...] = ()
-    pilots: tuple[tuple[float, float | None], ...] = ()
+    pilots: tuple[tuple[float, int | None, float | None], ...] = ()
     skipped: int = 0
 
 
@@ -328,7 +329,7 @@ class RunRecord:
             options=_options(run / "run.yaml"),
             recipe_options=_mapping(report.raw.get("recipe_options")),
             plan=None if plan is None else plan.raw,
-            sensitivity=_sensitivity(_optional(run / "sensitivity.json")),
+            sensitivity=_sensitivity(_optional(run / "sensitivity.json", SENSITIVITY_SCHEMA)),
             log=_log(run / "log.jsonl"),
             histograms=_histograms(diagnostics),
             codes=_codes(diagnostics),
@@ -385,8 +386,8 @@ class _Object:
         return [_Object(v, self.where, f"{self.prefix}{key}[{i}].") for i, v in enumerate(values)]
 
 
-def _optional(path: Path) -> _Object | None:
-    return _Object(read_json(path, schema=SCHEMA), str(path)) if path.is_file() else None
+def _optional(path: Path, schema: int = SCHEMA) -> _Object | None:
+    return _Object(read_json(path, schema=schema), str(path)) if path.is_file() else None
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:
@@ -554,7 +555,7 @@ def _log(path: Path) -> TrainingLog:
         raise ConfigError(f"{path}: not readable ({error})") from None
     rows: dict[int, TrainingRow] = {}
     hard: dict[int, float] = {}
-    pilots: list[tuple[float, float | None]] = []
+    pilots: list[tuple[float, int | None, float | None]] = []
     skipped = 0
     for line in filter(str.strip, lines):
         try:
@@ -569,7 +570,8 @@ def _log(path: Path) -> TrainingLog:
         if isinstance(pilot, dict):
             rate = number(pilot.get("learning_rate"))
             if rate is not None:
-                pilots.append((rate, number(pilot.get("held_out_loss"))))
+                steps = number(pilot.get("steps"))
+                pilots.append((rate, None if steps is None else int(steps), number(pilot.get("held_out_loss"))))
             continue
         step = number(entry.get("step"))
         if step is None:

@@ -9,16 +9,24 @@ It works with any Trainer, TRL's included:
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..nn import knobs_of
+from ..nn import QuantLinear, knobs_of, quantized_modules
 from ..plans import Plan
+from ..quant import Correction, Saliency
 
 
 class QATCallback(TrainerCallback):
     """Sets pressure and base temperature before every step; nothing else in hestia knows the step.
+
+    After the optimizer's step it serves two ports, where the plan has them: the layers get the optimizer's second
+    moment as importance, and the correction pulls their latent weights.
 
     Args:
         plan: the plan that was applied; its schedule is followed.
@@ -28,10 +36,11 @@ class QATCallback(TrainerCallback):
 
     def __init__(self, plan: Plan) -> None:
         self.schedule = plan.schedule
+        self.correction = plan.correction
+        self._weighted = any(isinstance(layer.spec.scale, Saliency) for layer in plan.layers.values())
 
     def _move(self, model: Any, state: TrainerState) -> None:
-        t = state.global_step / state.max_steps if state.max_steps > 0 else 1.0
-        knobs_of(model).set(pressure=self.schedule.pressure(t), temperature=self.schedule.base_temperature(t))
+        knobs_of(model).set(**self.schedule.at(_share(state)))
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
@@ -45,8 +54,66 @@ class QATCallback(TrainerCallback):
         """Move the knobs to this step."""
         self._move(model, state)
 
+    def on_optimizer_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any = None,
+        optimizer: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Hand over importance, then pull; ``state.global_step`` is still the step that was just taken."""
+        if not self._weighted and self.correction is None:
+            return
+        optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
+        layers = [layer for _, layer in quantized_modules(model)]
+        if self._weighted:
+            hand_over_importance(layers, optimizer, state.global_step)
+        t = _share(state)
+        if self.correction is not None and self.correction.active(t):
+            correct(layers, optimizer, self.correction, t)
+
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
         """Leave the knobs where the run ended."""
         self._move(model, state)
+
+
+def _share(state: TrainerState) -> float:
+    return state.global_step / state.max_steps if state.max_steps > 0 else 1.0
+
+
+@torch.no_grad()
+def hand_over_importance(layers: Iterable[QuantLinear], optimizer: torch.optim.Optimizer, step: int) -> None:
+    """Copy Adam's second moment of every weight into the layer that weighs by it, every so many steps of its rule.
+
+    The copy is part of the layer's state, so evaluation, freezing and a resumed run see the very same numbers.
+
+    Args:
+        layers: those without an importance are passed over.
+        optimizer: one that keeps ``exp_avg_sq``; layers that it does not train keep a uniform importance.
+        step: the step that was just taken, from 0.
+    """
+    for layer in layers:
+        rule, held = layer.quantizer.spec.scale, layer.held
+        if not isinstance(rule, Saliency) or held is None or step + 1 < rule.warmup or (step + 1) % rule.every:
+            continue
+        moment = optimizer.state.get(layer.weight, {}).get("exp_avg_sq")
+        if moment is not None:
+            held.copy_(_whole(moment))
+
+
+@torch.no_grad()
+def correct(layers: Iterable[QuantLinear], optimizer: torch.optim.Optimizer, correction: Correction, t: float) -> None:
+    """Apply a correction to the weights that the optimizer trains, each at the rate of its own group."""
+    rates = {id(p): float(group["lr"]) for group in optimizer.param_groups for p in group["params"]}
+    for layer in layers:
+        rate = rates.get(id(layer.weight))
+        if rate is not None:
+            correction(layer.weight, layer.hard(), optimizer.state.get(layer.weight, {}), rate, t)
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

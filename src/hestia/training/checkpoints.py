@@ -103,6 +103,9 @@ def load_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.Optimi
     record["state"] = state
     optimizer.load_state_dict(record)
     scheduler.load_state_dict({**scheduler.state_dict(), **read_json(folder / STATE, schema=SCHEMA)["scheduler"]})
+    # A scheduler writes rates when it steps, not when it is loaded: the next step would take the first step's rate.
+    for group, rate in zip(optimizer.param_groups, scheduler.get_last_lr(), strict=True):
+        group["lr"] = rate
 
 
 def load_random(folder: Path) -> None:

@@ -1,10 +1,13 @@
-"""The learning-rate pilot: four short runs in factors of three, the best by loss on text that is not scored later.
+"""The learning-rate pilot: short runs at four rates in factors of three, longer ones at the best two, then one choice.
 
     rate_k = peak / 3^k,  k = 0..3,   peak = min(0.02, 1.5 / width)
+    first round: all four, 1 % of the run each      second round: the best two, 4 % each      (12 and 36 steps at least)
 
 Adam's best rate falls about as 1 / width (Yang et al. 2022, arXiv:2203.03466, table 3), and low-bit training wants more
 than full precision does: a paper's 5e-5 for a 1B model and 10B tokens moves no code of a small model in a short run.
-Each pilot is a whole run in miniature, schedules included, so that its hard loss is comparable.
+Each trial is a whole run in miniature, schedules included, so that its hard loss is comparable. The shorter a run, the
+higher the rate it likes best: hence the second round, which decides between neighbours on three times the steps or more
+(benchmarks/results/pilot has the measurements). The loss is that of text which is not scored later.
 """
 
 from __future__ import annotations
@@ -17,6 +20,11 @@ from pathlib import Path
 from ..errors import GuardError
 
 FACTOR = 3.0
+ROUNDS = ((4, 0.01, 12), (2, 0.04, 36))
+"""(candidates, share of the run, fewest steps) of each round."""
+
+Trial = tuple[float, int]
+"""Learning rate and steps."""
 
 
 def rates(width: int) -> list[float]:
@@ -25,25 +33,64 @@ def rates(width: int) -> list[float]:
     return [float(f"{peak / FACTOR**k:.1e}") for k in range(4)]
 
 
-def choose(trial: Callable[[float], float], candidates: Sequence[float], log: Path) -> float:
-    """The candidate with the lowest hard loss; every trial is appended to the run's log.
+def trial_steps(steps: int) -> list[int]:
+    """Steps of a trial in each round, for a run of ``steps``; never more than the run itself.
 
-    A rate whose trial a guard stopped counts as infinitely bad.
+    >>> trial_steps(300), trial_steps(10_000)
+    ([12, 36], [100, 400])
+    """
+    return [min(steps, max(fewest, round(share * steps))) for _, share, fewest in ROUNDS]
+
+
+def choose(trial: Callable[[float, int], float], candidates: Sequence[float], steps: int, log: Path) -> float:
+    """The candidate with the lowest hard loss in the last round; every trial is appended to the run's log.
+
+    A trial that the log holds already is not run again, so an interrupted pilot goes on where it stopped. A rate whose
+    trial a guard stopped counts as infinitely bad.
+
+    Args:
+        trial: (rate, steps) -> hard loss.
+        candidates: the rates of the first round.
+        steps: of the run that the rate is for.
+        log: log.jsonl of the run.
 
     Raises:
         GuardError: every candidate diverged.
     """
-    losses: dict[float, float] = {}
-    for rate in candidates:
+    done = _logged(log)
+    left = list(candidates)
+    for (most, _, _), length in zip(ROUNDS, trial_steps(steps), strict=True):
+        left = left[:most]
+        for rate in left:
+            if (rate, length) not in done:
+                done[rate, length] = _run(trial, rate, length, log)
+        losses = {rate: done[rate, length] for rate in left}
+        left = sorted((rate for rate in left if math.isfinite(losses[rate])), key=lambda rate: losses[rate])
+        if not left:
+            raise GuardError(f"every pilot diverged (learning rates {', '.join(map(str, candidates))}); set --lr lower")
+    return left[0]
+
+
+def _run(trial: Callable[[float, int], float], rate: float, steps: int, log: Path) -> float:
+    try:
+        loss = trial(rate, steps)
+    except GuardError:
+        loss = math.inf
+    known = loss if math.isfinite(loss) else None
+    row = {"pilot": {"learning_rate": rate, "steps": steps, "held_out_loss": known}}
+    with open(log, "a", encoding="utf-8") as handle:
+        handle.write(json.dumps(row) + "\n")
+    return math.inf if known is None else known
+
+
+def _logged(log: Path) -> dict[Trial, float]:
+    """The trials in the log of an interrupted pilot; half a line from a killed process is none."""
+    found: dict[Trial, float] = {}
+    for line in log.read_text(encoding="utf-8").splitlines() if log.is_file() else ():
         try:
-            loss = trial(rate)
-        except GuardError:
-            loss = math.inf
-        losses[rate] = loss if math.isfinite(loss) else math.inf
-        row = {"pilot": {"learning_rate": rate, "held_out_loss": loss if math.isfinite(loss) else None}}
-        with open(log, "a", encoding="utf-8") as handle:
-            handle.write(json.dumps(row) + "\n")
-    best = min(losses, key=lambda rate: losses[rate])
-    if not math.isfinite(losses[best]):
-        raise GuardError(f"every pilot diverged (learning rates {', '.join(map(str, candidates))}); set --lr lower")
-    return best
+            row = json.loads(line)["pilot"]
+            loss = row["held_out_loss"]
+            found[float(row["learning_rate"]), int(row["steps"])] = math.inf if loss is None else float(loss)
+        except (json.JSONDecodeError, KeyError, TypeError, ValueError):
+            continue
+    return found

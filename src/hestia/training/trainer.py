@@ -31,6 +31,7 @@ from ..plans import Plan
 from ..schedules import LearningRateSchedule
 from . import checkpoints
 from .callback import QATCallback
+from .distillation import Distillation, Teacher
 from .guards import Interrupted, StopSignals, check_gradients, check_loss
 from .progress import ProgressBar
 
@@ -50,6 +51,10 @@ class TrainConfig:
         learning_rate: peak rate.
         schedule: warm-up, constant, decay.
         betas, weight_decay, clip: AdamW and gradient clipping (0: none); vectors (norms, biases) are not decayed.
+        scale_rate, norm_rate, embedding_rate: factors on the learning rate of learned scales, of norms and biases (all
+            other vectors), and of embeddings (with a tied head).
+        distill: the teacher's share in the loss; None trains on cross entropy alone.
+        teacher: the teacher's name or path, for the record; the model itself is given to the trainer.
         train_embeddings: False freezes embeddings, and with them a tied head.
         bf16: bf16 autocast over fp32 weights.
         gradient_checkpointing: recompute activations in the backward pass.
@@ -69,6 +74,11 @@ class TrainConfig:
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.01
     clip: float = 1.0
+    scale_rate: float = 1.0
+    norm_rate: float = 1.0
+    embedding_rate: float = 1.0
+    distill: Distillation | None = None
+    teacher: str = ""
     train_embeddings: bool = True
     bf16: bool = True
     gradient_checkpointing: bool = False
@@ -80,6 +90,11 @@ class TrainConfig:
     eval_blocks: int = 32
     keep: int = 2
     report_to: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("scale_rate", "norm_rate", "embedding_rate"):
+            if not 0.0 <= getattr(self, name) < math.inf:
+                raise ConfigError(f"{name} must be 0 or a positive number, got {getattr(self, name)}")
 
 
 class BlockStream(Dataset[dict[str, Tensor]]):
@@ -113,6 +128,10 @@ class HestiaTrainer(Trainer):
         folder: the run's folder; log.jsonl and checkpoints/ are written into it.
         description: text of the progress bar.
         callbacks: further callbacks.
+        teacher: the model that ``config.distill`` learns from; it is put in evaluation mode and never trained.
+
+    Raises:
+        ConfigError: a teacher without ``config.distill`` or the other way round, or one of another vocabulary.
     """
 
     def __init__(
@@ -126,6 +145,7 @@ class HestiaTrainer(Trainer):
         folder: Path,
         description: str = "training",
         callbacks: list[TrainerCallback] | None = None,
+        teacher: nn.Module | None = None,
     ) -> None:
         self.plan, self.config, self.folder, self.held_out = plan, config, folder, held_out
         self.seconds = 0.0
@@ -134,6 +154,8 @@ class HestiaTrainer(Trainer):
         self._started: tuple[float, int] | None = None
         self.last_checkpoint: Path | None = None
         self._evaluated = -1
+        self._teacher = _checked_teacher(teacher, config, model)
+        self._input_ids: Tensor | None = None
         if not config.train_embeddings:
             for module in model.modules():
                 if isinstance(module, nn.Embedding):
@@ -150,6 +172,7 @@ class HestiaTrainer(Trainer):
             eval_dataset=stream,
             data_collator=_stack,
             callbacks=[QATCallback(plan), _StopCallback(self._signals), self._bar, *(callbacks or [])],
+            compute_loss_func=None if self._teacher is None else self._distilled,
         )
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
@@ -205,15 +228,11 @@ class HestiaTrainer(Trainer):
         return SequentialSampler(dataset)  # type: ignore[arg-type]  # the stream is already in order
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """AdamW over trainable parameters; matrices decay, vectors do not."""
+        """AdamW over trainable parameters; matrices decay, vectors do not. Each kind may have a rate of its own."""
         if self.optimizer is None:
-            parameters = [p for p in (model or self.model).parameters() if p.requires_grad]  # type: ignore[union-attr]
-            groups = [
-                {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": self.config.weight_decay},
-                {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-            ]
+            groups = parameter_groups(model or self.model, self.config)  # type: ignore[arg-type]
             self.optimizer = torch.optim.AdamW(
-                [g for g in groups if g["params"]], lr=self.config.learning_rate, betas=self.config.betas, fused=True
+                groups, lr=self.config.learning_rate, betas=self.config.betas, fused=True
             )
         return self.optimizer
 
@@ -233,11 +252,22 @@ class HestiaTrainer(Trainer):
     # --- guards ----------------------------------------------------------------------------------------------------
 
     def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        """The Trainer's loss, refused if it is not finite."""
+        """The Trainer's loss, or the teacher's, refused if it is not finite."""
+        self._input_ids = inputs["input_ids"]
         result = super().compute_loss(model, inputs, *args, **kwargs)  # type: ignore[misc]
         loss = result[0] if isinstance(result, tuple) else result
         check_loss(loss.detach(), model, self.state.global_step + 1, self._last_checkpoint_name())
         return result
+
+    def _distilled(self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+        assert self._teacher is not None and self.config.distill is not None and self._input_ids is not None
+        logits = outputs["logits"] if isinstance(outputs, dict) else outputs[0]
+        return self.config.distill.loss(
+            logits[:, :-1].flatten(0, 1),
+            labels[:, 1:].flatten().to(logits.device),
+            self._teacher.answer(self._input_ids),
+            num_items_in_batch,
+        )
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         """Norm, check, clip, in this order: dividing by a bad norm would make every gradient bad."""
@@ -334,13 +364,54 @@ class HestiaTrainer(Trainer):
             checkpoints.load_random(Path(checkpoint))
 
 
+def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
+    """AdamW's groups, by decay and by factor on the learning rate, without empty ones.
+
+    With all factors 1 they are two: matrices, which decay, and vectors, which do not.
+    """
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    groups: dict[tuple[bool, float], list[nn.Parameter]] = {(True, 1.0): [], (False, 1.0): []}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        matrix, factor = parameter.ndim >= 2, 1.0
+        if id(parameter) in embeddings:
+            factor = config.embedding_rate
+        elif "._hestia." in name:
+            factor = config.scale_rate
+        elif not matrix:
+            factor = config.norm_rate
+        groups.setdefault((matrix, factor), []).append(parameter)
+    return [
+        {
+            "params": parameters,
+            "weight_decay": config.weight_decay if matrix else 0.0,
+            "lr": config.learning_rate * factor,
+        }
+        for (matrix, factor), parameters in groups.items()
+        if parameters
+    ]
+
+
+def _checked_teacher(teacher: nn.Module | None, config: TrainConfig, model: nn.Module) -> Teacher | None:
+    if (teacher is None) != (config.distill is None):
+        raise ConfigError("a teacher and TrainConfig.distill belong together; give both or neither")
+    if teacher is None:
+        return None
+    made = Teacher(teacher, bf16=config.bf16)
+    words = int(model.get_output_embeddings().weight.shape[0])  # type: ignore[operator]
+    if made.vocabulary != words:
+        raise ConfigError(f"the teacher has a vocabulary of {made.vocabulary}, the student one of {words}")
+    return made
+
+
 @torch.no_grad()
 def saturated_share(model: nn.Module, below: float = 0.1) -> float:
     """Share of quantized weights whose surrogate gain is under ``below``: they hardly learn any more."""
     stuck = total = 0.0
     for _, module in quantized_modules(model):
         total += module.weight.numel()
-        gain = module.quantizer.gain(module.weight, module.knobs.temperature * module.temperature_factor)
+        gain = module.quantizer.gain(module.weight, module.knobs.temperature * module.temperature_factor, module.held)
         if gain is not None:
             stuck += float((gain < below).sum())
     return stuck / max(1.0, total)

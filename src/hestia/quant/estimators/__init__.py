@@ -4,7 +4,9 @@ A recipe picks one by class; a plan's JSON picks one by name (``Estimator.make``
 """
 
 from .base import Estimator
+from .fourier import DampedFourier
 from .softmax import Softmax
-from .ste import STE, ClippedSTE
+from .ste import STE, ClippedSTE, Trust
+from .tanh import Tanh
 
-__all__ = ["STE", "ClippedSTE", "Estimator", "Softmax"]
+__all__ = ["STE", "ClippedSTE", "DampedFourier", "Estimator", "Softmax", "Tanh", "Trust"]

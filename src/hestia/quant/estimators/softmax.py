@@ -17,12 +17,17 @@ Written so, nothing overflows and no variance cancels for any tau > 0: in the fi
 second pi(n) >= 1/levels bounds what the subtraction can lose, Var >= pi(n) E[d^2]. This matters because 2/tau magnifies
 every error of the variance, two million times at tau = 1e-6.
 
+Options bound the gain, all off by default: gain' = clip(gain, floor, ceiling), and at tau = 0 the gradient of another
+estimator, ``hard``, instead of the identity. The floor keeps saturated weights learning: 2/tau Var falls below 0.1 for
+the 37 % largest Gaussian weights at tau = 0.3 and for 82 % of all at 0.05.
+
 tau = 0 is hard rounding forward and identity backward (the paper's last step). It costs no extra pass over the weights:
 the forward pass at a vanishing tau is hard rounding, ties included, and the backward pass switches two 0-d factors.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
@@ -30,6 +35,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ...errors import ConfigError
 from ..grids import Grid
 from .base import Estimator
 
@@ -44,11 +50,29 @@ _SMALLEST_SHARE = -40.0
 
 @dataclass(frozen=True)
 class Softmax(Estimator):
-    """The mean of a Boltzmann distribution over the grid at temperature tau (see the top of this file)."""
+    """The mean of a Boltzmann distribution over the grid at temperature tau (see the top of this file).
+
+    Attributes:
+        floor: least gain; 0 leaves the derivative as it is.
+        ceiling: largest gain; None leaves it as it is.
+        hard: name of the estimator whose gain is used at tau = 0.
+
+    Raises:
+        ConfigError: a floor or ceiling out of order, or an unknown ``hard``.
+    """
 
     name: ClassVar[str] = "softmax"
     differentiates_value: ClassVar[bool] = True
     needs_temperature: ClassVar[bool] = True
+    floor: float = 0.0
+    ceiling: float | None = None
+    hard: str = "ste"
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.floor <= (math.inf if self.ceiling is None else self.ceiling):
+            raise ConfigError(f"softmax needs 0 <= floor <= ceiling, got floor={self.floor}, ceiling={self.ceiling}")
+        if self.hard != "ste" and Estimator.make(self.hard).differentiates_value:
+            raise ConfigError(f"softmax: the gain at temperature 0 must come from a hard estimator, got {self.hard!r}")
 
     def value(self, z: Tensor, grid: Grid, temperature: Tensor) -> Tensor:
         inverse = 1.0 / temperature.clamp_min(_VANISHING)
@@ -63,9 +87,13 @@ class Softmax(Estimator):
 
     def gain(self, z: Tensor, grid: Grid, temperature: Tensor) -> Tensor:
         inverse = 1.0 / temperature.clamp_min(_VANISHING)
+        hard = None if self.hard == "ste" else Estimator.make(self.hard).gain(z.clone(), grid, temperature)
         variance = _ternary_variance(z, inverse) if grid.is_ternary else _variance(z, grid, inverse)
         soft = (temperature > 0).to(z.dtype)
-        return variance.mul_(2.0 * inverse * soft).add_(1.0 - soft)
+        gain = variance.mul_(2.0 * inverse * soft)
+        if self.floor > 0.0 or self.ceiling is not None:
+            gain = gain.clamp_(self.floor, self.ceiling).mul_(soft)
+        return gain.add_(1.0 - soft) if hard is None else gain.addcmul_(hard, 1.0 - soft)
 
 
 def _ternary_exponentials(z: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,8 @@
 """Straight-through estimators: hard rounding forward, a made-up gradient backward.
 
-STE          Q(z) = nearest level,   dQ/dz := 1                        Bengio et al. 2013, arXiv:1308.3432
+STE          Q(z) = nearest level,   dQ/dz := 1                        Bengio et al. 2013, 1308.3432
 clipped STE  Q(z) = nearest level,   dQ/dz := 1[lowest - m <= z <= highest + m]
+trust        Q(z) = nearest level,   dQ/dz := 1[|Q(z) - z| <= r half steps]    Panferov et al. 2025, 2502.05003
 """
 
 from __future__ import annotations
@@ -41,3 +42,19 @@ class ClippedSTE(STE):
     def gain(self, z: Tensor, grid: Grid, temperature: Tensor) -> Tensor:  # type: ignore[override]
         low, high = grid.values[0] - self.margin, grid.values[-1] + self.margin
         return ((z >= low) & (z <= high)).to(z.dtype)
+
+
+@dataclass(frozen=True)
+class Trust(STE):
+    """QuEST's trust estimator: a gradient only where rounding moved the weight by at most ``reach`` half steps.
+
+    Inside the grid's range every weight is that near its level, so ``reach = 1`` blocks what lies beyond the outer
+    levels by more than half a step: |z| > 1.5 on the ternary grid, |z| > 2 on {-1, 1}, whose step is 2.
+    """
+
+    name: ClassVar[str] = "trust"
+    reach: float = 1.0
+
+    def gain(self, z: Tensor, grid: Grid, temperature: Tensor) -> Tensor:  # type: ignore[override]
+        half_step = 0.5 * min(b - a for a, b in zip(grid.values, grid.values[1:], strict=False))
+        return (grid.round(z).sub_(z).abs_() <= self.reach * half_step).to(z.dtype)

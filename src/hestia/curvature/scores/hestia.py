@@ -10,8 +10,11 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
 
-from ..errors import CalibrationError, ConfigError
+from ...errors import CalibrationError, ConfigError
+from .base import Evidence, Score
 
 MAX_ALPHA = 10.0
 
@@ -25,7 +28,7 @@ def hestia_scores(traces: Mapping[str, float], kappa: float = 1.0) -> dict[str, 
 
     Args:
         traces: module path -> h_i > 0. Any mean of a tensor's samples will do; the geometric one is the steadier
-            (``Sensitivity.geometric_means``).
+            (``Sensitivity.values``).
         kappa: slope, dimensionless; the paper's is 1.
 
     Raises:
@@ -48,14 +51,18 @@ def hestia_scores(traces: Mapping[str, float], kappa: float = 1.0) -> dict[str, 
     return {path: _sigmoid(kappa * (value - mean) / spread) for path, value in logs.items()}
 
 
-def temperature_factors(scores: Mapping[str, float], *, alpha: float, centred: bool) -> dict[str, float]:
+def temperature_factors(
+    scores: Mapping[str, float], *, alpha: float, centred: bool, matched: bool = False
+) -> dict[str, float]:
     """exp(alpha (s_i - c)): what multiplies the base temperature of each tensor.
 
     Args:
         scores: module path -> s_i in (0, 1).
         alpha: strength and sign; above 0 a sensitive tensor stays hotter (soft) for longer, below 0 it hardens earlier.
             0 makes all factors 1.
-        centred: c = mean(s), so the factors change who is hot and not how hot all are; otherwise c = 0 (the paper).
+        centred: c = mean(s), so the factors change who is hot and not how hot all are (the geometric mean temperature
+            stays); otherwise c = 0 (the paper).
+        matched: divide all factors by their arithmetic mean, so that the mean temperature itself is that of alpha = 0.
 
     Raises:
         ConfigError: alpha outside [-10, 10] or not a number.
@@ -63,8 +70,22 @@ def temperature_factors(scores: Mapping[str, float], *, alpha: float, centred: b
     if not abs(alpha) <= MAX_ALPHA:
         raise ConfigError(f"alpha must lie in [-{MAX_ALPHA:g}, {MAX_ALPHA:g}] (the paper uses 0.4), got {alpha}")
     centre = statistics.fmean(scores.values()) if centred and scores else 0.0
-    return {path: math.exp(alpha * (score - centre)) for path, score in scores.items()}
+    factors = {path: math.exp(alpha * (score - centre)) for path, score in scores.items()}
+    mean = statistics.fmean(factors.values()) if matched and factors else 1.0
+    return {path: factor / mean for path, factor in factors.items()}
 
 
 def _sigmoid(x: float) -> float:
     return 0.5 * (1.0 + math.tanh(0.5 * x))  # never overflows
+
+
+@dataclass(frozen=True, kw_only=True)
+class HestiaScore(Score):
+    """s_i as a damage: what the paper paces its temperatures by; the same for every candidate."""
+
+    name: ClassVar[str] = "hestia"
+    by_candidate: ClassVar[bool] = False
+    kappa: float = 1.0
+
+    def damage(self, evidence: Evidence, label: str) -> dict[str, float]:
+        return hestia_scores(evidence.sensitivity.values, kappa=self.kappa)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from hestia.curvature import calibrate, gnb
+from hestia.curvature import calibrate
+from hestia.curvature.estimators import Candidates, GaussNewton, Problem, gnb
 
 torch.set_num_threads(1)
 
@@ -160,9 +161,15 @@ def test_the_last_token_is_not_scored() -> None:
         gradients = torch.autograd.grad(model(input_ids=ids[None]).logits, list(weights.values()), grad_outputs=r)
         norms.append([float(g.square().sum()) for g in gradients])
     assert norms[0] == pytest.approx(norms[1], rel=1e-5)
-    sample = gnb.traces(lambda ids: model(input_ids=ids).logits, weights, sequence, 0)
-    assert list(sample) == list(weights)
-    assert list(sample.values()) == pytest.approx([norm / 7 for norm in norms[0]], rel=1e-5)
+    problem = Problem(
+        model=model,
+        forward=lambda ids: model(input_ids=ids).logits,
+        weights=weights,
+        candidates=Candidates(weights, {}),
+    )
+    row = GaussNewton().sample(problem, sequence)
+    assert row.keys() == weights.keys()
+    assert [row[path]["trace"] for path in weights] == pytest.approx([norm / 7 for norm in norms[0]], rel=1e-5)
 
 
 def test_bf16_weights_agree_with_fp32() -> None:

@@ -1,0 +1,180 @@
+"""Run a stage of the comparison: whatever has no result yet, one job after another, until the time is up.
+
+    python benchmarks/experiments/run.py STAGE --data DIR [--models DIR] [--only PATTERN] [--budget-minutes M] [--list]
+
+``STAGE`` is a letter (a.yaml beside this file) or a YAML file. ``--data`` holds the text files that it names; the
+parent is looked for in ``parents/`` beside this file, then in ``--models``. A job that is interrupted, killed or out of
+time goes on from its last checkpoint at the next call; a result that is there is never made again. An arm whose recipe
+has not been built yet is named and passed over. One thread.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from stages import (
+    CONTROL,
+    HERE,
+    AllDivergedError,
+    Job,
+    Stage,
+    best_rate,
+    load,
+    load_result,
+    ordered_jobs,
+    tuning_jobs,
+)
+from texts import SCORED, StageTexts, prepare_texts
+from train_job import (
+    NotThereYet,
+    Parent,
+    Paused,
+    check_possible,
+    open_parent,
+    parent_scores,
+    parent_sensitivity,
+    run_job,
+)
+
+from hestia import loading, progress, recipes
+from hestia.curvature import Sensitivity
+from hestia.errors import ConfigError, HestiaError
+from hestia.progress import announce
+from hestia.training import Interrupted
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stage")
+    parser.add_argument("--data", type=Path, default=Path("data"), help="folder of the text files")
+    parser.add_argument("--models", type=Path, default=Path("models"), help="folder of parents that are not bundled")
+    parser.add_argument("--only", default="*", help="shell pattern of arms")
+    parser.add_argument("--budget-minutes", type=float, default=None, help="stop after so many minutes")
+    parser.add_argument("--work", type=Path, default=Path("runs/experiments"), help="checkpoints and cached tokens")
+    parser.add_argument("--results", type=Path, default=None, help="another folder for the results")
+    parser.add_argument("--scored", type=Path, default=SCORED, help="the list of test blocks")
+    parser.add_argument("--list", action="store_true", help="say what is there and what is missing, and stop")
+    given = parser.parse_args(arguments)
+    progress.enable()
+    torch.set_num_threads(1)
+    try:
+        stage = load(given.stage)
+        results = given.results or stage.folder
+        print("\n".join(overview(stage, given.only, results)), flush=True)
+        if given.list:
+            return 0
+        deadline = None if given.budget_minutes is None else time.monotonic() + 60.0 * given.budget_minutes
+        return run_stage(stage, given, results, deadline)
+    except Interrupted as stopped:
+        print(stopped, file=sys.stderr)
+        return stopped.exit_status
+    except HestiaError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def overview(stage: Stage, only: str, results: Path) -> list[str]:
+    """A line an arm: how many runs are there, and the rate that tuning chose; the number of tuning runs above."""
+    lines = [f"stage {stage.name}: {stage.title}", f"{len(tuning_jobs(stage, stage.arms[0]))} tuning runs an arm"]
+    missing: Counter[str] = Counter()
+    for job in ordered_jobs(stage, only, results):
+        missing[job.arm.name] += not job.result(results).is_file()
+    for name, count in missing.items():
+        arm = stage.arm(name)
+        all_runs = len(tuning_jobs(stage, arm)) + len(stage.final.seeds) * len(stage.final.tokens)
+        try:
+            check_possible(tuning_jobs(stage, arm)[0])
+            rate = best_rate(stage, arm, results)
+            chosen = "rate not chosen yet" if rate is None else f"rate {rate:g}"
+            state = f"{all_runs - count} of {all_runs} runs, {chosen}"
+        except (NotThereYet, AllDivergedError) as error:
+            state = str(error)
+        lines.append(f"  {name:<28} tier {arm.tier}  {state}")
+    return lines
+
+
+def run_stage(stage: Stage, given: Any, results: Path, deadline: float | None) -> int:
+    """Every missing job in order; 0 when all that can be run is there, 75 when the time was up before."""
+    parent, texts = open_stage(stage, given)
+    start = parent_scores(stage, parent, texts, results / "parent.json")
+    _check_same({**start, "parent": start["model"]}, parent, texts)
+    passed_over: set[str] = set()
+    for job in ordered_jobs(stage, given.only, results):
+        if job.arm.name in passed_over:
+            continue
+        path = job.result(results)
+        if path.is_file():
+            _check_same(load_result(job, results), parent, texts)
+            continue
+        try:
+            check_possible(job)
+        except NotThereYet as error:
+            passed_over.add(job.arm.name)
+            announce(f"{job.arm.name}: {error}")
+            continue
+        if deadline is not None and time.monotonic() >= deadline:
+            announce("the time is up")
+            return 75
+        announce(f"{job.name}: {job.steps} steps at {job.rate:g}")
+        try:
+            record = run_job(
+                job,
+                parent,
+                texts,
+                _sensitivity(job, parent, texts, results),
+                given.work / f"stage_{stage.name}" / f"{job.name}-{job.digest()[:8]}",
+                path,
+                deadline,
+            )
+        except Paused:
+            announce(f"the time is up; {job.name} goes on at the next call")
+            return 75
+        announce(summary(record))
+    return 0
+
+
+def open_stage(stage: Stage, given: Any) -> tuple[Parent, StageTexts]:
+    """The parent and its texts."""
+    folders = [HERE / "parents" / stage.parent, given.models / stage.parent]
+    folder = next((path for path in folders if (path / "config.json").is_file()), None)
+    if folder is None:
+        raise ConfigError(f"no parent {stage.parent} in {folders[0].parent} or {folders[1].parent}")
+    parent = open_parent(folder)
+    cache = given.work / "tokens" / f"{stage.parent}-{stage.texts.pool}-{stage.training.seq_len}"
+    return parent, prepare_texts(stage, given.data, loading.load_tokenizer(parent.source), cache, given.scored)
+
+
+def _check_same(record: dict[str, Any], parent: Parent, texts: StageTexts) -> None:
+    """Refuse a result of another parent or text: it must not stand beside those of this one."""
+    for what, mine in (("parent", parent.record), ("texts", texts.record)):
+        if record[what] != mine:
+            keys = [key for key in mine if record[what].get(key) != mine[key]]
+            raise ConfigError(f"{record['name']}: its result has another {what} ({', '.join(keys)}); move it away")
+
+
+def summary(record: dict[str, Any]) -> str:
+    """A line for the log."""
+    if record["diverged"]:
+        return f"{record['name']}: {record['diverged']}"
+    test = f", test {record['nll']:.4f}, KL {record['kl_to_parent']:.4f}" if "nll" in record else ""
+    seconds = record["seconds_per_token"]
+    speed = f", {1.0 / seconds['wall']:,.0f} tokens/s" if seconds else ""
+    return f"{record['name']}: valid {record['valid_nll']:.4f}{test}{speed}"
+
+
+def _sensitivity(job: Job, parent: Parent, texts: StageTexts, results: Path) -> Sensitivity | None:
+    arm = job.arm
+    if arm.recipe == CONTROL or not recipes.get(arm.recipe, **arm.options).uses_curvature:
+        return None
+    return parent_sensitivity(job.stage, parent, texts.train, results / "sensitivity.json")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,350 @@
+"""Tables and figures of the controlled comparison, from its result files and from nothing else.
+
+    win    the 95 % t interval of the per-seed paired difference to the baseline excludes zero over three seeds or more,
+           and so it does after Holm's correction over all methods compared at that budget
+    gap    closed = (NLL_baseline - NLL) / (NLL_baseline - NLL_control), seed by seed
+
+The YAML file of a stage says which arms there are, in which order, and which are baseline and control; every number is
+from ``results/experiments/stage_NAME``.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any
+
+import matplotlib as mpl
+
+mpl.use("Agg")
+import matplotlib.pyplot as plt
+
+from hestia.errors import ConfigError
+from hestia.evaluation import PairedDifference, gap_closed, holm, paired_difference, paired_p_value
+from hestia.files import read_json
+
+from . import stages
+from .stages import Stage
+
+SEEDS_TO_CLAIM = 3
+GREY, DARK, EMBER, SLATE, SAND = "#b8becb", "#6b7280", "#c2410c", "#475569", "#c98a4b"
+Records = dict[str, dict[int, dict[str, Any]]]
+"""Arm -> seed -> result, at one token budget."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One arm at one budget.
+
+    Attributes:
+        name: of the arm.
+        rate: learning rates of its final runs, one unless they were tuned apart.
+        nll: of each seed, in the order of the seeds.
+        gap: gap closed, over the seeds that baseline and control have too; None for these two.
+        difference: to the baseline, over common seeds; None with fewer than two.
+        adjusted_p: Holm's, where ``difference`` has enough seeds to claim anything.
+        cost: processor seconds a token, as a multiple of the baseline's.
+        means: of KL, top-1, zero share, flip rate, and the NLL of every test file; None where a run has none.
+    """
+
+    name: str
+    rate: tuple[float, ...]
+    nll: tuple[float, ...]
+    gap: PairedDifference | float | None
+    difference: PairedDifference | None
+    adjusted_p: float | None
+    cost: float | None
+    means: Mapping[str, float | None]
+
+    @property
+    def verdict(self) -> str:
+        """win, loss, tie, or why there is none."""
+        if self.adjusted_p is None or self.difference is None:
+            return f"{len(self.nll)} of {SEEDS_TO_CLAIM} seeds" if len(self.nll) < SEEDS_TO_CLAIM else "-"
+        if self.adjusted_p < 0.05 and self.difference.excludes_zero:
+            return "**win**" if self.difference.mean < 0 else "loss"
+        return "tie"
+
+
+def final_records(stage: Stage, folder: Path) -> dict[str, Records]:
+    """Token budget -> arm -> seed -> result of every final run that is there and did not diverge."""
+    found: dict[str, Records] = {}
+    for tokens in stage.final.tokens:
+        at: Records = found.setdefault(tokens, {})
+        for arm in stage.arms:
+            for seed in stage.final.seeds:
+                path = folder / arm.name / f"final-{tokens}-seed{seed}.json"
+                if path.is_file() and not (record := read_json(path, schema=stages.SCHEMA))["diverged"]:
+                    at.setdefault(arm.name, {})[seed] = record
+    return found
+
+
+def rows(stage: Stage, records: Records) -> list[Row]:
+    """Every arm that has results, best median first; Holm's correction is over all of them but the two references."""
+    baseline, control = records.get(stage.baseline, {}), records.get(stage.control, {})
+    made: list[Row] = []
+    p_values: dict[str, float] = {}
+    for name, runs in records.items():
+        seeds = sorted(runs)
+        nll = tuple(float(runs[s]["nll"]) for s in seeds)
+        shared = [s for s in seeds if s in baseline]
+        difference = None
+        if name != stage.baseline and len(shared) > 1:
+            ours, theirs = [runs[s]["nll"] for s in shared], [baseline[s]["nll"] for s in shared]
+            difference = paired_difference(ours, theirs)
+            if len(shared) >= SEEDS_TO_CLAIM and name != stage.control:
+                p_values[name] = paired_p_value(ours, theirs)
+        gap = None if name in (stage.baseline, stage.control) else _gap(runs, baseline, control)
+        cost, unit = _cost(runs), _cost(baseline)
+        made.append(
+            Row(
+                name=name,
+                rate=tuple(sorted({float(r["config"]["learning_rate"]) for r in runs.values()})),
+                nll=nll,
+                gap=gap,
+                difference=difference,
+                adjusted_p=None,
+                cost=cost / unit if cost and unit else None,
+                means=_means(list(runs.values())),
+            )
+        )
+    adjusted = dict(zip(p_values, holm(list(p_values.values())), strict=True))
+    made = [Row(**{**vars(row), "adjusted_p": adjusted.get(row.name)}) for row in made]
+    return sorted(made, key=lambda row: median(row.nll))
+
+
+def _gap(
+    runs: Mapping[int, Any], baseline: Mapping[int, Any], control: Mapping[int, Any]
+) -> PairedDifference | float | None:
+    """Gap closed with its interval over seeds; one seed gives a number, a missing gap nothing."""
+    shared = [s for s in sorted(runs) if s in baseline and s in control]
+    try:
+        values = [gap_closed(runs[s]["nll"], baseline[s]["nll"], control[s]["nll"]) for s in shared]
+    except ConfigError:
+        return None
+    if len(values) < 2:
+        return values[0] if values else None
+    return paired_difference(values, [0.0] * len(values))
+
+
+def _cost(runs: Mapping[int, Any]) -> float | None:
+    """Median processor seconds a token of training: the clock's seconds do not compare on a shared machine."""
+    seconds = [r["seconds_per_token"]["processor"] for r in runs.values() if r.get("seconds_per_token")]
+    return median(seconds) if seconds else None
+
+
+def _means(runs: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
+    out: dict[str, float | None] = {}
+    for key in ("kl_to_parent", "top1_agreement", "zero_share", "flip_rate"):
+        values = [r[key] for r in runs if r.get(key) is not None]
+        out[key] = fmean(values) if values else None
+    for name in runs[0]["test"]:
+        out[name] = fmean(r["test"][name]["nll"] for r in runs)
+    return out
+
+
+# --- Markdown -----------------------------------------------------------------------------------------------------
+
+
+def budget_table(made: Sequence[Row], baseline: str) -> str:
+    """The ranking at one budget."""
+    lines = [
+        f"| arm | seeds | rate | NLL median (min to max) | minus {baseline} | Holm p | | gap closed | KL | top-1 "
+        "| zero | flipped | cost |",
+        "|---|--:|--:|--:|--:|--:|---|--:|--:|--:|--:|--:|--:|",
+    ]
+    for row in made:
+        spread = f"{median(row.nll):.4f} ({min(row.nll):.4f} to {max(row.nll):.4f})"
+        p = "-" if row.adjusted_p is None else f"{row.adjusted_p:.2g}"
+        cells = [
+            row.name,
+            str(len(row.nll)),
+            ", ".join(f"{rate:g}" for rate in row.rate),
+            spread if len(row.nll) > 1 else f"{row.nll[0]:.4f}",
+            interval(row.difference, 4),
+            p,
+            row.verdict,
+            interval(row.gap, 2),
+            number(row.means["kl_to_parent"], 4),
+            percent(row.means["top1_agreement"]),
+            percent(row.means["zero_share"]),
+            percent(row.means["flip_rate"]),
+            "-" if row.cost is None else f"{row.cost:.2f} x",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def text_table(made: Sequence[Row], parent: Mapping[str, Any]) -> str:
+    """Mean NLL on every test text; parent and rounding first."""
+    files = list(parent["parent"]["test"])
+    lines = [f"| arm | {' | '.join(files)} |", "|---|" + "--:|" * len(files)]
+    for name in ("parent", "round_to_nearest"):
+        lines.append(f"| *{name}* | {' | '.join(number(parent[name]['test'][f]['nll'], 4) for f in files)} |")
+    for row in made:
+        lines.append(f"| {row.name} | {' | '.join(number(row.means.get(f), 4) for f in files)} |")
+    return "\n".join(lines)
+
+
+def tuning_table(stage: Stage, folder: Path) -> str:
+    """NLL on the valid files of every tuning run; the chosen rate in bold."""
+    lines = ["| arm | valid NLL at each rate |", "|---|---|"]
+    for arm in stage.arms:
+        cells: list[tuple[float, float | None]] = []
+        for job in stages.tuning_jobs(stage, arm):
+            if (path := job.result(folder)).is_file():
+                cells.append((float(job.rate or 0.0), read_json(path, schema=stages.SCHEMA)["valid_nll"]))
+        if not cells:
+            continue
+        finite = [nll for _, nll in cells if nll is not None]
+        complete = len(cells) == len(stages.tuning_jobs(stage, arm))
+        shown = []
+        for rate, nll in cells:
+            text = f"{rate:g}: " + ("diverged" if nll is None else f"{nll:.4f}")
+            shown.append(f"**{text}**" if complete and finite and nll == min(finite) else text)
+        lines.append(f"| {arm.name} | {', '.join(shown)}{'' if complete else ' (not complete)'} |")
+    return "\n".join(lines)
+
+
+def section(stage: Stage, folder: Path | None = None) -> str:
+    """Markdown of one stage; empty where it has no result yet."""
+    folder = folder or stage.folder
+    if not (folder / "parent.json").is_file():
+        return ""
+    parent = read_json(folder / "parent.json", schema=stages.SCHEMA)
+    everything = final_records(stage, folder)
+    tuned = len(stages.tuning_jobs(stage, stage.arms[0]))
+    tests = parent["texts"]["test"]
+    blocks = ", ".join(f"{entry['blocks']} blocks of {name}" for name, entry in tests.items())
+    lines = [
+        f"### Stage {stage.name.upper()}: {stage.title}",
+        "",
+        f"Parent `{stage.parent}`, {parent['parent']['nll']:.4f} nats a token; rounded without training "
+        f"{parent['round_to_nearest']['nll']:.4f}. Each arm had {tuned} tuning runs of "
+        f"{' and '.join(stage.tuning.tokens)} tokens, judged on the valid files. Scored: {blocks}, of "
+        f"{stage.training.seq_len} tokens; NLL is the mean over the texts, of the frozen model. Brackets: 95 % t "
+        "intervals over seeds. Cost: processor seconds a training token over the baseline's.",
+        f"Command: `python benchmarks/experiments/run.py {stage.name} --data DIR --models DIR`.",
+        _provenance(parent, everything),
+        "",
+    ]
+    for tokens, records in everything.items():
+        if records:
+            made = rows(stage, records)
+            lines += [f"**{tokens} tokens**", "", budget_table(made, stage.baseline), "", text_table(made, parent), ""]
+    lines += ["Tuning:", "", tuning_table(stage, folder), ""]
+    there = {name for records in everything.values() for name in records}
+    missing = [arm.name for arm in stage.arms if arm.name not in there]
+    if missing:
+        lines += [f"Without a final run so far: {', '.join(missing)}.", ""]
+    return "\n".join(lines)
+
+
+def _provenance(parent: Mapping[str, Any], everything: Mapping[str, Records]) -> str:
+    runs = [r for records in everything.values() for arm in records.values() for r in arm.values()] or [parent]
+    machines = sorted({f"{r['machine']['cpu']}, {r['machine']['threads']} thread(s)" for r in runs})
+    torches = sorted({r["versions"]["torch"] for r in runs})
+    versions = sorted({r["versions"].get("hestia-lm", "unknown") for r in runs})
+    return f"Machine: {'; '.join(machines)}. torch {', '.join(torches)}, hestia {', '.join(versions)}."
+
+
+def number(value: float | None, digits: int) -> str:
+    """A number, or a dash."""
+    return "-" if value is None else f"{value:.{digits}f}".replace("-", "−")
+
+
+def percent(value: float | None) -> str:
+    """A share in per cent, or a dash."""
+    return "-" if value is None else f"{100 * value:.1f} %"
+
+
+def interval(value: PairedDifference | float | None, digits: int) -> str:
+    """``mean [low, high]``; a number alone where one seed gives no interval."""
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return number(value, digits)
+    text = f"{value.mean:+.{digits}f} [{value.low:+.{digits}f}, {value.high:+.{digits}f}]"
+    return text.replace("-", "−")
+
+
+# --- figures ------------------------------------------------------------------------------------------------------
+
+
+def tokens_figure(stage: Stage, folder: Path | None = None) -> str | None:
+    """NLL against tokens, an arm a line, 95 % intervals over seeds; SVG text, or None without two budgets."""
+    everything = {k: v for k, v in final_records(stage, folder or stage.folder).items() if v}
+    if len(everything) < 2:
+        return None
+    drawing, axis = _drawing(6.4, 3.8)
+    names = [arm.name for arm in stage.arms if any(arm.name in records for records in everything.values())]
+    for name in names:
+        points = []
+        for records in everything.values():
+            if name in records:
+                runs = records[name].values()
+                points.append((fmean(r["tokens"] for r in runs), *_mean_interval([r["nll"] for r in runs])))
+        x, y, half = zip(*sorted(points), strict=True)
+        axis.errorbar(x, y, yerr=half, marker="o", markersize=4, capsize=3, label=name, **_style(stage, name))
+    axis.set_xscale("log")
+    axis.set_xlabel("training tokens")
+    axis.set_ylabel("nats a token, frozen model")
+    axis.legend(frameon=False, fontsize=8)
+    return _svg(drawing)
+
+
+def ranking_figure(stage: Stage, folder: Path | None = None) -> str | None:
+    """Every arm's paired difference to the baseline at the largest budget, with 95 % intervals; SVG text or None."""
+    everything = [records for records in final_records(stage, folder or stage.folder).values() if records]
+    made = [row for row in rows(stage, everything[-1]) if row.difference is not None] if everything else []
+    if not made:
+        return None
+    drawing, axis = _drawing(6.4, 1.1 + 0.3 * len(made))
+    for place, row in enumerate(made):
+        d = row.difference
+        assert d is not None
+        colour = _style(stage, row.name)["color"]
+        axis.errorbar(d.mean, place, xerr=[[d.mean - d.low], [d.high - d.mean]], fmt="o", capsize=3, color=colour)
+    axis.axvline(0.0, color=GREY, linewidth=1)
+    axis.set_yticks(range(len(made)), [row.name for row in made])
+    axis.invert_yaxis()
+    axis.set_xlabel(f"nats a token minus {stage.baseline}, 95 % over seeds; left is better")
+    return _svg(drawing)
+
+
+def _mean_interval(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and half-width of its 95 % t interval; 0 with one value."""
+    if len(values) < 2:
+        return float(values[0]), 0.0
+    around = paired_difference(values, [0.0] * len(values))
+    return around.mean, around.high - around.mean
+
+
+def _style(stage: Stage, name: str) -> dict[str, Any]:
+    recipe = stage.arm(name).recipe
+    if name == stage.control:
+        return {"color": DARK, "linestyle": "--"}
+    return {"color": SAND if name == stage.baseline else EMBER if recipe in ("hestia", "hearth") else SLATE}
+
+
+def _drawing(width: float, height: float) -> tuple[Any, Any]:
+    plt.rcParams.update({"svg.hashsalt": "hestia", "svg.fonttype": "none", "font.size": 10})
+    drawing, axis = plt.subplots(figsize=(width, height))
+    axis.spines[["top", "right"]].set_visible(False)
+    return drawing, axis
+
+
+def _svg(drawing: Any) -> str:
+    drawing.tight_layout()
+    buffer = io.StringIO()
+    drawing.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    plt.close(drawing)
+    return buffer.getvalue()
+
+
+def all_stages() -> list[Stage]:
+    """The lettered stages, in order."""
+    return [stages.load(path.stem) for path in sorted(stages.HERE.glob("?.yaml"))]

@@ -1,0 +1,202 @@
+"""What an estimator is: a rule that turns one sequence into one number a tensor and quantity.
+
+A quantity is a name, with the label of a candidate quantizer behind a colon where it depends on one:
+
+    trace               tr(G_i) or tr(H_i), nats per squared weight unit
+    trace_error         one sequence's own standard error of its trace, where an estimator has one (xtrace)
+    eigenvalue          the eigenvalue of H_i with the largest magnitude, same unit
+    quadratic:LABEL     dW' G dW for that candidate's rounding error, nats; half of it predicts the KL
+    delta_loss:LABEL    sum |g dW|, first order
+    kl:LABEL            KL to the parent with this one tensor quantized, nats a token: the ground truth
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ...quant import QuantizedTensor, Quantizer, QuantSpec
+from ...quant.family import Member
+from ...quant.grouping import to_groups
+
+Forward = Callable[[Tensor], Tensor]
+"""Token ids [1, T] -> logits [1, T, V]."""
+
+Row = dict[str, dict[str, float]]
+"""What one sequence says: module path -> quantity -> sample."""
+
+CHUNK = 1 << 22
+"""Weights handled at a time where a rounding error is rebuilt: 16 MB a buffer in fp32."""
+
+
+def quantity(name: str, label: str | None = None) -> str:
+    """The key of a quantity: ``quantity("kl", "ternary") == "kl:ternary"``."""
+    return name if label is None else f"{name}:{label}"
+
+
+class Candidates:
+    """What each tensor would become under each candidate quantizer, held as int8 codes and fp32 scales.
+
+    One byte a weight and candidate, plus the scales (``nbytes``); the error ``dW = codes scales - W`` is rebuilt in
+    pieces of ``CHUNK`` weights when it is needed.
+
+    Args:
+        weights: module path -> weight matrix ``[O, I]``.
+        specs: label -> quantizer, such as ``{"ternary": QuantSpec()}``; may be empty.
+
+    Raises:
+        ConfigError: a group size that does not divide a row.
+    """
+
+    def __init__(self, weights: Mapping[str, Tensor], specs: Mapping[str, QuantSpec]) -> None:
+        self.labels = tuple(specs)
+        self._frozen: dict[str, dict[str, QuantizedTensor]] = {
+            path: {label: Quantizer(spec).codes(weight) for label, spec in specs.items()}
+            for path, weight in weights.items()
+        }
+        self.errors = {path: self._squared_errors(path, weight) for path, weight in weights.items()}
+        """Module path -> label -> ``||dW||^2``."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that all candidates hold."""
+        return sum(
+            tensor.nbytes
+            for choices in self._frozen.values()
+            for frozen in choices.values()
+            for tensor in (frozen.codes, frozen.scales)
+        )
+
+    def dense(self, path: str, label: str) -> Tensor:
+        """The quantized weight ``[O, I]``, fp32."""
+        return self._frozen[path][label].dense()
+
+    @torch.no_grad()
+    def products(self, path: str, weight: Tensor, gradient: Tensor) -> Iterator[tuple[str, float, float]]:
+        """(label, ``sum g dW``, ``sum |g dW|``) of every candidate of one tensor; accumulated in fp64."""
+        for label in self.labels:
+            signed = absolute = 0.0
+            for rows, error in self._error_rows(path, label, weight):
+                product = error.mul_(gradient[rows])
+                signed += float(product.sum(dtype=torch.float64))
+                absolute += float(product.abs_().sum(dtype=torch.float64))
+            yield label, signed, absolute
+
+    def _squared_errors(self, path: str, weight: Tensor) -> dict[str, float]:
+        def squared(label: str) -> float:
+            errors = (error for _, error in self._error_rows(path, label, weight))
+            return sum(float(error.square_().sum(dtype=torch.float64)) for error in errors)
+
+        return {label: squared(label) for label in self.labels}
+
+    @torch.no_grad()
+    def _error_rows(self, path: str, label: str, weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """dW, some rows at a time: (rows, fp32 ``[rows, I]``), a fresh tensor each."""
+        frozen = self._frozen[path][label]
+        outputs, inputs = weight.shape
+        step = max(1, CHUNK // inputs)
+        whole = frozen.scales.shape[0] != outputs  # one scale for the tensor
+        for start in range(0, outputs, step):
+            rows = slice(start, min(outputs, start + step))
+            codes, scales = frozen.codes[rows].float(), frozen.scales if whole else frozen.scales[rows]
+            dense = codes.view(codes.shape[0], scales.shape[1], -1).mul_(scales.unsqueeze(-1)).view_as(codes)
+            yield rows, dense.sub_(weight[rows])
+
+
+class Diagonals:
+    """Sums of squared gradients over output channels and scale groups, for whoever weighs errors later.
+
+        channel_o = (1/K) sum_k sum_i g_koi^2 / N          group_rg = (1/K) sum_k sum_{n in group} g_krgn^2 / N
+
+    Both are partial sums of the trace: ``channel.sum() == group.sum() == trace``.
+
+    Args:
+        group_size: of the scale groups.
+    """
+
+    def __init__(self, group_size: int | str = "row") -> None:
+        self.group_size = group_size
+        self.sequences = 0
+        self._channel: dict[str, Tensor] = {}
+        self._group: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def add(self, path: str, gradient: Tensor, positions: int) -> None:
+        """One sequence's gradient ``[O, I]`` of a sum over ``positions``."""
+        square = gradient.float().square()
+        channel = square.sum(-1) / positions
+        group = to_groups(square, self.group_size).sum(-1) / positions  # type: ignore[arg-type]
+        for store, value in ((self._channel, channel), (self._group, group)):
+            store[path] = store[path].add_(value) if path in store else value
+
+    def mean(self) -> dict[str, Tensor]:
+        """``PATH/output_channel`` ``[O]`` and ``PATH/group`` ``[R, G]``, averaged over sequences."""
+        count = max(1, self.sequences)
+        out = {f"{path}/output_channel": value / count for path, value in self._channel.items()}
+        return out | {f"{path}/group": value / count for path, value in self._group.items()}
+
+    def state(self) -> dict[str, Tensor]:
+        """The running sums themselves, in a fixed order: what parallel processes add up."""
+        stores = (("channel", self._channel), ("group", self._group))
+        return {f"{kind}/{path}": value for kind, store in stores for path, value in sorted(store.items())}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """What every estimator is given.
+
+    Attributes:
+        model: the model, in eval mode.
+        forward: token ids -> logits, through ``model``.
+        weights: module path -> the Parameter to look at; each requires grad.
+        candidates: what each would become.
+        diagonals: where first-order estimators leave per-channel sums; None: not wanted.
+        seed: with the content of a sequence it decides every random draw; order, batch and rank do not.
+    """
+
+    model: nn.Module
+    forward: Forward
+    weights: Mapping[str, nn.Parameter]
+    candidates: Candidates
+    diagonals: Diagonals | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class CurvatureEstimator(Member, ABC):
+    """Base of all estimators: ``sample(problem, ids)`` fills one row of the table."""
+
+    family: ClassVar[str] = "curvature estimator"
+
+    primary: ClassVar[str] = "trace"
+    """The quantity whose statistics head the table; with a candidate, that of the first label."""
+
+    signed: ClassVar[bool] = False
+    """Whether samples may be negative: then the Gauss-Newton value stands in where the interval contains zero."""
+
+    needs_candidates: ClassVar[bool] = False
+    """Whether it measures nothing without a candidate quantizer."""
+
+    def stand_in(self) -> CurvatureEstimator | None:
+        """What replaces a signed estimate whose interval contains zero, in the same primary quantity; None: ``gnb``."""
+        return None
+
+    def prepare(self, problem: Problem, sequences: Tensor) -> None:
+        """Refuse what this estimator cannot do, before any work; ``sequences`` are all that may be used.
+
+        Raises:
+            CalibrationError: with the reason.
+        """
+        return
+
+    @abstractmethod
+    def sample(self, problem: Problem, ids: Tensor) -> Row:
+        """One sequence ``ids`` [T] -> one sample a tensor and quantity; the last token predicts nothing.
+
+        A tensor that the logits do not depend on is left out.
+        """

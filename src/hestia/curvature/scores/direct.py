@@ -1,0 +1,25 @@
+"""Direct KL: the damage as measured, one tensor quantized at a time.
+
+D_i = KL(p || p_i)                 nats a token, p_i: tensor i alone replaced by its quantized self
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from ..estimators import quantity
+from .base import Evidence, Score
+
+
+@dataclass(frozen=True, kw_only=True)
+class DirectKL(Score):
+    """The estimator ``kl``'s mean: nothing is predicted."""
+
+    name: ClassVar[str] = "kl"
+    nats: ClassVar[bool] = True
+    estimator: ClassVar[str] = "kl"
+
+    def damage(self, evidence: Evidence, label: str) -> dict[str, float]:
+        evidence.spec(label)
+        return evidence.sensitivity.means(quantity("kl", label))

@@ -1,0 +1,144 @@
+"""Finished runs against each other: which differences may be claimed, and about what.
+
+Two runs can be paired where the parent scored the same on every held-out block: that is the same parent and the same
+text, whatever the records call them. Then
+
+    over blocks    d_i = nll(run, block i) - nll(first run, block i): these two very models, on other such text
+    over seeds     d_k = nll(arm, seed k) - nll(first run's arm, seed k): the two methods, trained again
+
+An arm is everything but the seed. Seeds are what a claim about a method needs; they are compared where two arms share
+at least two of them, with Holm's correction over all arms compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from statistics import fmean
+from typing import Any, Literal
+
+from ..errors import ConfigError
+from .paired import PairedDifference, holm, paired_difference, paired_p_value
+
+_SAME = 1e-3  # nats a block: one model scored twice in fp32, on any two machines, differs by less
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoredRun:
+    """What of a run a comparison reads.
+
+    Attributes:
+        name: of the run.
+        arm: everything that was chosen but the seed, as one string.
+        seed: of the run.
+        nll: nats a token of the frozen model.
+        block_nll, parent_block_nll: of every held-out block, the frozen model's and the parent's.
+    """
+
+    name: str
+    arm: str
+    seed: int
+    nll: float
+    block_nll: tuple[float, ...]
+    parent_block_nll: tuple[float, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """One run or arm minus the first one; negative is better.
+
+    Attributes:
+        over: what a pair is.
+        name, reference: run names over blocks; over seeds, the first run of either arm.
+        difference: mean and 95 % t interval.
+        adjusted_p: Holm's p over all arms compared; None over blocks.
+    """
+
+    over: Literal["blocks", "seeds"]
+    name: str
+    reference: str
+    difference: PairedDifference
+    adjusted_p: float | None = None
+
+    @property
+    def claimed(self) -> bool:
+        """Whether a difference between the two may be claimed at the interval's level."""
+        if self.adjusted_p is not None:
+            return self.adjusted_p < 1.0 - self.difference.level
+        return self.difference.excludes_zero
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object."""
+        return {**asdict(self), "claimed": self.claimed}
+
+
+def compare_runs(runs: Sequence[ScoredRun]) -> list[Comparison]:
+    """Every run against the first over blocks, every arm against the first over seeds.
+
+    Runs that cannot be paired with the first are left out; ``pairable`` tells which. Two runs of one arm and seed count
+    once over seeds.
+
+    Raises:
+        ConfigError: a loss that is not finite.
+    """
+    if not runs:
+        return []
+    first, *others = runs
+    others = [run for run in others if pairable(first, run)]
+    found = [
+        Comparison(
+            over="blocks",
+            name=run.name,
+            reference=first.name,
+            difference=paired_difference(run.block_nll, first.block_nll),
+        )
+        for run in others
+        if len(first.block_nll) > 1
+    ]
+    arms: dict[str, dict[int, ScoredRun]] = {}
+    for run in (first, *others):
+        arms.setdefault(run.arm, {}).setdefault(run.seed, run)
+    reference = arms.pop(first.arm)
+    seeds: list[tuple[Comparison, float]] = []
+    for arm in arms.values():
+        shared = sorted(arm.keys() & reference.keys())
+        if len(shared) < 2:
+            continue
+        ours, theirs = [arm[k].nll for k in shared], [reference[k].nll for k in shared]
+        comparison = Comparison(
+            over="seeds",
+            name=arm[shared[0]].name,
+            reference=reference[shared[0]].name,
+            difference=paired_difference(ours, theirs),
+        )
+        seeds.append((comparison, paired_p_value(ours, theirs)))
+    for (comparison, _), p in zip(seeds, holm([p for _, p in seeds]), strict=True):
+        found.append(replace(comparison, adjusted_p=p))
+    return found
+
+
+def pairable(a: ScoredRun, b: ScoredRun) -> bool:
+    """Whether the same parent was scored on the same blocks in both runs."""
+    ours, theirs = a.parent_block_nll, b.parent_block_nll
+    return len(ours) == len(theirs) and all(abs(x - y) < _SAME for x, y in zip(ours, theirs, strict=True))
+
+
+def scored_run(name: str, report: dict[str, Any], scores: dict[str, Any]) -> ScoredRun:
+    """From the report.json and scores.json of a run.
+
+    Raises:
+        ConfigError: they lack what a comparison needs.
+    """
+    settings = ("recipe", "recipe_options", "target", "tokens", "batch_size", "seq_len", "learning_rate")
+    try:
+        quantized, parent = scores["quantized"], scores["parent"]
+        return ScoredRun(
+            name=name,
+            arm=repr([report.get(key) for key in settings]),
+            seed=int(report["seed"]),
+            nll=fmean(quantized["block_nll"]),
+            block_nll=tuple(map(float, quantized["block_nll"])),
+            parent_block_nll=tuple(map(float, parent["block_nll"])),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise ConfigError(f"{name}: no per-block losses to compare by ({type(error).__name__}: {error})") from None

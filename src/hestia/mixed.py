@@ -1,0 +1,214 @@
+"""A plan of several widths: what each tensor may have in the target, what it would cost and hurt, and the choice."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from .curvature import Sensitivity
+from .curvature.allocation import (
+    KEPT,
+    Allocation,
+    Damage,
+    Interactions,
+    Problem,
+    cheapest,
+    curve,
+    optimum,
+)
+from .errors import PlanError
+from .plans import LayerPlan, Spending
+from .quant import GroupSize, QuantSpec
+from .quant.grouping import group_shape
+from .recipes import GRIDS, Recipe
+from .targets import Target
+
+KEPT_REASON = "kept by the allocation: it hurts more than its bits are worth"
+
+
+def is_mixed(recipe: Recipe, bits: float, widths: Sequence[float] | None, max_kl: float | None) -> bool:
+    """Whether tensors may differ in width: asked for outright, or by a number of bits that is no width."""
+    return bool(widths) or max_kl is not None or bits not in recipe.widths
+
+
+def candidates(recipe: Recipe, group_size: GroupSize, widths: Sequence[float] | None) -> dict[str, QuantSpec]:
+    """Label -> quantizer of every width that a mixed plan of this recipe may use: what calibration has to measure.
+
+    Raises:
+        ConfigError: a width that the recipe does not do.
+    """
+    chosen = [width for width in widths or recipe.widths if width != KEPT]
+    return {GRIDS[width].name: recipe.mixed_spec(width, group_size) for width in sorted(chosen)}
+
+
+def measured_damage(sensitivity: Sensitivity, specs: Mapping[str, QuantSpec]) -> tuple[Damage, str]:
+    """Damages in nats a token, and where they come from in words: measured KL, or half of dW' G dW.
+
+    Raises:
+        PlanError: none of ``specs`` was measured, or with another group size; what to type is said.
+    """
+    damage: dict[str, dict[float, float]] = {path: {} for path in sensitivity.tensors}
+    differing: list[str] = []
+    kinds: list[str] = []
+    widths = {grid.name: width for width, grid in GRIDS.items()}
+    for label, spec in specs.items():
+        readings = ((f"quadratic:{label}", 0.5, "half of dW' G dW"), (f"kl:{label}", 1.0, "measured KL"))
+        reading = next((r for r in readings if r[0] in sensitivity.quantities), None)
+        if reading is None or label not in sensitivity.candidates:
+            continue
+        name, factor, words = reading
+        found = QuantSpec.from_json(dict(sensitivity.candidates[label]))
+        if found.group_size != spec.group_size:
+            raise PlanError(
+                f"the sensitivity measured {label} in groups of {found.group_size}, the plan wants {spec.group_size}: "
+                f"calibrate again with --group-size {spec.group_size}"
+            )
+        if found.scale != spec.scale:
+            differing.append(f"{label} ({found.scale.name}, not {spec.scale.name})")
+        kinds.append(words)
+        for path, mean in sensitivity.means(name).items():
+            damage[path][widths[label]] = factor * mean
+    if not kinds:
+        raise PlanError(
+            f"the sensitivity measured no damage of {', '.join(specs)}, which a plan of several widths needs: "
+            "calibrate again with `hestia calibrate MODEL --data TEXT --out sensitivity.json` (estimator gnb or kl)"
+        )
+    source = f"{' and '.join(dict.fromkeys(kinds))} ({sensitivity.estimator}, {sensitivity.sequences} sequences)"
+    return damage, source + (f"; other scale rules measured: {', '.join(differing)}" if differing else "")
+
+
+@dataclass(frozen=True)
+class Offer:
+    """What every tensor may have.
+
+    Attributes:
+        stored: module path -> width -> bytes in the first target.
+        types: module path -> width -> target -> storage type.
+        left_out: width -> why no tensor has it.
+    """
+
+    stored: Mapping[str, Mapping[float, int]]
+    types: Mapping[str, Mapping[float, Mapping[str, str]]]
+    left_out: Mapping[str, str]
+
+
+def offer(
+    linears: Mapping[str, nn.Linear],
+    specs: Mapping[float, QuantSpec],
+    targets: Sequence[Target],
+    damage: Damage,
+    *,
+    keep: bool,
+    fallback: bool,
+    dtype: torch.dtype | None,
+) -> Offer:
+    """Every width that all targets hold exactly and whose damage is known, with true bytes.
+
+    Args:
+        linears: the tensors to spend bits on.
+        specs: width -> quantizer.
+        targets: the first one's bytes count.
+        damage: see ``Damage``.
+        keep: a tensor may also stay as it is.
+        fallback: single tensors may use another exact type of a target.
+        dtype: of a kept tensor in the file; None: the weight's own.
+
+    Raises:
+        PlanError: a group size that does not divide a row, or a tensor for which no width is left.
+    """
+    stored: dict[str, dict[float, int]] = {}
+    types: dict[str, dict[float, dict[str, str]]] = {}
+    problems: dict[float, str] = {}
+    for path, linear in linears.items():
+        shape = (linear.out_features, linear.in_features)
+        stored[path], types[path] = {}, {}
+        for width, spec in specs.items():
+            group_shape(shape, spec.group_size)
+            try:
+                held = [t.storage(spec.grid, spec.group_size, shape, fallback=fallback) for t in targets]
+            except PlanError as error:
+                problems.setdefault(width, str(error))
+                continue
+            if width not in damage.get(path, {}):
+                problems.setdefault(width, f"its damage was not measured ({path})")
+                continue
+            stored[path][width] = held[0].stored_bytes(shape, spec.group_size)
+            types[path][width] = {t.name: kind.name for t, kind in zip(targets, held, strict=True)}
+        if keep:
+            stored[path][KEPT] = shape[0] * shape[1] * (dtype or linear.weight.dtype).itemsize
+        if not stored[path]:
+            raise PlanError(f"{path}: {'; '.join(problems.values())}")
+    used = {width for choices in types.values() for width in choices}
+    return Offer(stored, types, {f"{width:g}": problems[width] for width in specs if width not in used})
+
+
+def allocate(
+    linears: Mapping[str, nn.Linear],
+    offered: Offer,
+    damage: Damage,
+    *,
+    bits: float | None,
+    max_kl: float | None,
+    interactions: Interactions | None,
+) -> tuple[Allocation, tuple[tuple[float, float], ...]]:
+    """The best allocation, and (bits, damage) of the best at other budgets.
+
+    Raises:
+        PlanError: a budget or a bound that nothing fits; the smallest feasible one is named.
+    """
+    if bits is not None and not 0.0 < bits <= 32.0:
+        raise PlanError(f"bits must be a positive number of bits a weight, got {bits:g}")
+    weights = {path: linear.weight.numel() for path, linear in linears.items()}
+    problem = Problem.of(offered.stored, weights, damage)
+    if max_kl is not None:
+        found = cheapest(problem, max_kl, interactions)
+    else:
+        found = optimum(problem, problem.bytes_for(KEPT if bits is None else bits), interactions)
+    return found, tuple((point.bits, point.damage) for point in curve(problem, None, interactions))
+
+
+def layers_of(
+    linears: Mapping[str, nn.Linear],
+    specs: Mapping[float, QuantSpec],
+    offered: Offer,
+    damage: Damage,
+    found: Allocation,
+) -> dict[str, LayerPlan]:
+    """The quantized tensors of an allocation, in the order of the model."""
+    layers: dict[str, LayerPlan] = {}
+    for path, linear in linears.items():
+        width = found.widths[path]
+        if width != KEPT:
+            layers[path] = LayerPlan(
+                spec=specs[width],
+                shape=(linear.out_features, linear.in_features),
+                stored=offered.types[path][width],
+                damage=float(damage[path][width]),
+            )
+    return layers
+
+
+def spending(
+    found: Allocation,
+    *,
+    target: str,
+    bits: float | None,
+    max_kl: float | None,
+    source: str,
+    left_out: Mapping[str, str],
+    curve: tuple[tuple[float, float], ...],
+) -> Spending:
+    """What plan.json records of it."""
+    return Spending(
+        target=target,
+        asked_bits=None if max_kl is not None else bits,
+        asked_kl=max_kl,
+        bits=found.bits,
+        predicted_kl=found.damage,
+        source=source,
+        left_out=left_out,
+        curve=curve,
+    )

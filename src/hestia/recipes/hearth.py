@@ -1,0 +1,100 @@
+"""Hearth: hestia's soft start, with a scale that is fitted to what the layer computes, and gradients that do not die.
+
+    w_hat = (1 - lambda(t)) w + lambda(t) level Q_tau(w / step)        Q_tau: mean of pi(q|z) ~ exp(-(z - q)^2 / tau)
+
+    step  = mean|w| + eps (``scale`` absmean or least_squares), or 1.5 mean|w| + eps (twn)
+    level = step (absmean), or sum(q w) / sum(q^2) over the group with q = Q_tau(w / step), soft while tau is (``soft``)
+            or the hard codes (not ``soft``); at tau = 0 both are the least-squares level that is frozen
+            (``scale`` saliency: threshold and level of the least importance-weighted error, see quasar)
+
+    lambda = min(1, t / rho)
+    tau    = temperature for t <= rho, then half a cosine to 0 at ``hard_from``, and 0 from there on (None: at the end)
+    d w_hat / d w = (1 - lambda) + lambda (level / step) clip((2 / tau) Var_pi(q), floor, ceiling)           tau > 0
+                  = (1 - lambda) + lambda (level / step) (gain of ``tail``: 1 for ste)                       tau = 0
+    after the optimizer's step, for t > pull_start:   w <- w - lr pull (t - pull_start) / (1 - pull_start) (w - w_hat)
+
+Sources: Wang et al. 2026 (Hestia, arXiv:2601.20745) for the relaxation and its schedule; the level refitted to the soft
+value, the floor and their composition are this toolkit's; the pull is CAGE's (arXiv:2510.18784), the weighted scale
+QUASAR's (arXiv:2608.13966), the tails QuEST's (arXiv:2502.05003) and StableQAT's (arXiv:2601.19320). A teacher is no
+part of a recipe: ``--teacher parent --distill forward_kl`` adds it to this one as to any other.
+Ports: correction (``pull`` > 0), importance (``scale`` saliency).
+
+Why the level follows the soft value: the hard least-squares level (1.34 steps for a Gaussian) times a soft value
+overshoots every weight between two levels while tau is high; refitted, w_hat is the best multiple of Q_tau at any tau.
+Why a floor: at tau = 0.05 the gain is below 0.1 for 82 % of Gaussian weights; they would keep their codes whatever the
+loss says.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from ..quant import (
+    TWN,
+    AbsMean,
+    Correction,
+    Grid,
+    GroupSize,
+    LeastSquares,
+    Pull,
+    QuantSpec,
+    Saliency,
+    ScaleRule,
+    Softmax,
+)
+from ..schedules import KnobSchedule
+from .base import Recipe
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hearth(Recipe):
+    """A composition of measured parts; its defaults are priors until the experiments have set them.
+
+    Attributes:
+        rho: share of the run over which pressure rises.
+        temperature: tau0.
+        hard_from: share of the run after which rounding is hard; None anneals to the end.
+        tail: estimator whose gradient is used from then on.
+        scale: rule of the scale.
+        soft: refit the level to the soft value (least_squares and twn).
+        floor: least gain of the softmax.
+        ceiling: largest gain of the softmax; None is unbounded.
+        pull: CAGE's strength, in units of the learning rate; 0 is none.
+        pull_start: share of the run after which it pulls.
+        every: steps between two hand-overs of importance (saliency).
+        search: whether saliency tries 17 thresholds at every step, as quasar does, or keeps TWN's.
+    """
+
+    name: ClassVar[str] = "hearth"
+    widths: ClassVar[tuple[float, ...]] = (1.0, 1.58, 2.0)
+    rho: float = 0.2
+    temperature: float = 0.3
+    hard_from: float | None = None
+    tail: Literal["ste", "clipped_ste", "trust", "damped_fourier"] = "ste"
+    scale: Literal["absmean", "least_squares", "twn", "saliency"] = "least_squares"
+    soft: bool = True
+    floor: float = 0.1
+    ceiling: float | None = None
+    pull: float = 0.0
+    pull_start: float = 0.8
+    every: int = 1
+    search: bool = True
+
+    def _spec(self, grid: Grid, group_size: GroupSize) -> QuantSpec:
+        rules: dict[str, ScaleRule] = {
+            "absmean": AbsMean(),
+            "least_squares": LeastSquares(soft=self.soft),
+            "twn": TWN(soft=self.soft),
+            "saliency": Saliency(every=self.every)
+            if self.search
+            else Saliency(lowest=0.75, candidates=1, every=self.every),
+        }
+        estimator = Softmax(floor=self.floor, ceiling=self.ceiling, hard=self.tail)
+        return QuantSpec(grid=grid, group_size=group_size, scale=rules[self.scale], estimator=estimator)
+
+    def schedule(self) -> KnobSchedule:
+        return KnobSchedule(rho=self.rho, temperature=self.temperature, hard_from=self.hard_from)
+
+    def correction(self) -> Correction | None:
+        return Pull(strength=self.pull, start=self.pull_start) if self.pull else None

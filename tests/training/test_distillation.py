@@ -1,0 +1,160 @@
+"""The teacher: losses against formulas, gradients against autograd, chunks against the whole, runs against runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import toy_models
+from torch import Tensor
+from toy_training import converted, log_rows, trainer
+
+from hestia.errors import ConfigError
+from hestia.training.distillation import DIVERGENCES, Distillation, Teacher, divergence, head_share
+
+
+def distributions(rows: int = 7, words: int = 11, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Teacher logits, student logits and labels, of which one is missing."""
+    generator = torch.Generator().manual_seed(seed)
+    teacher, student = (3 * torch.randn(rows, words, generator=generator, dtype=torch.float64) for _ in range(2))
+    labels = torch.randint(words, (rows,), generator=generator)
+    labels[2] = -100
+    return teacher, student, labels
+
+
+def by_the_book(kind: str, teacher: Tensor, student: Tensor, labels: Tensor, weight: float) -> Tensor:
+    """One position after the other, one word after the other; autograd does the rest."""
+    total = torch.zeros((), dtype=teacher.dtype)
+    for t, s, label in zip(teacher, student, labels.tolist(), strict=True):
+        if label == -100:
+            continue
+        p, q = t.softmax(0), s.softmax(0)
+        forward = sum(a * (a.log() - b.log()) for a, b in zip(p, q, strict=True))
+        reverse = sum(b * (b.log() - a.log()) for a, b in zip(p, q, strict=True))
+        if kind == "akl":
+            head, mass, head_gap, tail_gap = [], 0.0, 0.0, 0.0
+            for word in sorted(range(len(p)), key=lambda w: -float(p[w])):
+                mass += float(p[word])
+                if not head or mass <= 0.5:
+                    head.append(word)
+            for word in range(len(p)):
+                gap = abs(float(p[word]) - float(q[word].detach()))
+                head_gap, tail_gap = (head_gap + gap, tail_gap) if word in head else (head_gap, tail_gap + gap)
+            share = head_gap / (head_gap + tail_gap)
+            value = share * forward + (1 - share) * reverse
+        else:
+            value = forward if kind == "forward_kl" else reverse
+        total = total + weight * value - (1 - weight) * q[label].log()
+    return total / int((labels != -100).sum())
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("kind", DIVERGENCES)
+def test_loss_and_gradient_are_the_formulas_in_any_number_of_chunks(kind: str, weight: float) -> None:
+    teacher, student, labels = distributions()
+    theirs = student.clone().requires_grad_()
+    expected = by_the_book(kind, teacher, theirs, labels, weight)
+    expected.backward()
+    for positions in (1, 3, 100):
+        ours = student.clone().requires_grad_()
+        asked: list[int] = []
+
+        def answer(part: slice, asked: list[int] = asked) -> Tensor:
+            asked.append(part.stop - part.start)
+            return teacher[part]
+
+        loss = Distillation(divergence=kind, weight=weight, positions=positions).loss(ours, labels, answer)
+        (2 * loss).backward()
+        assert float(loss.detach()) == pytest.approx(float(expected.detach()), rel=1e-6)
+        assert ours.grad is not None and theirs.grad is not None
+        torch.testing.assert_close(ours.grad, 2 * theirs.grad, rtol=1e-9, atol=1e-12)
+        assert max(asked) <= positions, "never more logits of the teacher than asked for"
+        assert not ours.grad[2].any(), "a position without a label has no part in the loss"
+
+
+def test_a_student_that_equals_its_teacher_has_no_divergence_and_no_gradient() -> None:
+    teacher, _, labels = distributions()
+    for kind in DIVERGENCES:
+        student = teacher.clone().requires_grad_()
+        loss = Distillation(divergence=kind, weight=1.0).loss(student, labels, lambda part: teacher[part])
+        loss.backward()
+        assert float(loss.detach()) == pytest.approx(0.0, abs=1e-12)
+        assert student.grad is not None and float(student.grad.abs().max()) < 1e-12
+    assert head_share(teacher.log_softmax(-1), teacher.log_softmax(-1)).tolist() == [1.0] * 7
+
+
+def test_no_gradient_flows_through_the_adaptive_weights() -> None:
+    teacher, student, _ = distributions()
+    log_p, x = teacher.log_softmax(-1), student.clone().requires_grad_()
+    share = head_share(log_p, student.log_softmax(-1))
+    (ours,) = torch.autograd.grad(divergence("akl", log_p, x.log_softmax(-1)).sum(), x)
+    y = student.clone().requires_grad_()
+    log_q = y.log_softmax(-1)
+    fixed = share * divergence("forward_kl", log_p, log_q) + (1 - share) * divergence("reverse_kl", log_p, log_q)
+    (theirs,) = torch.autograd.grad(fixed.sum(), y)
+    assert torch.equal(ours, theirs)
+
+
+def test_extreme_logits_give_finite_losses() -> None:
+    teacher = torch.tensor([[0.0, -1e4], [1e4, 0.0]])
+    for kind in DIVERGENCES:
+        student = torch.tensor([[-1e4, 0.0], [0.0, 0.0]], requires_grad=True)
+        loss = Distillation(divergence=kind, weight=0.5).loss(student, torch.tensor([0, 1]), lambda part: teacher[part])
+        loss.backward()
+        assert bool(torch.isfinite(loss)) and student.grad is not None and bool(torch.isfinite(student.grad).all())
+
+
+@pytest.mark.parametrize("make", [toy_models.tied_llama, toy_models.gemma2])
+def test_a_teacher_answers_as_the_model_does_whatever_its_head(make: Any) -> None:
+    """Gemma 2 caps its logits after the head, so its head alone must not be used."""
+    model = make()
+    ids = torch.randint(3, 60, (3, 8), generator=torch.Generator().manual_seed(0))
+    teacher = Teacher(model)
+    answer = teacher.answer(ids)
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits[:, :-1].flatten(0, 1)
+    for part in (slice(0, 21), slice(3, 9), slice(20, 21)):
+        torch.testing.assert_close(answer(part), expected[part], rtol=1e-5, atol=1e-5)
+    assert not model.training and not any(p.requires_grad for p in model.parameters())
+
+
+def test_weight_0_is_the_run_without_a_teacher_and_weight_1_is_not(tmp_path: Path) -> None:
+    def losses(name: str, distill: Distillation | None) -> list[float]:
+        model, plan = converted()
+        teacher = None if distill is None else toy_models.llama()
+        run = trainer(tmp_path / name, model, plan, steps=3, accumulation=2, distill=distill, teacher=teacher)
+        run.fit()
+        return [row["loss"] for row in log_rows(tmp_path / name) if "loss" in row]
+
+    plain = losses("plain", None)
+    assert losses("zero", Distillation(weight=0.0)) == pytest.approx(plain, rel=1e-5)
+    pure = losses("one", Distillation(weight=1.0))
+    assert pure[0] == pytest.approx(0.0, abs=1e-6), "at pressure 0 the student is its teacher"
+    assert pure[-1] > 0.0
+
+
+def test_a_resumed_run_needs_the_same_distillation(tmp_path: Path) -> None:
+    model, plan = converted()
+    half = Distillation(weight=0.5)
+    run = trainer(tmp_path / "a", model, plan, save_every=3, distill=half, teacher=toy_models.llama())
+    run.fit()
+    for other in (Distillation(weight=0.6), Distillation(weight=0.5, divergence="akl"), None):
+        again, plan = converted()
+        teacher = None if other is None else toy_models.llama()
+        resumed = trainer(tmp_path / "a", again, plan, save_every=3, distill=other, teacher=teacher)
+        with pytest.raises(ConfigError, match="another config"):
+            resumed.fit(tmp_path / "a" / "checkpoints" / "step-000003")
+
+
+def test_bad_distillations_are_refused(tmp_path: Path) -> None:
+    model, plan = converted()
+    with pytest.raises(ConfigError, match=r"--distill 'forward': did you mean 'forward_kl'"):
+        Distillation(divergence="forward")
+    with pytest.raises(ConfigError, match=r"--distill-weight must lie in \[0, 1\], got 1.5"):
+        Distillation(weight=1.5)
+    with pytest.raises(ConfigError, match="belong together"):
+        trainer(tmp_path / "b", model, plan, distill=Distillation())
+    with pytest.raises(ConfigError, match="vocabulary of 65, the student one of 64"):
+        trainer(tmp_path / "c", model, plan, distill=Distillation(), teacher=toy_models.llama(vocab_size=65))
