@@ -38,3 +38,8 @@ def test_listing_the_recipes_needs_torch_alone() -> None:
 def test_every_public_name_has_a_home() -> None:
     for name in hestia.__all__:
         assert getattr(hestia, name) is not None, name
+
+
+def test_the_children_that_run_engines_load_no_torch() -> None:
+    loaded = packages_after("import hestia.export.llama_cpp, hestia.export.llama_session, hestia.export.mlx_engine")
+    assert not loaded & {"torch", "transformers"}

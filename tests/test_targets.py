@@ -154,6 +154,8 @@ def test_the_matrix_says_what_fits_and_why_not() -> None:
     assert rows["gguf:tq2_0"]["fits"] == "TQ2_0 has one scale for 256 weights, finer groups of 128 do not fit"
     rows = {row["target"]: row for row in matrix(layers, fallback=True)}  # type: ignore[arg-type]
     assert rows["gguf:tq2_0"]["bits_per_weight"] == (2.0625 + 2.25) / 2
+    assert rows["gguf:mixed"]["fits"] is True and rows["gguf:mixed"]["levels"] == "any"
+    assert rows["gguf:mixed"]["bits_per_weight"] == (1.6875 + 2.25) / 2
 
 
 def test_head_types_by_name() -> None:

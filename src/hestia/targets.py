@@ -151,7 +151,8 @@ class Target:
     def groups_held(self, grid: Grid, columns: int = 1024) -> tuple[GroupSize, ...]:
         """Which of the usual group sizes the target's own type holds exactly, in rows of ``columns``."""
         sizes: tuple[GroupSize, ...] = ("tensor", "row", 256, 128, 64, 32)
-        return tuple(g for g in sizes if self.types[0].refusal(grid, g, (8, columns)) is None)
+        types = self.types if self.cheapest else self.types[:1]
+        return tuple(g for g in sizes if any(t.refusal(grid, g, (8, columns)) is None for t in types))
 
 
 def _gguf(first: StorageType, loads_in: str, caution: str = "") -> Target:
@@ -250,6 +251,8 @@ def matrix(
     rows: list[dict[str, Any]] = []
     for chosen in TARGETS.values():
         first = chosen.types[0]
+        if chosen.cheapest:
+            first = chosen.storage(Grid((-1, 0, 1)), "row", (1024, 1024), fallback=True)
         levels = first.levels or (range(-128, 128),)
         grid = Grid((-1, 1)) if first is Q1_0 else Grid((-1, 0, 1))
         fits: bool | str | None = None
@@ -267,9 +270,9 @@ def matrix(
         rows.append(
             {
                 "target": chosen.name,
-                "type": first.name,
+                "type": "smallest exact" if chosen.cheapest else first.name,
                 "groups": list(chosen.groups_held(grid)),
-                "levels": " or ".join(map(_spelled, levels)) if first.levels else "any",
+                "levels": " or ".join(map(_spelled, levels)) if first.levels and not chosen.cheapest else "any",
                 "engines": chosen.loads_in,
                 "caution": chosen.caution,
                 "bits_per_weight": bits,

@@ -38,7 +38,8 @@ def test_no_other_scale_is_better_for_the_codes_it_chose(seed: int) -> None:
         assert ((moved.dense() - before.dense()).square().sum(dim=1) > best * 0.999).all()
     for mean in (before.scales.mean(dim=1, keepdim=True), before.scales.amax(dim=1, keepdim=True)):
         naive = QuantizedTensor(before.codes, mean, 128)
-        assert (best <= (naive.dense() - before.dense()).square().sum(dim=1) * 1.0001).all()
+        snapping = 2.0**-16 * after.dense().square().sum(dim=1)  # moves a scale by 2**-8 of it at most
+        assert (best <= (naive.dense() - before.dense()).square().sum(dim=1) + snapping + 1e-6).all()
 
 
 def test_equal_scales_are_refitted_without_any_loss() -> None:
