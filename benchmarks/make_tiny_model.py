@@ -56,6 +56,11 @@ def documents(path: Path) -> Iterator[str]:
     yield "".join(lines).strip()
 
 
+def named(path: Path) -> str:
+    """Folder and file, because two corpora may both have a ``test.txt``; the file alone where no folder was named."""
+    return "/".join(path.parts[-2:])
+
+
 def train_tokenizer(texts: Iterable[str], vocabulary: int) -> Tokenizer:
     """A byte-level BPE tokenizer: every text has tokens, and decoding gives it back exactly."""
     tokenizer = Tokenizer(models.BPE())
@@ -181,7 +186,7 @@ def card(
     c = model.config
     parameters = sum(p.numel() for p in model.parameters())
     seen = args.steps * args.batch_size * args.block
-    files = ", ".join(f"`{path.parent.name}/{path.name}`" for path in args.train)
+    files = ", ".join(f"`{named(path)}`" for path in args.train)
     rows = "\n".join(f"| {name} | {nll:.3f} | {math.exp(nll):.1f} | {count} |" for name, nll, count in scores)
     return f"""# {args.out.name}
 
@@ -252,7 +257,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print("training the tokenizer", file=sys.stderr)
     tokenizer = train_tokenizer((text for path in args.train for text in documents(path)), args.vocab)
     data = blocks(tokenizer, args.train, args.block)
-    tests = {f"{path.parent.name}/{path.name}": blocks(tokenizer, [path], args.block) for path in args.test}
+    tests = {named(path): blocks(tokenizer, [path], args.block) for path in args.test}
     print(
         f"{data.numel():,} tokens to learn from; {args.steps * args.batch_size * args.block:,} will be seen",
         file=sys.stderr,
