@@ -5,31 +5,38 @@
       optimizer.safetensors    PARAMETER/exp_avg, PARAMETER/exp_avg_sq, PARAMETER/step, by parameter name
       random.safetensors       generator states of torch (CPU and devices)
       trainer_state.json       the Trainer's own state: step, epoch, history
-      state.json               schema, step, schedulers, python and numpy random states, fingerprint, file hashes
+      state.json               schema, step, schedulers, python and numpy random states, fingerprint, what the guards
+                               remember, bytes and hashes of the other files, and the hash of all this itself
 
-The folder is written under a temporary name and renamed last; ``state.json`` holds the hashes of the other files, so a
-half-written or damaged checkpoint is recognised and never resumed from.
+The folder is written under a temporary name, ``.step-000300.tmp``, flushed, and renamed last, so a process that dies at
+any moment leaves a whole checkpoint or none; a damaged one is recognised by its hashes and never resumed from.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import random
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ..errors import ConfigError
-from ..files import read_json, sha256, write_json
+from ..errors import ConfigError, DiskSpaceError
+from ..files import finite, flush, read_json, save_file, sha256, write_json
+from ..progress import announce
 
-SCHEMA = 1
+SCHEMA = 2
 STATE = "state.json"
+_FILES = ("model.safetensors", "optimizer.safetensors", "random.safetensors", "trainer_state.json")
+_ROOM = 1 << 20
+"""Bytes that a checkpoint needs beside its tensors, at most, and a little air."""
 
 
 def folder_name(step: int) -> str:
@@ -46,33 +53,66 @@ def save(
     trainer_state: Mapping[str, Any],
     step: int,
     fingerprint: Mapping[str, Any],
+    memory: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write one checkpoint; either all of it appears at ``folder`` or nothing does."""
+    """Write one checkpoint; either all of it appears at ``folder`` or nothing does.
+
+    Args:
+        folder: where; an incomplete checkpoint there is replaced.
+        model, optimizer, scheduler, trainer_state, step: what is kept.
+        fingerprint: what a resumed run must share (``fingerprints.py``).
+        memory: whatever else the trainer wants back, as JSON.
+
+    Raises:
+        DiskSpaceError: the disk has too little room for it; nothing was written.
+        OSError: it could not be written; nothing of it is left.
+    """
+    weights, moments = _unique(model.state_dict()), _optimizer_tensors(model, optimizer)
+    _require_space(folder, bytes_of([*weights.values(), *moments.values()]) + _ROOM)
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
-        save_file(_unique(model.state_dict()), temporary / "model.safetensors")
-        save_file(_optimizer_tensors(model, optimizer), temporary / "optimizer.safetensors")
+        save_file(weights, temporary / "model.safetensors")
+        save_file(moments, temporary / "optimizer.safetensors")
         save_file(_generator_states(), temporary / "random.safetensors")
         write_json(temporary / "trainer_state.json", dict(trainer_state))
-        files = sorted(p for p in temporary.iterdir())
-        for path in files:
-            _flush(path)
+        for name in _FILES:
+            flush(temporary / name)
         record = {
             "schema": SCHEMA,
             "step": step,
             "scheduler": {k: v for k, v in scheduler.state_dict().items() if isinstance(v, (int, float, list))},
             "random": {"python": _to_lists(random.getstate()), "numpy": _numpy_state()},
             "fingerprint": dict(fingerprint),
-            "files": {path.name: sha256(path) for path in files},
+            "memory": dict(memory or {}),
+            "files": {
+                name: {"bytes": (temporary / name).stat().st_size, "sha256": sha256(temporary / name)}
+                for name in _FILES
+            },
         }
-        write_json(temporary / STATE, record)
+        write_json(temporary / STATE, {**record, "sha256": _own_hash(record)})
+        flush(temporary)
         shutil.rmtree(folder, ignore_errors=True)
         temporary.rename(folder)
-        _flush(folder.parent)
+        flush(folder.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def bytes_of(tensors: Iterable[Tensor]) -> int:
+    """Bytes that tensors take in a file."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _require_space(folder: Path, needed: int) -> None:
+    place = next(parent for parent in folder.absolute().parents if parent.exists())
+    free = shutil.disk_usage(place).free
+    if free < needed:
+        raise DiskSpaceError(
+            f"{folder}: a checkpoint needs {needed / 1e6:,.1f} MB and the disk of {place} has {free / 1e6:,.1f} MB left; "
+            "earlier checkpoints are intact: make room, then continue with --resume"
+        )
 
 
 def load_model(folder: Path, model: nn.Module) -> None:
@@ -82,10 +122,15 @@ def load_model(folder: Path, model: nn.Module) -> None:
         ConfigError: the checkpoint was made from another model.
     """
     tensors = load_file(folder / "model.safetensors")
-    _, unexpected = model.load_state_dict(tensors, strict=False)
-    missing = set(_unique(model.state_dict())) - set(tensors)
+    here = _unique(model.state_dict())
+    missing, unexpected = set(here) - set(tensors), set(tensors) - set(model.state_dict())
     if missing or unexpected:
         raise ConfigError(f"{folder}: made from another model ({len(missing)} missing, {len(unexpected)} unexpected)")
+    for name, tensor in here.items():
+        if tensor.shape != tensors[name].shape:
+            shapes = f"{list(tensors[name].shape)} there and {list(tensor.shape)} here"
+            raise ConfigError(f"{folder}: made from another model ({name} is {shapes})")
+    model.load_state_dict(tensors, strict=False)
 
 
 def load_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, scheduler: Any) -> None:
@@ -122,29 +167,78 @@ def load_random(folder: Path) -> None:
             torch.cuda.set_rng_state(states[f"cuda.{index}"], index)
 
 
+def damage(folder: Path) -> str | None:
+    """Why a folder is no complete checkpoint, in words; None for a complete one."""
+    try:
+        record = read_json(folder / STATE, schema=SCHEMA)
+        if record.get("sha256") != _own_hash({k: v for k, v in record.items() if k != "sha256"}):
+            return f"{STATE} is damaged"
+        for name in _FILES:
+            kept, path = record["files"][name], folder / name
+            if not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != kept["bytes"] or sha256(path) != kept["sha256"]:
+                return f"{name} is damaged"
+    except ConfigError as error:
+        return str(error).removeprefix(f"{folder / STATE}: ").replace("no such file", f"{STATE} is missing")
+    except (OSError, KeyError, TypeError, AttributeError) as error:
+        return f"{STATE} cannot be used ({error})"
+    return None
+
+
 def complete(folder: Path) -> bool:
     """Whether every file of a checkpoint is there with the hash its state.json names."""
-    try:
-        files = read_json(folder / STATE, schema=SCHEMA)["files"]
-        return all(sha256(folder / name) == digest for name, digest in files.items())
-    except (ConfigError, OSError, KeyError):
-        return False
+    return damage(folder) is None
 
 
 def newest(root: Path) -> Path | None:
-    """The newest complete checkpoint under ``root``; incomplete ones are passed over."""
-    return next((folder for folder in _newest_first(root) if complete(folder)), None)
+    """The newest complete checkpoint under ``root``; incomplete ones are passed over, and named on standard error."""
+    for folder in _unfinished(root):
+        announce(f"{folder}: not a checkpoint; the process ended while it was being written")
+    for folder in _newest_first(root):
+        why = damage(folder)
+        if why is None:
+            return folder
+        announce(f"{folder}: passed over, it is incomplete: {why}")
+    return None
 
 
-def rotate(root: Path, keep: int) -> None:
-    """Delete all but the newest ``keep`` checkpoints."""
-    for folder in _newest_first(root)[max(1, keep) :]:
+def sweep(root: Path) -> None:
+    """Remove what processes that ended while they wrote a checkpoint left behind."""
+    for folder in _unfinished(root):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def rotate(root: Path, keep: int, good: Path) -> None:
+    """Delete all but ``good``, which was just written, and the ``keep - 1`` checkpoints before it.
+
+    A later one can only be what was passed over on resuming, or stand from before a restart at an earlier step: it is
+    deleted where it is incomplete and left where it is not. So the last good checkpoint is never deleted, whatever
+    else lies there.
+    """
+    ordered = _newest_first(root)
+    if good not in ordered or not (good / STATE).is_file():
+        return
+    place = ordered.index(good)
+    for folder in ordered[:place]:
+        if not complete(folder):
+            shutil.rmtree(folder, ignore_errors=True)
+    for folder in ordered[place + max(1, keep) :]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def _newest_first(root: Path) -> list[Path]:
     steps = {int(step): p for p in root.glob("step-*") if (step := p.name.removeprefix("step-")).isdecimal()}
     return [steps[step] for step in sorted(steps, reverse=True)]
+
+
+def _unfinished(root: Path) -> list[Path]:
+    return sorted(p for p in root.glob(".step-*.tmp") if p.is_dir() and not p.is_symlink())
+
+
+def _own_hash(record: Mapping[str, Any]) -> str:
+    """SHA-256 of a record as it comes back from its file."""
+    return hashlib.sha256(json.dumps(json.loads(json.dumps(finite(record))), sort_keys=True).encode()).hexdigest()
 
 
 def _unique(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -182,11 +276,3 @@ def _numpy_state() -> list[Any]:
 
 def _to_lists(value: Any) -> Any:
     return [_to_lists(v) for v in value] if isinstance(value, tuple) else value
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
