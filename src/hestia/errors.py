@@ -45,6 +45,14 @@ class GuardError(HestiaError):
     exit_status = 4
 
 
+class DiskSpaceError(HestiaError):
+    """Too little room on the disk for what is to be written next; what was written before is intact."""
+
+
+class BusyError(ConfigError):
+    """Another process is working on the same run; nothing was written."""
+
+
 def nearest(name: str, allowed: Iterable[str]) -> str:
     """A short hint that names the closest allowed spelling and lists the rest.
 

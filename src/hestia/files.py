@@ -1,18 +1,30 @@
-"""Artefacts on disk: JSON with a schema number, written whole or not at all."""
+"""Artefacts on disk: JSON with a schema number, tensors as safetensors, written whole or not at all."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import math
 import os
+import re
 import shutil
-from collections.abc import Iterator
+import stat
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+LARGEST_TEXT = 1 << 31
+"""Bytes of a JSON or YAML file that is read; a larger one is no artefact of ours."""
+
+TEMPORARY = re.compile(r"\..+\.tmp")
+"""Names of what is being written, or was when its process ended."""
 
 
 @contextlib.contextmanager
@@ -25,9 +37,9 @@ def replacing(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
-        with open(temporary, "rb+") as handle:
-            os.fsync(handle.fileno())
+        flush(temporary)
         os.replace(temporary, path)
+        flush(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -42,14 +54,29 @@ def replacing_folder(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         for entry in temporary.rglob("*"):
-            if entry.is_file():
-                with open(entry, "rb+") as handle:
-                    os.fsync(handle.fileno())
+            flush(entry)
         if path.exists():
             shutil.rmtree(path)
         os.replace(temporary, path)
+        flush(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def flush(path: Path) -> None:
+    """Have the system put a file, or the names in a folder, on the disk now."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what processes that ended while writing into ``folder`` left there; nobody may be writing now."""
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if TEMPORARY.fullmatch(path.name) and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def require_writable(path: Path) -> None:
@@ -63,6 +90,62 @@ def require_writable(path: Path) -> None:
         raise ConfigError(f"{path} cannot be written: {folder} is a file, not a folder")
     if not os.access(folder, os.W_OK | os.X_OK):
         raise ConfigError(f"{path} cannot be written: no permission to write into {folder}")
+
+
+def require_regular(path: Path) -> None:
+    """Check that ``path`` is a file with an end: no pipe, socket or device, which could be waited for for ever.
+
+    Raises:
+        ConfigError: it is there and is something else; nothing was opened.
+    """
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: cannot be read ({error})") from None
+    if not stat.S_ISREG(mode):
+        kind = "a folder" if stat.S_ISDIR(mode) else "a pipe, socket or device"
+        raise ConfigError(f"{path}: expected a regular file, got {kind}")
+
+
+def require_inside(folder: Path) -> None:
+    """Check that nothing in ``folder`` is a symbolic link to a place outside of it: what is written stays inside.
+
+    Raises:
+        ConfigError: a link that leads out, or nowhere; it is named.
+    """
+    home = folder.resolve()
+    for parent, folders, files in os.walk(folder):
+        for name in (*folders, *files):
+            path = Path(parent, name)
+            if path.is_symlink() and not path.resolve().is_relative_to(home):
+                raise ConfigError(
+                    f"{path}: a symbolic link out of the run's folder, to {path.readlink()}; hestia writes inside "
+                    "the run alone: remove the link, or put the whole run where it points to"
+                )
+
+
+def save_file(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file.
+
+    Raises:
+        OSError: it could not be written; with the system's own error number, which safetensors hides in its message.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file as write
+
+    try:
+        write(dict(tensors), path, None if metadata is None else dict(metadata))
+    except SafetensorError as error:
+        raise as_os_error(error, path) from None
+
+
+def as_os_error(error: Exception, path: Path) -> OSError:
+    """The system's error inside another library's message, such as ``... (os error 28)``."""
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    number = int(found.group(1)) if found else errno.EIO
+    return OSError(number, os.strerror(number) if found else str(error), str(path))
 
 
 def write_text(path: Path, text: str) -> None:
@@ -79,7 +162,25 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 def write_json(path: Path, record: dict[str, Any]) -> None:
     """Write ``record`` atomically as strict JSON: NaN and infinities become null."""
-    write_text(path, json.dumps(_finite(record), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    write_text(path, json.dumps(finite(record), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_text(path: Path) -> str:
+    """The UTF-8 text of a small file.
+
+    Raises:
+        ConfigError: it is missing, no regular file, too large, not UTF-8, or cannot be read.
+    """
+    require_regular(path)
+    try:
+        size = path.stat().st_size
+        if size > LARGEST_TEXT:
+            raise ConfigError(f"{path}: {size:,} bytes are too many; hestia reads {LARGEST_TEXT:,} at most here")
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read as UTF-8 text ({error})") from None
 
 
 def read_json(path: Path, *, schema: int | None = None) -> dict[str, Any]:
@@ -88,11 +189,10 @@ def read_json(path: Path, *, schema: int | None = None) -> dict[str, Any]:
     Raises:
         ConfigError: the file is missing, is not a JSON object, or carries another schema number than ``schema``.
     """
+    text = read_text(path)
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        record = json.loads(text)
+    except (ValueError, RecursionError) as error:  # no JSON; a number of thousands of digits; nested too deep
         raise ConfigError(f"{path}: not a readable JSON file ({error})") from None
     if not isinstance(record, dict):
         raise ConfigError(f"{path}: expected a JSON object, got {type(record).__name__}")
@@ -110,11 +210,12 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """``value`` as strict JSON can hold it: NaN and infinities become null, tuples lists, keys text."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
-        return {str(k): _finite(v) for k, v in value.items()}
+        return {str(k): finite(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(v) for v in value]
+        return [finite(v) for v in value]
     return value

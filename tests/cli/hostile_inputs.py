@@ -419,7 +419,11 @@ def data() -> Iterator[Case]:
         at = draw.randrange(len(story))
         content = story[:at] + bad + story[at:]
         yield Case(f"text bad byte {number}", _data("a.txt", content), says="not UTF-8")
-    for name, text in (("surrogate", b"\xed\xa0\x80"), ("overlong", b"\xc0\xaf"), ("beyond Unicode", b"\xf4\x90\x80\x80")):
+    for name, text in (
+        ("surrogate", b"\xed\xa0\x80"),
+        ("overlong", b"\xc0\xaf"),
+        ("beyond Unicode", b"\xf4\x90\x80\x80"),
+    ):
         yield Case(f"text with a {name}", _data("a.txt", story + text), says="not UTF-8")
     for number, content in enumerate((b"\x00", story + b"\x00", b"\x00" * 4096, story.decode().encode("utf-16"))):
         yield Case(f"text with NUL {number}", _data("a.txt", content))
@@ -551,7 +555,9 @@ def artefacts() -> Iterator[Case]:
         "of no tensors": lambda r: r.update(tensors={}),
         "a tensor missing": lambda r: r["tensors"].pop(q) and None,
         "a tensor too many": lambda r: r["tensors"].update({"model.layers.9.x": r["tensors"][q]}),
-        "names of another model": lambda r: r.update(tensors={k.replace("up", "upp"): v for k, v in r["tensors"].items()}),
+        "names of another model": lambda r: r.update(
+            tensors={k.replace("up", "upp"): v for k, v in r["tensors"].items()}
+        ),
         "shapes of another model": lambda r: r["tensors"][q].update(weights=17),
         "another model's name": lambda r: r["model"].update(hidden_size=4711, name="other"),
         "NaN samples": lambda r: r["tensors"][q].update(samples=[nan] * r["sequences"]),
@@ -584,7 +590,9 @@ def artefacts() -> Iterator[Case]:
     for name, change in {
         "of nothing": lambda r: r.update(layers={}, kept={}),
         "a layer too many": lambda r: r["layers"].update({"model.layers.9.x": r["layers"][q]}),
-        "names of another model": lambda r: r.update(layers={k.replace("up", "upp"): v for k, v in r["layers"].items()}),
+        "names of another model": lambda r: r.update(
+            layers={k.replace("up", "upp"): v for k, v in r["layers"].items()}
+        ),
         "shapes of another model": lambda r: _each(r["layers"], "shape", [32, 32]),
         "a shape of text": lambda r: _each(r["layers"], "shape", "ab"),
         "a shape of three": lambda r: _each(r["layers"], "shape", [1, 2, 3]),
@@ -611,7 +619,9 @@ def artefacts() -> Iterator[Case]:
         "an unknown recipe": lambda r: r.update(recipe={"name": "os.system"}),
         "a recipe as a number": lambda r: r.update(recipe=3),
         "a recipe without name": lambda r: r.update(recipe={}),
-        "a NaN schedule": lambda r: r["schedule"].update({k: nan for k, v in r["schedule"].items() if type(v) is float}),
+        "a NaN schedule": lambda r: r["schedule"].update(
+            {k: nan for k, v in r["schedule"].items() if type(v) is float}
+        ),
         "an unknown schedule key": lambda r: r["schedule"].update(evil=1),
         "a schedule of text": lambda r: r["schedule"].update({k: "x" for k in r["schedule"]}),
         "a schedule as a list": lambda r: r.update(schedule=[1]),
@@ -629,7 +639,9 @@ def artefacts() -> Iterator[Case]:
         may = (0, 2) if name == "an unknown recipe" else (2,)
         yield Case(f"plan {name}", planned(change), may)
     for name in ("plan", "sensitivity"):
-        for number, content in enumerate((b"", b"{", b"\xff", b"null", b"[" * 100_000, b'{"schema": ' + b"9" * 6000 + b"}")):
+        for number, content in enumerate(
+            (b"", b"{", b"\xff", b"null", b"[" * 100_000, b'{"schema": ' + b"9" * 6000 + b"}")
+        ):
 
             def make(good: Good, what: str = name, text: bytes = content) -> Arguments:
                 path = good.folder / f"{what}.json"

@@ -16,12 +16,12 @@ import pytest
 import torch
 import toy_models
 from safetensors.torch import load_file
-from toy_training import At, converted, log_rows, trainer
+from toy_training import At, blocks, converted, log_rows, trainer
 
 import hestia
-from hestia.errors import ConfigError
+from hestia.errors import ConfigError, DiskSpaceError
 from hestia.schedules import LearningRateSchedule
-from hestia.training import checkpoints
+from hestia.training import Distillation, checkpoints
 
 
 def trained(folder: Path, make: Callable[[], Any] = toy_models.llama, **config: Any) -> tuple[Any, Any]:
@@ -162,8 +162,72 @@ def test_the_newest_is_the_highest_step_also_beyond_a_million(finished: Finished
     newest = checkpoints.newest(tmp_path)
     assert newest is not None
     assert newest.name == checkpoints.folder_name(1_000_000)
-    checkpoints.rotate(tmp_path, 1)
+    checkpoints.rotate(tmp_path, 1, newest)
     assert checkpoints.newest(tmp_path) == newest
+    assert [p.name for p in tmp_path.iterdir()] == [newest.name]
+
+
+def test_rotation_never_deletes_the_last_good_one_for_a_damaged_later_one(finished: Finished, tmp_path: Path) -> None:
+    """Step 6 was damaged, so the run went on from 4 and has just written step 5: 5 stays, and one before it."""
+    root = Path(shutil.copytree(finished[2], tmp_path / "checkpoints"))
+    good = Path(shutil.copytree(root / "step-000004", root / "step-000005"))
+    _flip(root / "step-000006" / "model.safetensors")
+    checkpoints.rotate(root, 1, good)
+    assert [p.name for p in root.iterdir()] == ["step-000005"]
+
+
+def test_rotation_deletes_nothing_where_the_new_one_is_not_there(finished: Finished, tmp_path: Path) -> None:
+    root = Path(shutil.copytree(finished[2], tmp_path / "checkpoints"))
+    checkpoints.rotate(root, 1, root / "step-000008")
+    assert sorted(p.name for p in root.iterdir()) == ["step-000004", "step-000006"]
+
+
+def test_what_is_incomplete_is_named_and_unfinished_ones_are_swept_away(
+    finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = Path(shutil.copytree(finished[2], tmp_path / "checkpoints"))
+    shutil.copytree(root / "step-000006", root / ".step-000008.tmp")
+    (root / "step-000006" / "optimizer.safetensors").unlink()
+    said: list[str] = []
+    monkeypatch.setattr(checkpoints, "announce", said.append)
+    assert checkpoints.newest(root) == root / "step-000004"
+    assert said == [
+        f"{root / '.step-000008.tmp'}: not a checkpoint; the process ended while it was being written",
+        f"{root / 'step-000006'}: passed over, it is incomplete: optimizer.safetensors is missing",
+    ]
+    model, plan = converted()
+    trainer(tmp_path, model, plan, save_every=2).fit(checkpoints.newest(root))
+    assert sorted(p.name for p in root.iterdir()) == ["step-000004", "step-000006"]
+    assert checkpoints.complete(root / "step-000006")
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_a_bit_anywhere_in_a_checkpoint_is_noticed(finished: Finished, tmp_path: Path, seed: int) -> None:
+    folder = Path(shutil.copytree(finished[2] / "step-000006", tmp_path / "step-000006"))
+    draw = random.Random(seed)
+    path = draw.choice(sorted(folder.iterdir())) if seed else folder / "state.json"
+    content = bytearray(path.read_bytes())
+    content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+    path.write_bytes(content)
+    assert checkpoints.damage(folder) is not None
+
+
+def test_too_little_room_is_noticed_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, plan = converted()
+    usage = shutil.disk_usage(tmp_path)
+    root = tmp_path / "checkpoints"
+
+    def left(place: Any) -> Any:
+        return usage._replace(free=100_000 if (root / "step-000002").is_dir() else usage.free)
+
+    monkeypatch.setattr(checkpoints.shutil, "disk_usage", left)
+    with pytest.raises(
+        DiskSpaceError, match=r"step-000004: a checkpoint needs 1\.\d MB, the disk has 0\.1 MB left"
+    ) as caught:
+        trainer(tmp_path, model, plan, save_every=2).fit()
+    assert caught.value.exit_status == 1
+    assert [p.name for p in root.iterdir()] == ["step-000002"]
+    assert checkpoints.complete(root / "step-000002")
 
 
 def test_a_full_disk_leaves_no_half_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,16 +266,46 @@ def test_a_checkpoint_of_another_model_is_refused(finished: Finished) -> None:
         checkpoints.load_model(folder, converted(toy_models.qwen3)[0])
 
 
-def test_a_checkpoint_of_another_plan_or_configuration_is_refused(finished: Finished, tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_run_is_refused_and_what_differs_is_named(finished: Finished, tmp_path: Path) -> None:
     folder = finished[2] / "step-000004"
+
+    def refused(**other: Any) -> str:
+        options = other.pop("options", {})
+        model, plan = converted(**options)
+        with pytest.raises(ConfigError) as caught:
+            trainer(tmp_path / "other", model, plan, **other).fit(folder)
+        message = str(caught.value)
+        assert message.startswith(f"{folder}: made with another ")
+        return message
+
+    assert "another config than this run's: config.learning_rate is 0.01 there and 0.005 here" in refused(
+        learning_rate=5e-3
+    )
+    message = refused(steps=12, seed=3)
+    assert "config.steps is 6 there and 12 here; config.seed is 0 there and 3 here" in message
+    assert "data" not in message
+    assert "another plan than this run's: plan.recipe.rho is 0.2 there and 0.7 here" in refused(options={"rho": 0.7})
+    data = blocks()
+    data.input_ids[3, 5] += 1
+    assert "another data than this run's: data.sha256 is " in refused(train=data)
+    data = blocks()
+    data.loss_mask[3, 5] = False
+    assert "another data" in refused(train=data)
+    assert "data.blocks is 24 there and 20 here" in refused(train=blocks(20))
+    assert not any((tmp_path / "other" / "checkpoints").iterdir())
+
+
+def test_a_run_with_another_teacher_is_refused(tmp_path: Path) -> None:
+    distill = Distillation()
     model, plan = converted()
-    with pytest.raises(ConfigError, match="another config"):
-        trainer(tmp_path / "a", model, plan, learning_rate=5e-3).fit(folder)
-    with pytest.raises(ConfigError, match="another config"):
-        trainer(tmp_path / "b", model, plan, steps=12).fit(folder)
-    model, plan = converted(rho=0.7)
-    with pytest.raises(ConfigError, match="another plan"):
-        trainer(tmp_path / "c", model, plan).fit(folder)
+    trainer(tmp_path, model, plan, save_every=6, distill=distill, teacher=toy_models.llama()).fit()
+    model, plan = converted()
+    other = toy_models.llama()
+    with torch.no_grad():
+        other.lm_head.weight[3, 5] += 1e-6
+    folder = checkpoints.newest(tmp_path / "checkpoints")
+    with pytest.raises(ConfigError, match="another teacher than this run's: teacher is "):
+        trainer(tmp_path, model, plan, distill=distill, teacher=other).fit(folder)
 
 
 class CrashError(Exception):

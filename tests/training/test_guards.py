@@ -11,11 +11,16 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from toy_training import At, converted, log_rows, trainer
 
+import hestia
 from hestia.errors import GuardError
+from hestia.nn import knobs_of, quantized_modules
 from hestia.training import Interrupted, checkpoints
-from hestia.training.guards import StopSignals, first_bad
+from hestia.training.guards import StopSignals, bad_state, first_bad
+from hestia.training.watch import SpikeWatch, collapsed, collapsed_layers
 
 TENSOR = "model.layers.1.mlp.up_proj.weight"
 
@@ -83,6 +88,120 @@ def test_a_loss_that_is_bad_while_all_weights_are_good(tmp_path: Path) -> None:
 
     with pytest.raises(GuardError, match=r"all weights are still finite\. No checkpoint was written yet"):
         trainer(tmp_path, model, plan, callbacks=[At(1, spoil_logits)]).fit()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_a_bad_weight_never_reaches_a_checkpoint(tmp_path: Path, value: float) -> None:
+    """It appears after the backward pass of step 4, as an optimizer or a correction could leave it."""
+    model, plan = converted()
+    work = trainer(tmp_path, model, plan, save_every=2, callbacks=[At(4, _poison_weight(value), end=True)])
+    with pytest.raises(GuardError) as caught:
+        work.fit()
+    kind = "NaN" if value != value else "infinity"
+    assert f"step 4: the model is not finite; the first bad weight is {TENSOR} ({kind})" in str(caught.value)
+    assert str(tmp_path / "checkpoints" / "step-000002") in str(caught.value)
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-000002"]
+
+
+def test_a_weight_that_turns_bad_in_the_last_step_stops_the_run_too(tmp_path: Path) -> None:
+    model, plan = converted()
+    with pytest.raises(GuardError, match=f"step 6: the model is not finite; the first bad weight is {TENSOR}"):
+        trainer(tmp_path, model, plan, callbacks=[At(6, _poison_weight(float("nan")), end=True)]).fit()
+
+
+def test_bad_knobs_buffers_and_scales_are_told_apart() -> None:
+    model, _ = converted()
+    assert bad_state(model) is None
+    knobs_of(model).set(pressure=1.0, temperature=float("nan"))
+    assert bad_state(model) == "the temperature is nan"
+    knobs_of(model).set(pressure=float("inf"), temperature=0.1)
+    assert bad_state(model) == "the pressure is inf"
+    knobs_of(model).set(pressure=1.0, temperature=0.1)
+    layer = dict(quantized_modules(model))["model.layers.1.mlp.up_proj"]
+    layer.temperature_factor = float("nan")
+    assert bad_state(model) == "the temperature of model.layers.1.mlp.up_proj is nan"
+    layer.temperature_factor = 1.0
+    with torch.no_grad():
+        layer.weight.fill_(3e38)  # finite, and the mean of their absolute values is not
+    assert bad_state(model) == "the first bad scale is that of model.layers.1.mlp.up_proj (infinity)"
+    model, _ = converted(recipe="lsq")
+    name = next(name for name, _ in model.named_parameters() if "._hestia." in name)
+    with torch.no_grad():
+        model.get_parameter(name).fill_(float("nan"))
+    assert bad_state(model) == f"the first bad weight is {name} (NaN)"
+
+
+def test_a_bad_temperature_is_named_when_it_spoils_the_loss(tmp_path: Path) -> None:
+    model, plan = converted()
+
+    def spoil(model: Any) -> None:
+        for _, layer in quantized_modules(model):
+            layer.temperature_factor = float("nan")
+
+    with pytest.raises(
+        GuardError, match=r"the loss is nan; the temperature of model\.layers\.0\.self_attn\.q_proj is nan"
+    ):
+        trainer(tmp_path, model, plan, steps=20, callbacks=[At(10, spoil)]).fit()
+
+
+def test_a_loss_spike_is_reported_and_the_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr("hestia.training.trainer.announce", said.append)
+    model, plan = converted()
+
+    def jolt(model: Any) -> None:
+        with torch.no_grad():
+            model.lm_head.weight.mul_(-3.0)
+
+    trainer(tmp_path, model, plan, steps=24, callbacks=[At(20, jolt)]).fit()
+    rows = [row for row in log_rows(tmp_path) if "loss_spike" in row]
+    assert [row["step"] for row in rows][:1] == [21]
+    assert rows[0]["loss_spike"] > 1.2 * rows[0]["highest_before"]
+    assert said[0].startswith("step 21: the loss jumped to ")
+    assert log_rows(tmp_path)[-1]["step"] == 24
+
+
+@given(losses=st.lists(st.floats(0.01, 10.0), min_size=1, max_size=60))
+def test_spikes_are_what_they_are_said_to_be(losses: list[float]) -> None:
+    watch, again = SpikeWatch(), SpikeWatch()
+    for step, loss in enumerate(losses):
+        before = losses[max(0, step - 16) : step]
+        expected = len(before) == 16 and loss > max(before) + 0.2 * max(before)
+        found = watch.add(loss)
+        assert (found is not None) == expected
+        assert found is None or found == max(before)
+        again.memory = watch.memory  # as a resumed run does
+        assert again.memory == watch.memory
+
+
+def test_a_slow_rise_is_no_spike() -> None:
+    watch = SpikeWatch()
+    assert all(watch.add(2.0 + 0.1 * step) is None for step in range(60))
+
+
+def test_collapsed_codes_are_reported_by_name_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr("hestia.training.trainer.announce", said.append)
+    model, plan = converted()
+
+    def collapse(model: Any) -> None:
+        with torch.no_grad():
+            model.get_parameter(TENSOR).abs_()
+
+    trainer(tmp_path, model, plan, eval_every=1, learning_rate=1e-5, callbacks=[At(3, collapse)]).fit()
+    path = TENSOR.removesuffix(".weight")
+    assert said == [f"step 4: {path}: codes collapsed: none negative"]
+    assert [row["collapsed"] for row in log_rows(tmp_path) if "collapsed" in row] == [{path: "none negative"}]
+
+
+def test_every_way_to_collapse() -> None:
+    model, _ = converted()
+    paths = [path for path, _ in quantized_modules(model)][:3]
+    with torch.no_grad():
+        model.get_submodule(paths[0]).weight.zero_()
+        model.get_submodule(paths[1]).weight.abs_().neg_()
+    assert collapsed_layers(model) == {paths[0]: "all zero", paths[1]: "none positive"}
+    assert collapsed(hestia.freeze(model)) == {paths[0]: "all zero", paths[1]: "none positive"}
 
 
 def test_without_clipping_the_gradients_are_as_they_are(tmp_path: Path) -> None:

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import random
 import shutil
 from collections.abc import Iterable, Mapping
@@ -110,7 +109,7 @@ def _require_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(place).free
     if free < needed:
         raise DiskSpaceError(
-            f"{folder}: a checkpoint needs {needed / 1e6:,.1f} MB and the disk of {place} has {free / 1e6:,.1f} MB left; "
+            f"{folder}: a checkpoint needs {needed / 1e6:,.1f} MB, the disk has {free / 1e6:,.1f} MB left; "
             "earlier checkpoints are intact: make room, then continue with --resume"
         )
 

@@ -81,7 +81,7 @@ def summary(lines: list[str]) -> str:
 
 def _shown(value: Any) -> str:
     text = json.dumps(value, sort_keys=True)
-    return f"{text[:9]}...\"" if isinstance(value, str) and len(value) == 64 else text[:80]
+    return f'{text[:9]}..."' if isinstance(value, str) and len(value) == 64 else text[:80]
 
 
 def _short(value: Any) -> str:

@@ -1,16 +1,23 @@
-"""Guards: what stops a run, and what it says."""
+"""Guards: what stops a run, and what it says.
+
+A bad loss or gradient stops the run before it reaches a weight. A bad weight, scale or temperature stops it before it
+reaches a checkpoint, so that the last checkpoint is always a good one.
+"""
 
 from __future__ import annotations
 
+import math
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import GuardError, HestiaError
+from ..errors import ConfigError, GuardError, HestiaError
+from ..nn import knobs_of, quantized_modules
+from ..quant.grouping import to_groups
 
 
 class Interrupted(HestiaError):  # noqa: N818 - it is not a failure
@@ -29,17 +36,58 @@ def first_bad(tensors: list[tuple[str, Tensor | None]]) -> tuple[str, str] | Non
     return None
 
 
+@torch.no_grad()
+def bad_state(model: nn.Module) -> str | None:
+    """What of a model is not finite, the first thing found: weights, then knobs, buffers and scales; None if all is."""
+    culprit = first_bad(list(model.named_parameters()))
+    if culprit is not None:
+        return f"the first bad weight is {culprit[0]} ({culprit[1]})"
+    for name, value in _knobs(model):
+        if not math.isfinite(value):
+            return f"the {name} is {value}"
+    culprit = first_bad([(name, buffer) for name, buffer in model.named_buffers() if buffer.is_floating_point()])
+    if culprit is not None:
+        return f"the first bad buffer is {culprit[0]} ({culprit[1]})"
+    for path, layer in quantized_modules(model):
+        weight = layer.weight.detach()
+        step, level = layer.quantizer.scales(to_groups(weight.float(), layer.quantizer.spec.group_size), layer.held)
+        if (bad := first_bad([(path, step), (path, level)])) is not None:
+            return f"the first bad scale is that of {path} ({bad[1]})"
+    return None
+
+
+def _knobs(model: nn.Module) -> Iterator[tuple[str, float]]:
+    """The moving knobs by name, and every layer's temperature; nothing for a model without any."""
+    try:
+        values = knobs_of(model).values
+    except ConfigError:
+        return
+    yield from values.items()
+    for path, layer in quantized_modules(model):
+        yield f"temperature of {path}", values["temperature"] * layer.temperature_factor
+
+
 def check_loss(loss: Tensor, model: nn.Module, step: int, last_checkpoint: str | None) -> None:
     """Stop before a bad loss reaches the optimizer.
 
     Raises:
-        GuardError: the loss is NaN or infinite; the first bad weight, if any, is named.
+        GuardError: the loss is NaN or infinite; the first bad weight, knob or scale, if any, is named.
     """
     if bool(torch.isfinite(loss).all()):
         return
-    culprit = first_bad(list(model.named_parameters()))
-    where = f"the first bad weight is {culprit[0]} ({culprit[1]})" if culprit else "all weights are still finite"
+    where = bad_state(model) or "all weights are still finite"
     raise GuardError(f"step {step}: the loss is {float(loss):g}; {where}. {_advice(last_checkpoint)}")
+
+
+def check_state(model: nn.Module, step: int, last_checkpoint: str | None) -> None:
+    """Stop before a bad weight, scale or temperature is saved or frozen.
+
+    Raises:
+        GuardError: one is NaN or infinite; it is named.
+    """
+    found = bad_state(model)
+    if found is not None:
+        raise GuardError(f"step {step}: the model is not finite; {found}. {_advice(last_checkpoint)}")
 
 
 def check_gradients(norm: float | Tensor | None, model: nn.Module, step: int, last_checkpoint: str | None) -> None:

@@ -4,7 +4,6 @@ without pickle, guards, and a log that keeps the soft training loss and the hard
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import sys
@@ -28,12 +27,14 @@ from ..evaluation import model_logits, score
 from ..files import read_json, write_text
 from ..nn import knobs_of, quantized_modules
 from ..plans import Plan
+from ..progress import announce
 from ..schedules import LearningRateSchedule
-from . import checkpoints
+from . import checkpoints, fingerprints
 from .callback import QATCallback
 from .distillation import Distillation, Teacher
-from .guards import Interrupted, StopSignals, check_gradients, check_loss
+from .guards import Interrupted, StopSignals, check_gradients, check_loss, check_state
 from .progress import ProgressBar
+from .watch import SpikeWatch, collapsed_layers
 
 LOG_FILE = "log.jsonl"
 CHECKPOINTS = "checkpoints"
@@ -149,6 +150,9 @@ class HestiaTrainer(Trainer):
     ) -> None:
         self.plan, self.config, self.folder, self.held_out = plan, config, folder, held_out
         self.seconds = 0.0
+        self._earlier, self._began = 0.0, time.perf_counter()
+        self._spikes, self._step_loss = SpikeWatch(), 0.0
+        self._collapsed: dict[str, str] = {}
         self._signals = StopSignals()
         self._bar = ProgressBar(description)
         self._started: tuple[float, int] | None = None
@@ -156,6 +160,7 @@ class HestiaTrainer(Trainer):
         self._evaluated = -1
         self._teacher = _checked_teacher(teacher, config, model)
         self._input_ids: Tensor | None = None
+        self._train, self._fingerprint = train, None
         if not config.train_embeddings:
             for module in model.modules():
                 if isinstance(module, nn.Embedding):
@@ -171,7 +176,13 @@ class HestiaTrainer(Trainer):
             train_dataset=stream,
             eval_dataset=stream,
             data_collator=_stack,
-            callbacks=[QATCallback(plan), _StopCallback(self._signals), self._bar, *(callbacks or [])],
+            callbacks=[
+                QATCallback(plan),
+                _StopCallback(self._signals),
+                _WatchCallback(self),
+                self._bar,
+                *(callbacks or []),
+            ],
             compute_loss_func=None if self._teacher is None else self._distilled,
         )
         self.remove_callback(PrinterCallback)
@@ -182,16 +193,24 @@ class HestiaTrainer(Trainer):
         """Train to the last step, from ``resume`` if given.
 
         Raises:
-            ConfigError: ``resume`` was made by another plan or training configuration.
-            GuardError: loss or gradients became NaN or infinite; the last good checkpoint is named.
+            ConfigError: ``resume`` was made by another plan or training configuration, or from other data or another
+                teacher; what differs is named.
+            DiskSpaceError: there is no room for the next checkpoint; the last one is intact.
+            GuardError: loss, gradients, weights, scales or temperatures became NaN or infinite; the last good
+                checkpoint is named.
             Interrupted: Ctrl-C or SIGTERM arrived; the run was saved.
         """
-        self._forget_log_after(0 if resume is None else self._check_resumed(resume))
+        step = 0 if resume is None else self._check_resumed(resume)
+        if self.is_world_process_zero():
+            self._forget_log_after(step)
+            checkpoints.sweep(self.folder / CHECKPOINTS)
+        self._began = time.perf_counter()
         try:
             with self._signals:
                 self.train(resume_from_checkpoint=str(resume) if resume else None)
         finally:
             self._bar.close()
+        check_state(self.accelerator.unwrap_model(self.model), self.state.global_step, self._last_checkpoint_name())  # type: ignore[arg-type]
         if self._signals.requested is not None and self.state.global_step < self.config.steps:
             saved = f"saved to {self.last_checkpoint}" if self.last_checkpoint else "there was nothing to save yet"
             raise Interrupted(
@@ -199,27 +218,42 @@ class HestiaTrainer(Trainer):
                 self._signals.requested,
             )
 
+    @property
+    def earlier(self) -> float:
+        """Seconds of training before the checkpoint that was resumed from."""
+        return self._earlier
+
     def _check_resumed(self, checkpoint: Path) -> int:
-        """The step of a checkpoint; another run's is refused."""
+        """The step of a checkpoint; another run's is refused, and what differs is named."""
         record = read_json(checkpoint / checkpoints.STATE, schema=checkpoints.SCHEMA)
-        mine = self.fingerprint()
-        differing = [name for name in mine if record["fingerprint"].get(name) != mine[name]]
-        if differing:
-            raise ConfigError(f"{checkpoint}: made with another {' and another '.join(differing)} than this run's")
+        before, now = record["fingerprint"], fingerprints.plain(self.fingerprint())
+        differing = {name: fingerprints.differences(before.get(name), now[name], name) for name in now}
+        if any(differing.values()):
+            names = " and another ".join(name for name, lines in differing.items() if lines)
+            what = fingerprints.summary([line for lines in differing.values() for line in lines])
+            raise ConfigError(f"{checkpoint}: made with another {names} than this run's: {what}. Choose another --out")
+        self._spikes.memory = record["memory"]["losses"]
+        self._collapsed = dict(record["memory"]["collapsed"])
+        self._earlier = self.seconds = float(record["memory"]["seconds"])
         return int(record["step"])
 
     def _forget_log_after(self, step: int) -> None:
         """Drop the log lines of steps that an interrupted run took and this one takes again."""
         log = self.folder / LOG_FILE
         if log.is_file():
-            lines = log.read_text(encoding="utf-8").splitlines(keepends=True)
+            lines = log.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
             write_text(log, "".join(line for line in lines if _step_of(line) <= step))
 
-    def fingerprint(self) -> dict[str, str]:
-        """What a resumed run must share: plan and training configuration, as far as they move a weight."""
-        config = {k: v for k, v in asdict(self.config).items() if k not in _BYSTANDERS}
-        values = {"plan": self.plan.to_json(), "config": config}
-        return {k: hashlib.sha256(json.dumps(v, sort_keys=True).encode()).hexdigest() for k, v in values.items()}
+    def fingerprint(self) -> dict[str, Any]:
+        """What a resumed run must share, as far as it moves a weight: plan, configuration, data and teacher."""
+        if self._fingerprint is None:
+            self._fingerprint = {
+                "plan": fingerprints.of_plan(self.plan),
+                "config": {k: v for k, v in asdict(self.config).items() if k not in _BYSTANDERS},
+                "data": fingerprints.of_blocks(self._train),
+                "teacher": None if self._teacher is None else fingerprints.of_weights(self._teacher.model),
+            }
+        return self._fingerprint
 
     # --- order of the data, optimizer, schedule --------------------------------------------------------------------
 
@@ -250,6 +284,37 @@ class HestiaTrainer(Trainer):
         return self.lr_scheduler  # type: ignore[return-value]
 
     # --- guards ----------------------------------------------------------------------------------------------------
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The Trainer's micro-batch; its part of the step's loss is kept for the watch over spikes."""
+        loss = super().training_step(*args, **kwargs)
+        self._step_loss += float(loss)
+        return loss
+
+    def watch_step(self) -> None:
+        """Report a loss that jumped in the step that just ended."""
+        loss, self._step_loss = self._step_loss, 0.0
+        highest = self._spikes.add(loss)
+        if highest is not None:
+            self._report(
+                {"loss_spike": loss, "highest_before": highest},
+                f"step {self.state.global_step}: the loss jumped to {loss:.3f}, from at most {highest:.3f} in the "
+                "steps before; if that goes on, try a lower --lr",
+            )
+
+    def watch_codes(self) -> None:
+        """Report tensors whose codes collapsed since the last look, or came back."""
+        before, now = self._collapsed, collapsed_layers(self.accelerator.unwrap_model(self.model))  # type: ignore[arg-type]
+        self._collapsed = now
+        for path in dict.fromkeys([*before, *now]):
+            if before.get(path) != now.get(path):
+                what = f"codes collapsed: {now[path]}" if path in now else "codes use both signs again"
+                self._report({"collapsed": {path: now.get(path)}}, f"step {self.state.global_step}: {path}: {what}")
+
+    def _report(self, row: dict[str, Any], message: str) -> None:
+        if self.is_world_process_zero() and self.config.log_every:
+            announce(message)
+            self._append({"step": self.state.global_step, **row})
 
     def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """The Trainer's loss, or the teacher's, refused if it is not finite."""
@@ -288,8 +353,8 @@ class HestiaTrainer(Trainer):
         if self._started is None:
             self._started = (now, step)
         elapsed, done = now - self._started[0], step - self._started[1]
-        self.seconds = elapsed
-        extra: dict[str, float] = {"tokens": step * self.tokens_per_step, "seconds": elapsed}
+        self.seconds = self._earlier + elapsed
+        extra: dict[str, float] = {"tokens": step * self.tokens_per_step, "seconds": self.seconds}
         if "loss" in logs:
             extra |= self._knob_numbers()
             if done > 0:
@@ -301,8 +366,11 @@ class HestiaTrainer(Trainer):
             kinds = ("min", "mean", "max")
             if "temperature_mean" in row:
                 row["temperature"] = {kind: row.pop(f"temperature_{kind}") for kind in kinds}
-            with open(self.folder / LOG_FILE, "a", encoding="utf-8") as handle:
-                handle.write(json.dumps(row) + "\n")
+            self._append(row)
+
+    def _append(self, row: dict[str, Any]) -> None:
+        with open(self.folder / LOG_FILE, "a", encoding="utf-8") as handle:
+            handle.write(json.dumps(row) + "\n")
 
     def _knob_numbers(self) -> dict[str, float]:
         model = self.accelerator.unwrap_model(self.model)  # type: ignore[arg-type]
@@ -327,6 +395,7 @@ class HestiaTrainer(Trainer):
         result = score(model_logits(model), blocks, description="")  # a bar would tear the training's in two
         metrics = {"hard_loss": result.nll}
         self.log(metrics)
+        self.watch_codes()
         return metrics
 
     # --- checkpoints -----------------------------------------------------------------------------------------------
@@ -338,17 +407,23 @@ class HestiaTrainer(Trainer):
         folder = root / checkpoints.folder_name(self.state.global_step)
         if folder == self.last_checkpoint:
             return
+        unwrapped: Any = self.accelerator.unwrap_model(self.model)  # type: ignore[arg-type]
+        check_state(unwrapped, self.state.global_step, self._last_checkpoint_name())
         checkpoints.save(
             folder,
-            model=self.accelerator.unwrap_model(self.model),  # type: ignore[arg-type]
+            model=unwrapped,
             optimizer=self.optimizer,  # type: ignore[arg-type]
             scheduler=self.lr_scheduler,
             trainer_state=_state_record(self.state),
             step=self.state.global_step,
             fingerprint=self.fingerprint(),
+            memory={"losses": self._spikes.memory, "collapsed": self._collapsed, "seconds": self._seconds_now()},
         )
         self.last_checkpoint = folder
-        checkpoints.rotate(root, self.config.keep)
+        checkpoints.rotate(root, self.config.keep, folder)
+
+    def _seconds_now(self) -> float:
+        return self._earlier + time.perf_counter() - self._began
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         self.last_checkpoint = Path(resume_from_checkpoint)
@@ -443,6 +518,17 @@ class _StopCallback(TrainerCallback):
             control.should_training_stop = True
 
 
+class _WatchCallback(TrainerCallback):
+    """Looks at every step's loss when the step has ended."""
+
+    def __init__(self, trainer: HestiaTrainer) -> None:
+        self.trainer = trainer
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Hand the clock's tick on."""
+        self.trainer.watch_step()
+
+
 def _arguments(config: TrainConfig, folder: Path) -> TrainingArguments:
     return TrainingArguments(
         output_dir=str(folder / CHECKPOINTS),
@@ -473,7 +559,7 @@ def _step_of(line: str) -> int:
     """The step of a log line; the pilot's lines have none, half a line from a killed process belongs to no step."""
     try:
         return int(json.loads(line).get("step", 0))
-    except json.JSONDecodeError:
+    except (ValueError, TypeError, AttributeError, RecursionError):
         return sys.maxsize
 
 
