@@ -78,7 +78,7 @@ def test_json_is_strict(tmp_path: Path) -> None:
     [
         (b"[1]", "expected a JSON object, got list"),
         (b"{", "not a readable JSON file"),
-        (b"\xff\xfe", "not a readable JSON file"),
+        (b"\xff\xfe", "cannot be read as UTF-8 text"),
         (b'{"schema": 2}', "schema 2, this version reads schema 1"),
         (b"{}", "schema None, this version reads schema 1"),
     ],

@@ -53,8 +53,8 @@ def plan_model(options: Options) -> Plan:
     )
 
 
-def calibrate_model(options: Options) -> curvature.Sensitivity:
-    """``hestia calibrate``: the curvature of every quantizable tensor of a model.
+def calibrate_model(options: Options, keep: Path | None = None) -> curvature.Sensitivity:
+    """``hestia calibrate``: the curvature of every quantizable tensor of a model; ``keep`` holds what is done.
 
     Raises:
         ConfigError, CalibrationError: bad input, or a tensor that the text does not reach.
@@ -64,12 +64,13 @@ def calibrate_model(options: Options) -> curvature.Sensitivity:
     config = loading.load_config(source, trust_remote_code=options.trust_remote_code)
     tokenizer = loading.load_tokenizer(source, trust_remote_code=options.trust_remote_code)
     text = prepare_text(options, tokenizer, longest_block(config, options), None)
+    loading.check_vocabulary(source, config, int(text.record["max_token_id"]))
     model: Any = loading.load_model(source, trust_remote_code=options.trust_remote_code)
     model.to(device)
     linears = select(model, options.skip).candidates
     specs = candidate_specs([linear.in_features for linear in linears.values()], options.group())
     identity = loading.fingerprint(source, config)
-    return calibrate_on(model, list(linears), specs, text.train, options, identity)
+    return calibrate_on(model, list(linears), specs, text.train, options, identity, keep)
 
 
 def evaluate_model(
@@ -117,6 +118,7 @@ def evaluate_model(
         record |= _paper_protocol(logits, options, tokenizer, min(2048, seq_len))
     elif options.data:
         blocks = all_blocks(options, tokenizer, seq_len)
+        loading.check_vocabulary(source, config, int(blocks.input_ids.max()))
         parent: Logits | None = None
         if against is not None:
             parent_model: Any = loading.load_model(_model_source(against))
@@ -241,8 +243,9 @@ def calibrate_on(
     blocks: Blocks,
     options: Options,
     fingerprint: Mapping[str, Any],
+    keep: Path | None = None,
 ) -> curvature.Sensitivity:
-    """Curvature of the named tensors on at most ``--calibrate`` blocks drawn by seed."""
+    """Curvature of the named tensors on at most ``--calibrate`` blocks drawn by seed; ``keep`` holds what is done."""
     weights = {path: model.get_parameter(f"{path}.weight") for path in paths}
     rows = epoch_order(len(blocks), options.seed, 0)[: options.calibrate]
     return curvature.calibrate(
@@ -255,4 +258,5 @@ def calibrate_on(
         stopping=curvature.Stopping(),
         seed=options.seed,
         fingerprint=fingerprint,
+        keep=keep,
     )

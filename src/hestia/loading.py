@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
+import math
 import re
 import shutil
 from dataclasses import dataclass
@@ -20,10 +20,21 @@ import transformers
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, StrictDataclassError
 from safetensors import SafetensorError, safe_open
+from tokenizers import Tokenizer
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
+from . import digests
 from .errors import ConfigError
+from .files import read_json, require_regular
+from .progress import announce
 
 _CLIENT_ERROR: type[Exception] = HfHubHTTPError.__bases__[
     0
@@ -78,9 +89,31 @@ def resolve(name: str) -> Source:
     return Source(name=name, location=name, commit=commit)
 
 
+LARGEST = {
+    "num_hidden_layers": 10_000, "hidden_size": 1 << 20, "intermediate_size": 1 << 24, "vocab_size": 1 << 26,
+    "num_attention_heads": 1 << 14, "num_key_value_heads": 1 << 14, "head_dim": 1 << 16, "num_experts": 1 << 16,
+    "num_local_experts": 1 << 16, "n_routed_experts": 1 << 16, "num_labels": 1 << 20,
+}  # fmt: skip
+"""Sizes in config.json and what no model comes near: beyond it, building the empty model would take the machine."""
+
+SPARE = 1.5
+"""Weights that a configuration may describe, a stored one: shared and derived ones are counted, nothing else."""
+
+
 def _check_folder(folder: Path) -> None:
+    for path in sorted(folder.iterdir()):
+        if path.exists() and not path.is_dir():
+            require_regular(path)  # a pipe or device in the folder would be waited for for ever
     if not (folder / "config.json").is_file():
         raise ConfigError(f"{folder}: no config.json; is this a Hugging Face model folder?")
+    if (folder / "adapter_config.json").exists():
+        raise ConfigError(
+            f"{folder}: adapter_config.json makes it an adapter to another model; merge the two first and give the "
+            "merged model, or remove that file if the weights are merged already"
+        )
+    for name in ("generation_config.json", "tokenizer_config.json"):
+        if (folder / name).is_file():
+            read_json(folder / name)
     weights = sorted(folder.glob("*.safetensors"))
     if not weights:
         pickled = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
@@ -95,8 +128,8 @@ def _check_folder(folder: Path) -> None:
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         try:
-            named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError):
+            named = set(map(str, read_json(index)["weight_map"].values()))
+        except (ConfigError, KeyError, TypeError, AttributeError):
             raise ConfigError(f"{index}: damaged index") from None
         missing = sorted(named - {p.name for p in weights})
         if missing:
@@ -109,7 +142,49 @@ def load_config(source: Source, *, trust_remote_code: bool = False) -> Any:
     Raises:
         ConfigError: it is damaged, or its architecture needs code from the model folder.
     """
-    return _read(source, "config.json", AutoConfig.from_pretrained, trust_remote_code=trust_remote_code)
+    if source.is_local:
+        record = read_json(Path(source.location) / "config.json")
+        own = record.get("auto_map")
+        if own and not trust_remote_code:
+            names = sorted({str(name) for name in own.values()}) if isinstance(own, dict) else [str(own)]
+            announce(f"{source.name}: config.json names code of its own ({', '.join(names)}); it is not run")
+        if not isinstance(record.get("model_type"), str):
+            raise ConfigError(f"{source.name}: config.json names no model_type, so no architecture can be chosen")
+        _check_sizes(source, record)
+    config = _read(source, "config.json", AutoConfig.from_pretrained, trust_remote_code=trust_remote_code)
+    _check_sizes(source, config.to_dict())
+    text = config.get_text_config()
+    if not isinstance(text, PretrainedConfig):
+        raise ConfigError(f"{source.name}: config.json: its text_config is no configuration")
+    _check_sizes(source, text.to_dict())
+    return config
+
+
+def _check_sizes(source: Source, record: dict[str, Any]) -> None:
+    for name, largest in LARGEST.items():
+        value = record.get(name)
+        # Some configurations hold one size a layer, or none.
+        if isinstance(value, (int, float)) and not 0 < value <= largest:
+            raise ConfigError(f"{source.name}: config.json: {name} must lie between 1 and {largest}, got {value:.12g}")
+
+
+def _check_described(source: Source, config: Any, trust_remote_code: bool) -> None:
+    """Refuse a configuration of far more weights than the files hold: they would be drawn before they are missed."""
+    empty = empty_model(source, config, trust_remote_code=trust_remote_code)
+    described = sum(parameter.numel() for parameter in empty.parameters())
+    stored = 0
+    for path in sorted(Path(source.location).glob("*.safetensors")):
+        with safe_open(path, framework="pt") as handle:
+            for name in handle.keys():  # noqa: SIM118 - not a mapping
+                piece = handle.get_slice(name)
+                numbers = math.prod(piece.get_shape())
+                packed = piece.get_dtype() not in ("F64", "F32", "F16", "BF16")
+                stored += 32 * numbers if packed else numbers  # an integer may hold many low-bit weights
+    if described > SPARE * stored + 1_000_000:
+        raise ConfigError(
+            f"{source.name}: the checkpoint lacks weights: config.json describes {described:,} weights, "
+            f"the safetensors files hold {stored:,}"
+        )
 
 
 def load_model(source: Source, *, trust_remote_code: bool = False) -> PreTrainedModel:
@@ -119,6 +194,8 @@ def load_model(source: Source, *, trust_remote_code: bool = False) -> PreTrained
         ConfigError: damaged files, weights that are missing for the configured architecture, of another shape or not
             finite, remote code needed.
     """
+    if source.is_local and not trust_remote_code:
+        _check_described(source, load_config(source), trust_remote_code)
     with contextlib.redirect_stderr(io.StringIO()):  # compressed-tensors draws a bar for each of its stages
         loaded = _read(
             source,
@@ -153,8 +230,8 @@ def empty_model(source: Source, config: Any, *, trust_remote_code: bool = False)
     try:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
-        raise ConfigError(f"{source.name}: not a causal language model ({str(error).splitlines()[0]})") from None
+    except _READ_ERRORS as error:
+        raise ConfigError(f"{source.name}: not a causal language model ({_first_line(error)})") from None
 
 
 def load_tokenizer(source: Source, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -168,7 +245,42 @@ def load_tokenizer(source: Source, *, trust_remote_code: bool = False) -> PreTra
         files = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "vocab.txt")
         if not any((folder / name).is_file() for name in files):
             raise ConfigError(f"{source.name}: no tokenizer in the folder (looked for {', '.join(files)})")
-    return _read(source, "tokenizer", AutoTokenizer.from_pretrained, trust_remote_code=trust_remote_code)
+        if (folder / "tokenizer.json").is_file():
+            _check_tokenizer(source, folder / "tokenizer.json")
+    tokenizer = _read(source, "tokenizer", AutoTokenizer.from_pretrained, trust_remote_code=trust_remote_code)
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise ConfigError(
+            f"{source.name}: tokenizer_config.json names {type(tokenizer).__name__}, which is no tokenizer"
+        )
+    if not isinstance(tokenizer.model_max_length, (int, float)):
+        raise ConfigError(f"{source.name}: tokenizer_config.json: model_max_length must be a number")
+    return tokenizer
+
+
+def _check_tokenizer(source: Source, path: Path) -> None:
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:
+        if type(error) is not Exception:  # what the library raises for a bad file has no class of its own
+            raise
+        raise ConfigError(f"{source.name}: cannot read the tokenizer: tokenizer.json: {error}") from None
+    largest = max(tokenizer.get_vocab().values(), default=0)
+    if largest >= LARGEST["vocab_size"]:
+        raise ConfigError(f"{source.name}: tokenizer.json holds token id {largest}, and no vocabulary is that large")
+
+
+def check_vocabulary(source: Source, config: Any, largest: int) -> None:
+    """Check that the model knows every token that its tokenizer made of the text.
+
+    Raises:
+        ConfigError: ``largest``, the largest id, is beyond the vocabulary.
+    """
+    size = int(config.get_text_config().vocab_size)
+    if largest >= size:
+        raise ConfigError(
+            f"{source.name}: its tokenizer makes token id {largest}, the model knows {size} tokens; "
+            "they do not belong together"
+        )
 
 
 def parent_dtype(source: Source, config: Any) -> torch.dtype:
@@ -220,8 +332,19 @@ def save(model: PreTrainedModel, source: Source, folder: Path) -> None:
         parent = Path(snapshot_download(source.location, revision=source.commit, allow_patterns=list(COPIED)))
     for pattern in COPIED:
         for path in sorted(parent.glob(pattern)):
-            if path.is_file():
-                shutil.copyfile(path, folder / path.name)
+            if not path.is_file():
+                continue
+            if _leads_out(path):
+                announce(f"{path}: not copied, it is a link to {path.resolve()}, out of the model's folder")
+                continue
+            shutil.copyfile(path, folder / path.name)
+
+
+def _leads_out(path: Path) -> bool:
+    """Whether a model folder's file is a link to elsewhere; the hub's cache links to the blobs beside its snapshots."""
+    home = path.parent.resolve()
+    blobs = home.parent.parent / "blobs"
+    return not any(path.resolve().is_relative_to(place) for place in (home, blobs))
 
 
 def license_of(source: Source) -> str | None:
@@ -243,7 +366,19 @@ def fingerprint(source: Source, config: Any) -> dict[str, Any]:
     return {"name": name, "commit": source.commit, **shape}
 
 
-_READ_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError)
+def content(source: Source) -> dict[str, Any]:
+    """What pins a model's content: the hub's commit, or the digest of every file that decides a number."""
+    if not source.is_local:
+        return {"commit": source.commit}
+    folder = Path(source.location)
+    names = sorted(p.name for p in folder.iterdir() if p.name == "config.json" or p.suffix == ".safetensors")
+    return {name: digests.of_large_file(folder / name) for name in names}
+
+
+_READ_ERRORS = (
+    OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, ArithmeticError, ImportError,
+    AssertionError, MemoryError,
+)  # fmt: skip
 """What transformers raises, directly, for files that are not what they should be."""
 
 
@@ -251,10 +386,14 @@ def _read(source: Source, what: str, reader: Any, **options: Any) -> Any:
     try:
         return reader(source.location, revision=source.commit or "main", **options)
     except (*_READ_ERRORS, SafetensorError, StrictDataclassError) as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        message = lines[0] if lines else type(error).__name__
-        if message.endswith(":"):
-            message = " ".join(lines[:2])
+        message = _first_line(error)
         if "trust_remote_code" in str(error):
             message = "it needs code from the model folder; hestia runs none unless you pass --trust-remote-code"
         raise ConfigError(f"{source.name}: cannot read the {what}: {message}") from None
+
+
+def _first_line(error: Exception) -> str:
+    """What an error says, in one line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    message = lines[0] if lines else type(error).__name__
+    return " ".join(lines[:2]) if message.endswith(":") else message

@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 
 from .errors import ConfigError, nearest
+from .files import read_text
 
 
 def _option(default: Any, text: str, **extra: Any) -> Any:
@@ -107,6 +108,8 @@ class Options:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+        if not 0 <= self.seed < 2**32:
+            raise ConfigError(f"--seed must lie between 0 and 2**32 - 1, got {self.seed}")
         if self.calibrate < 0 or self.calibrate == 1:
             raise ConfigError(f"--calibrate needs at least 2 sequences (or 0 for none), got {self.calibrate}")
         if not 0.0 < self.held_out_share < 0.5:
@@ -181,11 +184,12 @@ def load_config(path: Path) -> dict[str, Any]:
     Raises:
         ConfigError: unreadable, not a mapping, or with an unknown key; the nearest valid key is named.
     """
+    if not path.exists():
+        raise ConfigError(f"{path}: no such configuration file")
+    text = read_text(path)
     try:
-        record = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such configuration file") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        record = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: not readable as YAML ({str(error).splitlines()[0]})") from None
     if not isinstance(record, dict):
         raise ConfigError(f"{path}: expected options as key: value, got {type(record).__name__}")

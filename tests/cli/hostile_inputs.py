@@ -15,7 +15,7 @@ import shutil
 import socket
 import struct
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +87,6 @@ class Case:
     make: Callable[[Good], Arguments]
     statuses: tuple[int, ...] = (2,)
     says: str = ""
-    own: dict[str, Any] = field(default_factory=dict)
 
 
 def flipped(content: bytes, where: int, bit: int) -> bytes:
@@ -242,7 +241,8 @@ def configs() -> Iterator[Case]:
         ("quantization_config", {"quant_method": "gptq", "bits": 4}), ("pad_token_id", 10**9), ("pad_token_id", "x"),
         ("bos_token_id", "x"), ("layer_types", ["evil", "evil"]), ("pretraining_tp", 0), ("initializer_range", "x"),
         ("transformers_version", 7), ("text_config", {}), ("id2label", "x"), ("num_labels", 10**12),
-        ("attn_implementation", "evil/kernel"), ("_attn_implementation", "evil/kernel"), ("experts_implementation", "x"),
+        ("attn_implementation", "evil/kernel"), ("_attn_implementation", "evil/kernel"),
+        ("experts_implementation", "x"),
     ):  # fmt: skip
         yield Case(f"config {name} {str(value)[:40]}", _config("evaluate", **{name: value}), (0, 2))
     for number, content in enumerate(
@@ -304,7 +304,7 @@ def code() -> Iterator[Case]:
             "{% include '/etc/passwd' %}",
             "{% import 'os' as os %}{{ os }}",
             "{{ 1 / 0 }}",
-            "{{ 10 ** 10 ** 10 }}" if False else "{{ range(10 ** 9) | list | length }}",
+            "{{ range(10 ** 9) | list | length }}",
             "{% for i in range(10 ** 9) %}x{% endfor %}",
             "{{ 'a' * 10 ** 15 }}",
             "{{ ('%' ~ 10 ** 15 ~ 'd') % 1 }}",
@@ -362,7 +362,7 @@ def tokenizers() -> Iterator[Case]:
     def ids(value: Any) -> Callable[[Good], Arguments]:
         return _tokenizer(lambda r: r["model"]["vocab"].update({"a": value}))
 
-    yield Case("a token id of 10**9", ids(10**9), says="token id")
+    yield Case("a token id of 10**9", ids(10**9), says="token id 1000000000")
     yield Case("a token id of 2**31", ids(2**31))
     yield Case("a token id of 2**70", ids(2**70))
     yield Case("a negative token id", ids(-1))
@@ -455,7 +455,7 @@ def data() -> Iterator[Case]:
         path = good.folder / "long.txt"
         with open(path, "wb") as handle:
             for _ in range(100):
-                handle.write(b"the cat saw a ball. " * (1 << 20) if False else b"abcd" * (1 << 18))
+                handle.write(b"abcd" * (1 << 18))
         return good.evaluate(good.parent, path)
 
     yield Case("one line of 100 MB", long_line, says="line 1")
@@ -510,8 +510,8 @@ def data() -> Iterator[Case]:
 
         return make
 
-    for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "generation_config.json",
-                 "chat_template.jinja", "model.safetensors.index.json", "adapter_config.json"):  # fmt: skip
+    for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
+                 "generation_config.json", "chat_template.jinja", "model.safetensors.index.json", "adapter_config.json"):  # fmt: skip
         for kind in ("fifo", "/dev/zero"):
             yield Case(f"{name} is {kind}", in_model(name, kind))
 
@@ -602,9 +602,9 @@ def artefacts() -> Iterator[Case]:
         "an infinite factor": lambda r: _each(r["layers"], "temperature_factor", inf),
         "a negative factor": lambda r: _each(r["layers"], "temperature_factor", -1),
         "a factor of text": lambda r: _each(r["layers"], "temperature_factor", "x"),
-        "an unknown grid": lambda r: _each(r["layers"], "grid", "evil"),
-        "a grid of one level": lambda r: _each(r["layers"], "grid", [0]),
-        "a grid of NaN": lambda r: _each(r["layers"], "grid", [nan, 1]),
+        "an unknown grid": lambda r: _each(r["layers"], "levels", "evil"),
+        "a grid of one level": lambda r: _each(r["layers"], "levels", [0]),
+        "a grid of NaN": lambda r: _each(r["layers"], "levels", [nan, 1]),
         "an unknown estimator": lambda r: _each(r["layers"], "estimator", "os.system"),
         "an estimator as a number": lambda r: _each(r["layers"], "estimator", 3),
         "a group size of 0": lambda r: _each(r["layers"], "group_size", 0),
@@ -623,7 +623,7 @@ def artefacts() -> Iterator[Case]:
             {k: nan for k, v in r["schedule"].items() if type(v) is float}
         ),
         "an unknown schedule key": lambda r: r["schedule"].update(evil=1),
-        "a schedule of text": lambda r: r["schedule"].update({k: "x" for k in r["schedule"]}),
+        "a schedule of text": lambda r: r["schedule"].update(dict.fromkeys(r["schedule"], "x")),
         "a schedule as a list": lambda r: r.update(schedule=[1]),
         "layers as a list": lambda r: r.update(layers=[1]),
         "a layer as a number": lambda r: r["layers"].update({q: 3}),

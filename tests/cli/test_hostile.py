@@ -23,7 +23,7 @@ def test_it_ends_with_its_status_and_one_message(
     said = [line for line in err.splitlines() if line.startswith("hestia: ")]
     assert len(said) == (status != 0), err
     if status != 0:
-        assert out == ""
+        assert out == "" or status == 3  # what verify found is its result
         assert case.says in err
         message = err[err.index("hestia: ") :]
         assert 20 < len(message) < LONGEST

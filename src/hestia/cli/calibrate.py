@@ -26,13 +26,15 @@ def command(model: str, as_json: bool, **typed: Any) -> None:
 
     options = options_from(None, {"model": model, "allow_partial": True, **typed})
     path = output_file(options.out or "sensitivity.json")
+    kept = path.with_suffix(".partial.safetensors")  # a calibration that was killed goes on from there
     with parallel.joined() as first:
         if not first:
             progress.enable(False)
-        sensitivity = calibrate_model(options)
+        sensitivity = calibrate_model(options, kept)
     if not first:
         return
     sensitivity.save(path)
+    kept.unlink(missing_ok=True)
     written = str(path)
     drawing = heat_map_of(sensitivity)
     if drawing is not None:

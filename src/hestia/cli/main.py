@@ -34,6 +34,9 @@ VERBS = {
     "doctor": "is this machine fit for a run, and what to do where it is not",
 }
 
+LONGEST_MESSAGE = 1200
+"""Characters of an error message; what is longer repeats the input it complains about."""
+
 _VARIADIC = ("--data", "--eval-data", "--target", "--to", "--skip", "--tasks")
 
 
@@ -85,11 +88,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(f"{error.format_message()}{where}", 2)
     except HestiaError as error:
         return _fail(str(error), error.exit_status)
-
+    except MemoryError:
+        return _fail("the memory is full; what a run had saved is intact", 1)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            return _fail(f"the disk is full ({error}); earlier checkpoints are intact", 1)
-        return _fail(f"the system refused: {error}", 1)
+            return _fail(f"the disk is full ({error}); earlier checkpoints are intact: make room, then --resume", 1)
+        status = 2 if error.errno in (errno.ENAMETOOLONG, errno.ELOOP) else 1  # only a name that was typed can be
+        return _fail(f"the system refused: {error}", status)
 
 
 def spread(arguments: list[str]) -> list[str]:
@@ -113,8 +118,14 @@ def spread(arguments: list[str]) -> list[str]:
 
 
 def _fail(message: str, status: int) -> int:
-    print(f"hestia: {message}", file=sys.stderr)
+    print(f"hestia: {_readable(message)}", file=sys.stderr)
     return status
+
+
+def _readable(message: str) -> str:
+    """A message without what a name in it could do to a terminal, nor more of it than one reads."""
+    shown = "".join(c if c.isprintable() or c == "\n" else f"\\x{ord(c):02x}" for c in message)
+    return shown if len(shown) <= LONGEST_MESSAGE else f"{shown[:LONGEST_MESSAGE]} ..."
 
 
 def run() -> None:

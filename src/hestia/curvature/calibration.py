@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from ..errors import CalibrationError
 from ..quant import QuantSpec
 from . import parallel
 from .estimators import Candidates, CurvatureEstimator, Diagonals, Forward, GaussNewton, Problem, Row, quantity
+from .partial import Partial, key_of
 from .stopping import Stopping
 from .table import Sensitivity, TensorSensitivity
 
@@ -32,6 +34,7 @@ def calibrate(
     seed: int = 0,
     forward: Forward | None = None,
     fingerprint: Mapping[str, Any] | None = None,
+    keep: Path | None = None,
 ) -> Sensitivity:
     """Estimate how curved the loss is along every tensor of ``weights``, one pass a sequence for all of them.
 
@@ -51,6 +54,9 @@ def calibrate(
         seed: of the random probes, which depend on it and on the content of a sequence, and not on its place.
         forward: token ids [1, T] -> logits [1, T, V]; None means ``model(input_ids=ids).logits``.
         fingerprint: what identifies the model (path, commit, hashes), kept in the artefact as it is.
+        keep: a .safetensors file for what is measured so far, every ``partial.SECONDS``. Where it lies already, of this
+            very calibration, its sequences are not measured again; the result is the same. It is the caller's to remove
+            once the result is kept. Several processes keep nothing.
 
     Raises:
         ConfigError: an unknown estimator, or a group size that does not divide a row.
@@ -73,7 +79,11 @@ def calibrate(
             seed=seed,
         )
         chosen.prepare(problem, ids)
-        rows, stopped = _rows(chosen, problem, ids, stopping)
+        labelled = {label: spec.to_json() for label, spec in (candidates or {}).items()}
+        partial = None
+        if keep is not None and parallel.world_size() == 1:
+            partial = Partial(keep, key_of(chosen, weights, sequences, labelled, diagonals, seed))
+        rows, stopped = _rows(chosen, problem, ids, stopping, partial)
         gauss_newton = _substitutes(chosen, problem, ids[: len(rows)], rows)
     primary = _primary(chosen, problem.candidates)
     columns = {path: _columns(rows, path, primary, signed=chosen.signed) for path in weights}
@@ -84,7 +94,7 @@ def calibrate(
         sequences=len(rows),
         scored_positions=len(rows) * (sequences.shape[1] - 1),
         stopped=stopped,
-        candidates={label: spec.to_json() for label, spec in (candidates or {}).items()},
+        candidates=labelled,
         candidate_bytes=problem.candidates.nbytes,
         model=dict(fingerprint or {}),
         tensors={
@@ -105,16 +115,21 @@ def calibrate(
 
 
 def _rows(
-    estimator: CurvatureEstimator, problem: Problem, ids: Tensor, stopping: Stopping | None
+    estimator: CurvatureEstimator,
+    problem: Problem,
+    ids: Tensor,
+    stopping: Stopping | None,
+    partial: Partial | None = None,
 ) -> tuple[list[Row], str]:
-    """Rows until the rule says stop or the sequences end, and which it was."""
+    """Rows until the rule says stop or the sequences end, and which it was; ``partial`` has the first and gets all."""
     from ..progress import track  # here, so that listing the recipes needs torch alone
 
     primary = _primary(estimator, problem.candidates)
-    rows: list[Row] = []
+    rows = [] if partial is None else partial.load(problem.diagonals)
     found = ""
     stops = [len(ids)] if stopping is None else _doubling(stopping.start, len(ids))
-    for stop in stops:
+    # A calibration that was killed beyond a stop had not settled there.
+    for stop in (stop for stop in stops if stop >= len(rows)):
         share = range(len(rows) + parallel.rank(), stop, parallel.world_size())
         mine: dict[int, Row] = {}
         for k in track(share, f"calibrating, {estimator.name}", total=len(share)):
@@ -122,6 +137,8 @@ def _rows(
                 mine[k] = estimator.sample(problem, ids[k])
             except CalibrationError as error:
                 raise CalibrationError(f"sequence {k} of {len(ids)}: {error}") from None
+            if partial is not None:
+                partial.save([*rows, *mine.values()], problem.diagonals)
         if problem.diagonals is not None:
             problem.diagonals.sequences += len(mine)
         rows += parallel.gathered(mine, len(rows), stop)

@@ -22,7 +22,9 @@ from .tokenizer import Tokenizer
 
 _GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
 # A template is a program of the checkpoint's author, run on messages that it may not expect.
-_TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError)
+_TEMPLATE_ERRORS = (
+    TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError, MemoryError,
+)  # fmt: skip
 
 
 def chat_tokens(
@@ -85,4 +87,5 @@ def _render(tokenizer: Tokenizer, chat: list[dict[str, Any]], where: str, **opti
     try:
         return tokenizer.apply_chat_template(chat, **options)
     except _TEMPLATE_ERRORS as error:
-        raise ConfigError(f"{where}: the chat template refuses these messages ({error})") from None
+        why = str(error) or type(error).__name__
+        raise ConfigError(f"{where}: the chat template refuses these messages ({why:.300})") from None

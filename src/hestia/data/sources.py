@@ -36,6 +36,15 @@ _SUFFIXES: dict[str, Kind] = {
     ".jsonl.xz": "jsonl",
     ".parquet": "parquet",
 }
+LONGEST_LINE = 1 << 24
+"""Bytes of one line, at most: a longer one is hardly text, and a tokenizer takes a hundred times its size."""
+
+MOST_UNPACKED = 200
+"""Times its packed size that an archive may unpack to; text reaches ten."""
+
+_SMALL = 1 << 24
+"""Bytes that any archive may unpack to."""
+
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _SAVED_MARKS = ("dataset_dict.json", "dataset_info.json")
 
@@ -118,13 +127,26 @@ def lines(path: Path) -> Iterator[tuple[int, str]]:
     Both ``\\n`` and ``\\r\\n`` end a line; a byte-order mark at the start is dropped. One line is in memory at a time.
 
     Raises:
-        ConfigError: unreadable, damaged archive, invalid UTF-8 or a NUL byte; the byte position is given.
+        ConfigError: unreadable, damaged archive, invalid UTF-8, a NUL byte, a line without end, or an archive that
+            unpacks without end; the byte position is given.
     """
     offset = 0
-    unpacked = " of the unpacked text" if path.suffix in {".gz", ".xz"} else ""
+    packed = path.suffix in {".gz", ".xz"}
+    unpacked = " of the unpacked text" if packed else ""
     try:
+        most = max(_SMALL, MOST_UNPACKED * path.stat().st_size) if packed else None
         with _open(path) as handle:
-            for number, raw in enumerate(handle, start=1):
+            for number, raw in enumerate(iter(lambda: handle.readline(LONGEST_LINE + 1), b""), start=1):
+                if len(raw) > LONGEST_LINE:
+                    raise ConfigError(
+                        f"{path}: line {number} is longer than {LONGEST_LINE >> 20} MiB, at byte {offset}{unpacked}; "
+                        "break the text into lines"
+                    )
+                if most is not None and offset > most:
+                    raise ConfigError(
+                        f"{path}: unpacks to more than {MOST_UNPACKED} times its size, as no text does; unpack it "
+                        "yourself if you trust it, and name the unpacked file"
+                    )
                 nul = raw.find(b"\0")
                 if nul >= 0:
                     raise ConfigError(

@@ -4,3 +4,4 @@ OPTIONS_FILE, PLAN_FILE, SENSITIVITY_FILE = "run.yaml", "plan.json", "sensitivit
 SCORES_FILE, REPORT_FILE, DIAGNOSTICS_FILE = "scores.json", "report.json", "diagnostics.json"
 TRAINING_FILE, TIMING_FILE = "training.json", "timing.json"
 EXPORTS_FOLDER, CACHE_FOLDER = "exports", "cache"
+INPUTS_FILE, PARTIAL_FILE = "inputs.json", "sensitivity.partial.safetensors"

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
+from ..errors import ConfigError
 from ..files import read_json, write_json
 
 T = TypeVar("T")
@@ -17,9 +19,16 @@ class Clock:
 
     def __init__(self, path: Path, resume: bool) -> None:
         self.path = path
+        self.kept = False
+        """Whether the folder is this process's to write into; until it is, nothing is written."""
         self.seconds: dict[str, float] = {}
         if resume and path.is_file():
-            self.seconds = {str(k): float(v) for k, v in read_json(path).items()}
+            with contextlib.suppress(ConfigError, TypeError, ValueError):  # damaged: the times begin again
+                self.seconds = {str(k): float(v) for k, v in read_json(path).items()}
+
+    def at_least(self, stage: str, seconds: float) -> None:
+        """A stage took ``seconds`` before this process, if the clock's file knows of less: that one was killed."""
+        self.seconds[stage] = max(self.seconds.get(stage, 0.0), seconds)
 
     def measure(self, stage: str, work: Callable[[], T]) -> T:
         """Run ``work`` and add its time to ``stage``, whether it succeeds or not."""
@@ -28,5 +37,5 @@ class Clock:
             return work()
         finally:
             self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - started
-            if self.path.parent.is_dir():
+            if self.kept:
                 write_json(self.path, dict(self.seconds))

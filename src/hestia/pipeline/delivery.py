@@ -16,6 +16,7 @@ from ..export.frozen import FrozenModel
 from ..export.refit import refit as refit_scales
 from ..export.verify import PROBE_FILE, kept_text, require_ok, verify
 from ..files import read_json, sha256, write_json
+from ..lock import locked
 from ..progress import announce as say
 from ..targets import target as find_target
 from .artefacts import EXPORTS_FOLDER, REPORT_FILE, SENSITIVITY_FILE
@@ -89,6 +90,11 @@ def record_export(run: Path, entry: dict[str, Any]) -> None:
     """Put an export that was made after the run into its report and model card, if it has them."""
     if not (run / REPORT_FILE).is_file():
         return
+    with locked(run, wait=30.0):
+        _record(run, entry)
+
+
+def _record(run: Path, entry: dict[str, Any]) -> None:
     record = read_json(run / REPORT_FILE)
     others = [e for e in record.get("exports", []) if e.get("path") != entry["path"]]
     publish(run, {**record, "exports": [*others, entry]})

@@ -14,6 +14,7 @@ from ..plans import Plan
 from ..progress import announce as say
 from ..training import Distillation, HestiaTrainer, TrainConfig, checkpoints, pilot
 from ..training.trainer import LOG_FILE
+from ..training.watch import collapsed
 from .artefacts import DIAGNOSTICS_FILE, TRAINING_FILE
 from .workspace import Workspace
 
@@ -26,8 +27,13 @@ def train_and_freeze(work: Workspace, plan: Plan) -> None:
         config = _train_config(work, plan)
         trainer = _trainer(work, model, plan, config, f"training {plan.recipe['name']}")
         work.clock.measure("train", lambda: trainer.fit(checkpoint))
-    write_json(work.folder / DIAGNOSTICS_FILE, histograms(model, work.load_model()))
+        work.clock.at_least("train", trainer.trained)
+    diagnostics = histograms(model, work.load_model())
     codes = nn.freeze(model)
+    lost = collapsed(codes)
+    for path, how in lost.items():
+        say(f"{path}: codes collapsed: {how}")
+    write_json(work.folder / DIAGNOSTICS_FILE, {**diagnostics, "collapsed": lost})
     loading.cast_parameters(model, loading.parent_dtype(work.source, work.config))
     with replacing_folder(work.folder / MODEL_FOLDER) as temporary:
         loading.save(model, work.source, temporary)

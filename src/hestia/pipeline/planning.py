@@ -13,7 +13,7 @@ from ..mixed import candidates, is_mixed
 from ..planner import plan as make_plan
 from ..plans import Plan
 from ..quant import QuantSpec
-from .artefacts import PLAN_FILE, SENSITIVITY_FILE
+from .artefacts import PARTIAL_FILE, PLAN_FILE, SENSITIVITY_FILE
 from .workspace import Workspace
 
 
@@ -51,7 +51,7 @@ def plan_run(work: Workspace, given: Plan | None, plan: Plan) -> Plan:
 
 def _sensitivity(work: Workspace, plan: Plan) -> curvature.Sensitivity | None:
     """The sensitivity given, found in the folder or measured now; None where calibration is switched off."""
-    path = work.folder / SENSITIVITY_FILE
+    path, kept = work.folder / SENSITIVITY_FILE, work.folder / PARTIAL_FILE
     given = Path(work.options.sensitivity) if work.options.sensitivity else path
     if work.options.sensitivity or (work.resume and path.is_file()):
         sensitivity = curvature.Sensitivity.load(given)
@@ -64,9 +64,10 @@ def _sensitivity(work: Workspace, plan: Plan) -> curvature.Sensitivity | None:
         identity = loading.fingerprint(work.source, work.config)
         sensitivity = work.clock.measure(
             "calibrate",
-            lambda: calibrate_on(model, paths, candidates, work.training, work.options, identity),
+            lambda: calibrate_on(model, paths, candidates, work.training, work.options, identity, kept),
         )
     sensitivity.save(path)
+    kept.unlink(missing_ok=True)
     return sensitivity
 
 

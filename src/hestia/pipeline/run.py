@@ -7,9 +7,12 @@ With ``resume`` a stage whose artefact is there is not repeated.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import os
 import time
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 from transformers import set_seed
@@ -17,13 +20,15 @@ from transformers import set_seed
 from ..data import cache as token_cache
 from ..errors import ConfigError
 from ..export.frozen import CODES_FILE, FrozenModel
-from ..files import write_text
+from ..files import TEMPORARY, require_inside, sweep, write_text
+from ..lock import LOCK_FILE, locked
 from ..options import Options, load_config
 from ..plans import Plan
 from ..progress import announce as say
-from .artefacts import CACHE_FOLDER, OPTIONS_FILE
+from .artefacts import CACHE_FOLDER, EXPORTS_FOLDER, OPTIONS_FILE
 from .delivery import deliver
 from .fitting import train_and_freeze
+from .inputs import check_inputs, keep_inputs
 from .planning import plan_run, plan_without_curvature
 from .record import publish, record_of
 from .scoring import score_run
@@ -66,10 +71,30 @@ class Run:
         """scores.json of another run by the same plan and text, whose parent and rounding need no second scoring."""
 
     def execute(self) -> dict[str, Any]:
-        """All stages, then the record of report.json."""
+        """All stages, then the record of report.json; no other process may work on the folder meanwhile.
+
+        Raises:
+            BusyError: one does.
+        """
         set_seed(self.work.options.seed)
-        self._check_folder()
-        return self.work.clock.measure("total", self._stages)
+        with contextlib.ExitStack() as self._held:
+            self._check_folder()
+            if (self.work.folder / OPTIONS_FILE).is_file():
+                self._take_folder()
+            return self.work.clock.measure("total", self._stages)
+
+    def _take_folder(self) -> None:
+        """Lock the folder, tidy up after a process that was killed, and check what this run would go on from."""
+        folder = self.work.folder
+        if int(os.environ.get("RANK", "0")) == 0:  # of several processes of one run, the first holds it for all
+            self._held.enter_context(locked(folder))
+            self._check_folder()  # again: someone may have been here meanwhile
+            require_inside(folder)
+            exports = folder / EXPORTS_FOLDER
+            for place in (folder, folder / CACHE_FOLDER, exports, *exports.glob("*")):
+                sweep(place)
+        check_inputs(self.work)
+        self.work.clock.kept = True
 
     def _stages(self) -> dict[str, Any]:
         work, started = self.work, time.perf_counter()
@@ -110,7 +135,7 @@ class Run:
                 raise ConfigError(f"{folder} holds a different run: {'; '.join(differing)}. Choose another --out")
             if not self.work.resume:
                 raise ConfigError(f"{folder} already holds this run; continue it with --resume")
-        elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        elif folder.exists() and (not folder.is_dir() or any(not _left_behind(path) for path in folder.iterdir())):
             raise ConfigError(f"{folder} exists and is not a run of hestia; choose another --out")
 
     def _check_inputs(self) -> None:
@@ -124,7 +149,15 @@ class Run:
         """The first write: options and tokens, after everything that can be refused has been checked."""
         work = self.work
         work.folder.mkdir(parents=True, exist_ok=True)
+        if not work.clock.kept:
+            self._take_folder()
         write_text(work.folder / OPTIONS_FILE, work.options.to_yaml())
+        keep_inputs(work)
         if not (work.folder / CACHE_FOLDER).is_dir():
             text = work.text
             token_cache.save(work.folder / CACHE_FOLDER, text.record["key"], text.train, text.held_out, text.record)
+
+
+def _left_behind(path: Path) -> bool:
+    """Whether a process that was killed in its first moments may have left this, and nothing else."""
+    return path.name == LOCK_FILE or TEMPORARY.fullmatch(path.name) is not None

@@ -72,12 +72,7 @@ class Workspace:
     def text(self) -> TokenizedText:
         """Training and held-out blocks; tokenized once and cached in the run."""
         text = prepare_text(self.options, self.tokenizer, self.seq_len, self._cache())
-        largest, size = int(text.record["max_token_id"]), int(self.config.get_text_config().vocab_size)
-        if largest >= size:
-            raise ConfigError(
-                f"{self.source.name}: its tokenizer makes token id {largest}, the model knows {size} tokens; "
-                "they do not belong together"
-            )
+        loading.check_vocabulary(self.source, self.config, int(text.record["max_token_id"]))
         return text
 
     def _cache(self) -> Path | None:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from ..data import Blocks
 from ..plans import Plan
@@ -38,23 +37,6 @@ def of_blocks(blocks: Blocks) -> dict[str, Any]:
         digest.update(rows.input_ids.to(torch.int32).contiguous().numpy().tobytes())
         digest.update(rows.loss_mask.contiguous().numpy().tobytes())
     return {"blocks": len(blocks), "tokens_a_block": blocks.input_ids.shape[1], "sha256": digest.hexdigest()}
-
-
-@torch.no_grad()
-def of_weights(model: nn.Module) -> str:
-    """SHA-256 over name, shape, dtype and bits of every parameter and buffer: of a teacher, or of a parent."""
-    digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-        for piece in _pieces(tensor.detach()):
-            digest.update(piece.numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _pieces(tensor: Tensor) -> Iterator[Tensor]:
-    flat = tensor.contiguous().view(-1).view(torch.uint8) if tensor.numel() else tensor.new_empty(0, dtype=torch.uint8)
-    for start in range(0, flat.numel(), 16 * _CHUNK):
-        yield flat[start : start + 16 * _CHUNK].cpu()
 
 
 def plain(value: Any) -> Any:

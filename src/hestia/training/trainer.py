@@ -21,6 +21,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK,
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import SaveStrategy
 
+from .. import digests
 from ..data import Blocks, epoch_order
 from ..errors import ConfigError, nearest
 from ..evaluation import model_logits, score
@@ -150,7 +151,7 @@ class HestiaTrainer(Trainer):
     ) -> None:
         self.plan, self.config, self.folder, self.held_out = plan, config, folder, held_out
         self.seconds = 0.0
-        self._earlier, self._began = 0.0, time.perf_counter()
+        self._earlier, self._took, self._began = 0.0, 0.0, time.perf_counter()
         self._spikes, self._step_loss = SpikeWatch(), 0.0
         self._collapsed: dict[str, str] = {}
         self._signals = StopSignals()
@@ -210,6 +211,7 @@ class HestiaTrainer(Trainer):
                 self.train(resume_from_checkpoint=str(resume) if resume else None)
         finally:
             self._bar.close()
+            self._took = time.perf_counter() - self._began
         check_state(self.accelerator.unwrap_model(self.model), self.state.global_step, self._last_checkpoint_name())  # type: ignore[arg-type]
         if self._signals.requested is not None and self.state.global_step < self.config.steps:
             saved = f"saved to {self.last_checkpoint}" if self.last_checkpoint else "there was nothing to save yet"
@@ -219,9 +221,9 @@ class HestiaTrainer(Trainer):
             )
 
     @property
-    def earlier(self) -> float:
-        """Seconds of training before the checkpoint that was resumed from."""
-        return self._earlier
+    def trained(self) -> float:
+        """Seconds of training, those before the checkpoint that was resumed from included."""
+        return self._earlier + self._took
 
     def _check_resumed(self, checkpoint: Path) -> int:
         """The step of a checkpoint; another run's is refused, and what differs is named."""
@@ -251,7 +253,7 @@ class HestiaTrainer(Trainer):
                 "plan": fingerprints.of_plan(self.plan),
                 "config": {k: v for k, v in asdict(self.config).items() if k not in _BYSTANDERS},
                 "data": fingerprints.of_blocks(self._train),
-                "teacher": None if self._teacher is None else fingerprints.of_weights(self._teacher.model),
+                "teacher": None if self._teacher is None else digests.of_tensors(self._teacher.model.state_dict()),
             }
         return self._fingerprint
 

@@ -145,6 +145,13 @@ class Diagonals:
         stores = (("channel", self._channel), ("group", self._group))
         return {f"{kind}/{path}": value for kind, store in stores for path, value in sorted(store.items())}
 
+    def restore(self, state: Mapping[str, Tensor], sequences: int) -> None:
+        """Go on from the ``state`` of ``sequences`` sequences."""
+        self.sequences = sequences
+        for name, value in state.items():
+            kind, _, path = name.partition("/")
+            (self._channel if kind == "channel" else self._group)[path] = value
+
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:

@@ -1,0 +1,114 @@
+"""What a calibration has measured so far, so that one that is killed goes on where it was.
+
+    NAME.safetensors   rows          fp64 [K, names]   samples of the first K sequences
+                       present       bool [K, names]   which of them there are
+                       diagonals/..  running sums of the diagonals
+                       metadata: schema, key, names
+
+The key is a hash of everything that decides a sample: estimator, seed, weights, sequences, candidates, group size.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from .. import digests
+from ..files import replacing, save_file
+from ..progress import announce
+from .estimators import CurvatureEstimator, Diagonals, Row
+
+SCHEMA = "1"
+
+SECONDS = 20.0
+"""Between two writings, at least: what a killed calibration loses, at most, beside the sequence it was at."""
+
+
+class Partial:
+    """A file that holds the rows of an unfinished calibration.
+
+    Args:
+        path: where.
+        key: ``key_of`` the calibration; a file with another key is left aside and written over.
+    """
+
+    def __init__(self, path: Path, key: str) -> None:
+        self.path, self.key = path, key
+        self._written = time.monotonic()
+
+    def load(self, diagonals: Diagonals | None) -> list[Row]:
+        """The rows in the file, the running sums put back into ``diagonals``; none where it does not fit or is damaged."""
+        if not self.path.is_file():
+            return []
+        try:
+            with safe_open(self.path, framework="pt") as handle:
+                metadata = handle.metadata() or {}
+                if metadata.get("schema") != SCHEMA or metadata.get("key") != self.key:
+                    announce(f"{self.path}: left by another calibration; this one begins anew")
+                    return []
+                tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 - not a mapping
+            names = [(str(path), str(name)) for path, name in json.loads(metadata["names"])]
+            rows = _rows(tensors["rows"], tensors["present"], names)
+        except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
+            announce(f"{self.path}: damaged ({error}); the calibration begins anew")
+            return []
+        if diagonals is not None:
+            sums = {k.removeprefix("diagonals/"): v for k, v in tensors.items() if k.startswith("diagonals/")}
+            diagonals.restore(sums, len(rows))
+        announce(f"{self.path}: {len(rows)} sequences were measured before; going on from there")
+        return rows
+
+    def save(self, rows: Sequence[Row], diagonals: Diagonals | None, *, now: bool = False) -> None:
+        """Write them, if the last writing is old enough or ``now``."""
+        if not now and time.monotonic() - self._written < SECONDS:
+            return
+        names = list(dict.fromkeys((path, name) for row in rows for path, found in row.items() for name in found))
+        table = torch.zeros(len(rows), len(names), dtype=torch.float64)
+        present = torch.zeros(len(rows), len(names), dtype=torch.bool)
+        for k, row in enumerate(rows):
+            for j, (path, name) in enumerate(names):
+                if name in row.get(path, {}):
+                    table[k, j], present[k, j] = row[path][name], True
+        tensors = {"rows": table, "present": present}
+        if diagonals is not None:
+            tensors |= {f"diagonals/{name}": value.contiguous() for name, value in diagonals.state().items()}
+        with replacing(self.path) as temporary:
+            save_file(tensors, temporary, {"schema": SCHEMA, "key": self.key, "names": json.dumps(names)})
+        self._written = time.monotonic()
+
+    def remove(self) -> None:
+        """The calibration is finished and kept elsewhere."""
+        self.path.unlink(missing_ok=True)
+
+
+def key_of(
+    estimator: CurvatureEstimator,
+    weights: Mapping[str, Tensor],
+    sequences: Tensor,
+    candidates: Mapping[str, Any],
+    diagonals: int | str | None,
+    seed: int,
+) -> str:
+    """SHA-256 of everything that decides a sample; ``candidates`` as JSON."""
+    content = digests.of_tensors({**weights, "sequences of token ids": sequences})
+    record = [SCHEMA, repr(estimator), content, candidates, diagonals, seed]
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+
+
+def _rows(table: Tensor, present: Tensor, names: Sequence[tuple[str, str]]) -> list[Row]:
+    rows: list[Row] = []
+    for samples, there in zip(table.tolist(), present.tolist(), strict=True):
+        row: Row = {}
+        for (path, name), sample, is_there in zip(names, samples, there, strict=True):
+            if is_there:
+                row.setdefault(path, {})[name] = sample
+        rows.append(row)
+    return rows
