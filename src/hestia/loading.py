@@ -142,12 +142,17 @@ def load_config(source: Source, *, trust_remote_code: bool = False) -> Any:
     Raises:
         ConfigError: it is damaged, or its architecture needs code from the model folder.
     """
+    config = _read_config(source, trust_remote_code)
+    own = getattr(config, "auto_map", None)
+    if own and not trust_remote_code:
+        names = sorted({str(name) for name in own.values()}) if isinstance(own, dict) else [str(own)]
+        announce(f"{source.name}: config.json names code of its own ({', '.join(names)}); it is not run")
+    return config
+
+
+def _read_config(source: Source, trust_remote_code: bool) -> Any:
     if source.is_local:
         record = read_json(Path(source.location) / "config.json")
-        own = record.get("auto_map")
-        if own and not trust_remote_code:
-            names = sorted({str(name) for name in own.values()}) if isinstance(own, dict) else [str(own)]
-            announce(f"{source.name}: config.json names code of its own ({', '.join(names)}); it is not run")
         if not isinstance(record.get("model_type"), str):
             raise ConfigError(f"{source.name}: config.json names no model_type, so no architecture can be chosen")
         _check_sizes(source, record)
@@ -195,7 +200,7 @@ def load_model(source: Source, *, trust_remote_code: bool = False) -> PreTrained
             finite, remote code needed.
     """
     if source.is_local and not trust_remote_code:
-        _check_described(source, load_config(source), trust_remote_code)
+        _check_described(source, _read_config(source, trust_remote_code), trust_remote_code)
     with contextlib.redirect_stderr(io.StringIO()):  # compressed-tensors draws a bar for each of its stages
         loaded = _read(
             source,

@@ -106,11 +106,13 @@ class Options:
             raise ConfigError(f"--distill-weight must lie in [0, 1], got {self.distill_weight}")
         for name in ("accumulation", "batch_size", "steps", "seq_len", "threads", "save_every", "log_every"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+            if value is not None and not 1 <= value <= _MOST[name]:
+                raise ConfigError(
+                    f"--{name.replace('_', '-')} must be at least 1 and at most {_MOST[name]}, got {value}"
+                )
         if not 0 <= self.seed < 2**32:
             raise ConfigError(f"--seed must lie between 0 and 2**32 - 1, got {self.seed}")
-        if self.calibrate < 0 or self.calibrate == 1:
+        if self.calibrate < 0 or self.calibrate == 1 or self.calibrate > 10**9:
             raise ConfigError(f"--calibrate needs at least 2 sequences (or 0 for none), got {self.calibrate}")
         if not 0.0 < self.held_out_share < 0.5:
             raise ConfigError(f"--held-out-share must lie between 0 and 0.5, got {self.held_out_share}")
@@ -137,7 +139,7 @@ class Options:
         """
         if self.group_size in ("row", "tensor"):
             return self.group_size
-        if self.group_size.isdigit() and int(self.group_size) > 0:
+        if self.group_size.isdecimal() and int(self.group_size) > 0:
             return int(self.group_size)
         raise ConfigError(f"--group-size must be a positive number, row or tensor, got {self.group_size!r}")
 
@@ -176,6 +178,10 @@ class Options:
 
 
 _HINTS = typing.get_type_hints(Options)
+_MOST = {
+    "accumulation": 1 << 16, "batch_size": 1 << 20, "steps": 10**9, "seq_len": 1 << 24, "threads": 4096,
+    "save_every": 10**9, "log_every": 10**9,
+}  # fmt: skip
 
 
 def load_config(path: Path) -> dict[str, Any]:
@@ -216,7 +222,7 @@ def count(text: str, name: str) -> int:
         value = round(float(lowered[:-1] if factor > 1 else lowered) * factor)
     except (ValueError, OverflowError):
         value = 0
-    if value < 1:
+    if not 1 <= value <= 10**18:
         raise ConfigError(f"--{name.replace('_', '-')} must be a positive number such as 600k or 2M, got {text!r}")
     return value
 

@@ -124,6 +124,8 @@ def plan(
     if traces is None:
         return result
     _check_same_model(result, traces, sensitivity)
+    if isinstance(sensitivity, Sensitivity):
+        _check_same_shape(model, sensitivity)
     return result.with_factors(chosen.temperature_factors({path: traces[path] for path in layers}))
 
 
@@ -223,6 +225,18 @@ def _check_same_model(
     else:
         return
     raise PlanError(f"the sensitivity {problem}: was it calibrated on another model?")
+
+
+def _check_same_shape(model: nn.Module, sensitivity: Sensitivity) -> None:
+    """Refuse a sensitivity whose model says of itself that it is another architecture or size."""
+    config = getattr(model, "config", None)
+    for name, there in sensitivity.model.items():
+        here = getattr(config, name, None)
+        if name not in ("name", "commit") and here is not None and here != there:
+            raise PlanError(
+                f"the sensitivity was measured on a model with {name} {there!r}, this one has {here!r}: "
+                "was it calibrated on another model?"
+            )
 
 
 def _check_biases(model: nn.Module, recipe: str, paths: Sequence[str], targets: Sequence[str]) -> None:

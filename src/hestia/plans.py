@@ -195,6 +195,8 @@ class Plan:
         place = where
         try:
             targets = tuple(target(name).name for name in record["targets"])
+            if not targets or not isinstance(record["recipe"]["name"], str):
+                raise PlanError("a plan names its recipe and at least one target")
             layers: dict[str, LayerPlan] = {}
             for path, entry in record["layers"].items():
                 place = f"{where}: {path}"

@@ -45,7 +45,7 @@ class Partial:
         self._written = time.monotonic()
 
     def load(self, diagonals: Diagonals | None) -> list[Row]:
-        """The rows in the file, the running sums put back into ``diagonals``; none where it does not fit or is damaged."""
+        """The rows in the file, the running sums put back into ``diagonals``; none where it is another's or damaged."""
         if not self.path.is_file():
             return []
         try:

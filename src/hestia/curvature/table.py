@@ -302,7 +302,7 @@ class Sensitivity:
             raise CalibrationError(f"{place}: missing key {error}") from None
         except CalibrationError as error:
             raise CalibrationError(f"{where}: {error}") from None
-        except (TypeError, ValueError, AttributeError) as error:
+        except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
             raise CalibrationError(f"{place}: {error}") from None
 
 

@@ -560,7 +560,7 @@ def _log(path: Path) -> TrainingLog:
     for line in filter(str.strip, lines):
         try:
             entry = json.loads(line)
-        except ValueError:  # a killed run can leave half a line
+        except (ValueError, RecursionError):  # a killed run can leave half a line
             skipped += 1
             continue
         if not isinstance(entry, dict):
