@@ -33,7 +33,7 @@ from transformers import (
 
 from . import digests
 from .errors import ConfigError
-from .files import read_json, require_regular
+from .files import as_os_error, read_json, require_regular
 from .progress import announce
 
 _CLIENT_ERROR: type[Exception] = HfHubHTTPError.__bases__[
@@ -331,7 +331,10 @@ COPIED = (
 
 def save(model: PreTrainedModel, source: Source, folder: Path) -> None:
     """Write a frozen model as a Hugging Face folder: own weights and config, the parent's tokenizer files verbatim."""
-    model.save_pretrained(folder)
+    try:
+        model.save_pretrained(folder)
+    except SafetensorError as error:
+        raise as_os_error(error, folder) from None
     parent = Path(source.location)
     if not source.is_local:
         parent = Path(snapshot_download(source.location, revision=source.commit, allow_patterns=list(COPIED)))

@@ -669,7 +669,8 @@ def options() -> Iterator[Case]:
         ("--lr-decay", "nan"), ("--accumulation", str(10**15)), ("--calibrate", "-1"), ("--teacher", "/nothing"),
         ("--report-to", "../x"), ("--recipe", "../x"), ("--recipe", ""), ("--target", "../x"), ("--option", "rho=NaN"),
         ("--option", "rho=[1]"), ("--option", "=1"), ("--skip", "["), ("--group-size", "²"), ("--eval-tokens", "0"),
-        ("--calibrate", "2", "--estimator", "os.system"), ("--save-every", "0"), ("--log-every", "-1"), ("--option", "tau0=1e400"),
+        ("--calibrate", "2", "--estimator", "os.system"), ("--save-every", "0"), ("--log-every", "-1"),
+        ("--option", "tau0=1e400"),
     ):  # fmt: skip
         yield Case(f"option {' '.join(words)}", lambda good, w=words: good.quantize(*w))
     for number, content in enumerate(

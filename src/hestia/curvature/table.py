@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CalibrationError
-from ..files import read_json, write_json
+from ..files import read_json, replacing, save_file, write_json
 from .intervals import jackknife_error, log_mean_interval, mean_interval
 
 SCHEMA = 2
@@ -216,10 +216,6 @@ class Sensitivity:
     def save(self, path: Path) -> None:
         """Write sensitivity.json, and the diagonals beside it as .safetensors; each atomically."""
         if self.diagonals:
-            from safetensors.torch import save_file
-
-            from ..files import replacing
-
             with replacing(path.with_suffix(".safetensors")) as temporary:
                 save_file({name: tensor.contiguous() for name, tensor in self.diagonals.items()}, temporary)
         write_json(path, self.to_json())

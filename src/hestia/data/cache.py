@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from ..errors import ConfigError
-from ..files import read_json, replacing, sha256, write_json
+from ..files import read_json, replacing, save_file, sha256, write_json
 from .packing import Blocks
 
 # Part of every key too: raise it whenever the same text and options give other tokens than before.

@@ -14,11 +14,10 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import ConfigError
-from ..files import read_json, replacing
+from ..files import read_json, replacing, save_file
 from ..quant.codes import QuantizedTensor
 
 CODES_FILE = "codes.safetensors"

@@ -19,11 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import ConfigError, PlanError
-from ..files import replacing_folder
+from ..files import replacing_folder, save_file
 from ..quant.codes import QuantizedTensor
 from ..quant.grids import Grid
 from ..quant.grouping import to_groups

@@ -66,6 +66,7 @@ class Run:
     def __init__(self, options: Options, *, resume: bool = False, plan: Plan | None = None) -> None:
         self.work, self.given_plan = Workspace(options, resume=resume), plan
         self.started = datetime.now(UTC)
+        self._taken = False
         self.baselines: list[dict[str, Any]] = []
         self.reference: dict[str, Any] | None = None
         """scores.json of another run by the same plan and text, whose parent and rounding need no second scoring."""
@@ -94,7 +95,7 @@ class Run:
             for place in (folder, folder / CACHE_FOLDER, exports, *exports.glob("*")):
                 sweep(place)
         check_inputs(self.work)
-        self.work.clock.kept = True
+        self._taken = True
 
     def _stages(self) -> dict[str, Any]:
         work, started = self.work, time.perf_counter()
@@ -149,10 +150,11 @@ class Run:
         """The first write: options and tokens, after everything that can be refused has been checked."""
         work = self.work
         work.folder.mkdir(parents=True, exist_ok=True)
-        if not work.clock.kept:
+        if not self._taken:
             self._take_folder()
         write_text(work.folder / OPTIONS_FILE, work.options.to_yaml())
         keep_inputs(work)
+        work.clock.kept = True
         if not (work.folder / CACHE_FOLDER).is_dir():
             text = work.text
             token_cache.save(work.folder / CACHE_FOLDER, text.record["key"], text.train, text.held_out, text.record)
