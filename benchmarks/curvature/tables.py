@@ -113,9 +113,9 @@ def section() -> str:
     for record in load("trained").values():
         seeds = len({row["seed"] for row in record["rows"]})
         parts += [
-            f"The same plans after {record['steps']} steps of {record['batch_size']} sequences by recipe hestia (alpha 0, "
-            f"learning rate {record['learning_rate']:g}), frozen, on {record['held_out_sequences']} held-out sequences; "
-            f"mean of {seeds} seeds. Differences: paired over seeds, 95 % t interval.",
+            f"The same plans after {record['steps']} steps of {record['batch_size']} sequences by recipe hestia "
+            f"(alpha 0, learning rate {record['learning_rate']:g}), frozen, on {record['held_out_sequences']} held-out "
+            f"sequences; mean of {seeds} seeds. Differences: paired over seeds, 95 % t interval.",
             "",
             trained_table(record),
             "",
