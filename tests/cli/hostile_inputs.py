@@ -309,6 +309,7 @@ def code() -> Iterator[Case]:
             "{{ 'a' * 10 ** 15 }}",
             "{{ ('%' ~ 10 ** 15 ~ 'd') % 1 }}",
             "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+            "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
             "{{ undefined.thing }}",
             "{% if %}",
             "{{ raise_exception('no') }}",

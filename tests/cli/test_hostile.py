@@ -14,8 +14,15 @@ LONGEST = 1500
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_it_ends_with_its_status_and_one_message(
-    case: Case, invoke: Invoke, toy_parent: Path, toy_text: Path, toy_run: Path, tmp_path: Path
+    case: Case,
+    invoke: Invoke,
+    toy_parent: Path,
+    toy_text: Path,
+    toy_run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("hestia.data.chat.TEMPLATE_SECONDS", 1.0)
     arguments = case.make(Good(tmp_path, toy_parent, toy_text, toy_run))
     status, out, err = invoke(*arguments)
     assert "Traceback" not in err

@@ -1,6 +1,7 @@
 """The assistant's turns, and only they, count in the loss of a chat."""
 
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -141,3 +142,16 @@ def test_chats_without_an_assistant(make_tokenizer, tmp_path: Path) -> None:
     path.write_text("\n".join(json.dumps({"messages": [{"role": "user", "content": f"hello {i}"}]}) for i in range(20)))
     with pytest.raises(ConfigError, match="at least one turn with the role 'assistant'"):
         prepare([path], None, make_tokenizer(template=CHATML), seq_len=16)
+
+
+def test_a_template_without_end_is_ended_and_the_alarm_given_back(
+    make_tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hestia.data.chat.TEMPLATE_SECONDS", 0.2)
+    endless = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    before = signal.getsignal(signal.SIGALRM), signal.getitimer(signal.ITIMER_REAL)
+    with pytest.raises(ConfigError, match=r"here: the chat template was still busy after 0\.2 seconds"):
+        chat_tokens(make_tokenizer(template=endless), [{"role": "user", "content": "hi"}], "here")
+    after = signal.getsignal(signal.SIGALRM), signal.getitimer(signal.ITIMER_REAL)
+    assert after[0] is before[0]
+    assert (after[1][0] > 0) == (before[1][0] > 0)

@@ -10,8 +10,13 @@ so the turn includes whatever the template ends it with. A token counts when it 
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Mapping, Sequence
+import signal
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from types import FrameType
 from typing import Any
 
 from jinja2 import TemplateError
@@ -20,8 +25,12 @@ from ..errors import ConfigError
 from .documents import checked_text
 from .tokenizer import Tokenizer
 
+TEMPLATE_SECONDS = 10.0
+"""That a template may take for one chat; an honest one takes a millisecond."""
+
 _GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
-# A template is a program of the checkpoint's author, run on messages that it may not expect.
+# A template is a program of the checkpoint's author, run on messages that it may not expect; transformers renders it in
+# jinja's sandbox, which keeps it from Python's insides and from files.
 _TEMPLATE_ERRORS = (
     TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError, MemoryError,
 )  # fmt: skip
@@ -85,7 +94,32 @@ def _text(tokenizer: Tokenizer, chat: list[dict[str, Any]], where: str, *, add_g
 
 def _render(tokenizer: Tokenizer, chat: list[dict[str, Any]], where: str, **options: Any) -> Any:
     try:
-        return tokenizer.apply_chat_template(chat, **options)
+        with _time_limit(where):
+            return tokenizer.apply_chat_template(chat, **options)
     except _TEMPLATE_ERRORS as error:
         why = str(error) or type(error).__name__
         raise ConfigError(f"{where}: the chat template refuses these messages ({why:.300})") from None
+
+
+@contextlib.contextmanager
+def _time_limit(where: str) -> Iterator[None]:
+    """End a template that does not end by itself. Outside the main thread, which alone gets signals, it may go on."""
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
+        yield
+        return
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise ConfigError(
+            f"{where}: the chat template was still busy after {TEMPLATE_SECONDS:g} seconds; it is not used"
+        )
+
+    handler = signal.signal(signal.SIGALRM, stop)
+    left, interval = signal.setitimer(signal.ITIMER_REAL, TEMPLATE_SECONDS)
+    started = time.monotonic()
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
+        signal.signal(signal.SIGALRM, handler)
+        if left:  # somebody else's alarm
+            signal.setitimer(signal.ITIMER_REAL, max(0.001, left - (time.monotonic() - started)), interval)
