@@ -38,7 +38,7 @@ def test_it_says_who_holds_the_folder_and_dies_with_them(tmp_path: Path, monkeyp
             pass
         message = str(caught.value)
         assert f"process {child} on {socket.gethostname()}, since 20" in message
-        assert "is working on this run" in message
+        assert ": in use by " in message
         assert caught.value.exit_status == 2
     finally:
         os.kill(child, signal.SIGKILL)
@@ -73,7 +73,7 @@ def test_a_text_that_is_none_names_nobody(tmp_path: Path, monkeypatch: pytest.Mo
     (tmp_path / LOCK_FILE).write_bytes(b"\xff[" * 3000)
     with locked(tmp_path):
         pass
-    assert said == [f"{tmp_path}: taking over from another process, which ended without leaving"]
+    assert said == [f"{tmp_path}: taking over from another process: that one was killed"]
 
 
 def test_a_lock_that_is_a_link_is_not_followed(tmp_path: Path) -> None:

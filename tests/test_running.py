@@ -73,7 +73,7 @@ def test_a_second_process_on_one_run_is_refused_and_told_who_has_it(job: Job, tm
         before = bytes_of(run)
         status, out, err = invoke(*job("--resume"))
         assert (status, out) == (2, "")
-        assert f"hestia: {run}: process {child} on " in err
+        assert f"hestia: {run}: in use by process {child} on " in err
         assert bytes_of(run) == before
     finally:
         os.kill(child, signal.SIGKILL)

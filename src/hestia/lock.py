@@ -50,7 +50,7 @@ def locked(folder: Path, *, wait: float = 0.0) -> Iterator[None]:
         _acquire(descriptor, folder, time.monotonic() + wait)
         before = _holder(descriptor)
         if before:
-            announce(f"{folder}: taking over from {before}, which ended without leaving")
+            announce(f"{folder}: taking over from {before}: that one was killed")
         me = {
             "pid": os.getpid(),
             "host": socket.gethostname(),
@@ -74,7 +74,7 @@ def _acquire(descriptor: int, folder: Path, until: float) -> None:
             if time.monotonic() >= until:
                 holder = _holder(descriptor) or "another process"
                 raise BusyError(
-                    f"{folder}: {holder} is working on this run; wait for it, stop it, or choose another --out"
+                    f"{folder}: in use by {holder}; wait for it, stop it, or choose another --out"
                 ) from None
             time.sleep(0.05)
 
@@ -86,7 +86,7 @@ def _holder(descriptor: int) -> str:
         return ""
     try:
         record = json.loads(text)
-        return f"process {int(record['pid'])} on {record['host']}, since {record['since']},"
+        return f"process {int(record['pid'])} on {record['host']}, since {record['since']}"
     except (ValueError, KeyError, TypeError, RecursionError):
         return "another process"
 
