@@ -6,9 +6,11 @@ import errno
 import hashlib
 import json
 import math
+import os
 from pathlib import Path
 
 import pytest
+import torch
 
 from hestia import files
 from hestia.errors import ConfigError
@@ -96,3 +98,29 @@ def test_the_hash_of_a_file_read_in_pieces(tmp_path: Path) -> None:
     content = bytes(range(256)) * 9000
     (tmp_path / "a").write_bytes(content)
     assert files.sha256(tmp_path / "a") == hashlib.sha256(content).hexdigest()
+
+
+@pytest.mark.parametrize(
+    ("said", "number"),
+    [("Error while serializing: I/O error: No space left on device (os error 28)", errno.ENOSPC), ("odd", errno.EIO)],
+)
+def test_the_systems_error_is_read_out_of_a_librarys_words(tmp_path: Path, said: str, number: int) -> None:
+    error = files.as_os_error(RuntimeError(said), tmp_path / "x")
+    assert (error.errno, error.filename) == (number, str(tmp_path / "x"))
+
+
+def test_a_safetensors_file_that_cannot_be_written_is_the_systems_error(tmp_path: Path) -> None:
+    with pytest.raises(OSError) as caught:
+        files.save_file({"a": torch.zeros(3)}, tmp_path / "no folder" / "a.safetensors")
+    assert caught.value.errno == errno.ENOENT
+
+
+def test_only_files_with_an_end_are_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path, kind in ((tmp_path / "pipe", "a pipe"), (Path("/dev/zero"), "a pipe"), (tmp_path, "a folder")):
+        with pytest.raises(ConfigError, match=f"expected a regular file, got {kind}"):
+            files.read_json(path)
+    with open(tmp_path / "large.json", "wb") as handle:
+        handle.truncate(files.LARGEST_TEXT + 1)  # a hole: it takes no room
+    with pytest.raises(ConfigError, match="bytes are too many"):
+        files.read_json(tmp_path / "large.json")

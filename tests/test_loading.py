@@ -252,3 +252,37 @@ def test_what_a_run_records_of_its_parent(toy_parent: Path) -> None:
         "name": "parent", "commit": None, "model_type": "llama", "hidden_size": 64, "num_hidden_layers": 2,
         "vocab_size": 320,
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", sorted(loading.LARGEST))
+def test_absurd_sizes_are_refused_and_dense_members_of_a_family_are_not(parent_copy: Path, name: str) -> None:
+    edit_config(parent_copy, **{name: loading.LARGEST[name] + 1})
+    source = loading.resolve(str(parent_copy))
+    with pytest.raises(
+        ConfigError, match=f"config.json: {name} must lie between [01] and {loading.LARGEST[name]}, got"
+    ):
+        loading.load_config(source)
+    if "experts" in name:
+        edit_config(parent_copy, **{name: 0})
+        assert loading.load_config(source)
+
+
+def test_a_configuration_of_more_weights_than_the_files_hold_is_refused_before_any_is_drawn(
+    parent_copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    edit_config(parent_copy, intermediate_size=1 << 20)
+    monkeypatch.setattr(loading.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("was drawn"))
+    with pytest.raises(ConfigError, match=r"describes 402,\d+,\d+ weights, the safetensors files hold \d+,\d+"):
+        loading.load_model(loading.resolve(str(parent_copy)))
+
+
+def test_content_tells_models_apart_by_what_decides_a_number(parent_copy: Path) -> None:
+    source = loading.resolve(str(parent_copy))
+    before = loading.content(source)
+    assert set(before) == {"config.json", "model.safetensors"}
+    (parent_copy / "README.md").write_text("hello", encoding="utf-8")
+    assert loading.content(source) == before
+    path = parent_copy / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"\x01")
+    assert loading.content(source)["model.safetensors"] != before["model.safetensors"]
+    assert loading.content(loading.Source("a/b", "a/b", "c0ffee")) == {"commit": "c0ffee"}

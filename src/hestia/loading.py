@@ -168,9 +168,12 @@ def _read_config(source: Source, trust_remote_code: bool) -> Any:
 def _check_sizes(source: Source, record: dict[str, Any]) -> None:
     for name, largest in LARGEST.items():
         value = record.get(name)
+        least = 0 if "experts" in name else 1  # a family's dense members have none
         # Some configurations hold one size a layer, or none.
-        if isinstance(value, (int, float)) and not 0 < value <= largest:
-            raise ConfigError(f"{source.name}: config.json: {name} must lie between 1 and {largest}, got {value:.12g}")
+        if isinstance(value, (int, float)) and not least <= value <= largest:
+            raise ConfigError(
+                f"{source.name}: config.json: {name} must lie between {least} and {largest}, got {value:.12g}"
+            )
 
 
 def _check_described(source: Source, config: Any, trust_remote_code: bool) -> None:

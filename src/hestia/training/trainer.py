@@ -403,14 +403,14 @@ class HestiaTrainer(Trainer):
     # --- checkpoints -----------------------------------------------------------------------------------------------
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        if not self.is_world_process_zero():
-            return
         root = self.folder / CHECKPOINTS
         folder = root / checkpoints.folder_name(self.state.global_step)
         if folder == self.last_checkpoint:
             return
         unwrapped: Any = self.accelerator.unwrap_model(self.model)  # type: ignore[arg-type]
         check_state(unwrapped, self.state.global_step, self._last_checkpoint_name())
+        if not self.is_world_process_zero():
+            return
         checkpoints.save(
             folder,
             model=unwrapped,
