@@ -71,7 +71,7 @@ def test_a_file_that_is_no_configuration_is_refused(tmp_path: Path, content: str
     with pytest.raises(ConfigError, match=message):
         load_config(path)
     path.write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ConfigError, match="not readable as YAML"):
+    with pytest.raises(ConfigError, match="cannot be read as UTF-8 text"):
         load_config(path)
     with pytest.raises(ConfigError, match="no such configuration file"):
         load_config(tmp_path / "none.yaml")

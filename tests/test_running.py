@@ -311,3 +311,14 @@ def test_the_kept_inputs_are_json_with_a_schema(job: Job, tmp_path: Path, invoke
     status, _, err = invoke(*job("--calibrate", "0", "--resume"))
     assert status == 2
     assert "inputs.json: schema 9" in err
+
+
+def test_two_processes_that_start_one_run_at_the_same_moment_are_one_run(job: Job, tmp_path: Path) -> None:
+    children = [forks.start(job("--resume"), tmp_path / f"{k}.log") for k in range(2)]
+    statuses = [forks.finish(child) for child in children]
+    said = [(tmp_path / f"{k}.log").read_text(encoding="utf-8") for k in range(2)]
+    assert sorted(statuses) in ([0, 2], [0, 0]), said  # 0 twice: the second began when the first had ended
+    for status, text in zip(statuses, said, strict=True):
+        assert "Traceback" not in text
+        assert status == 0 or "in use by process " in text
+    assert forks.run(job("--resume"), tmp_path / "again.log")[0] == 0

@@ -18,12 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .. import digests
 from ..files import replacing, save_file
-from ..progress import announce
 from .estimators import CurvatureEstimator, Diagonals, Row
 
 SCHEMA = "1"
@@ -46,6 +44,8 @@ class Partial:
 
     def load(self, diagonals: Diagonals | None) -> list[Row]:
         """The rows in the file, the running sums put back into ``diagonals``; none where it is another's or damaged."""
+        from safetensors import SafetensorError, safe_open  # here, so that listing the recipes needs torch alone
+
         if not self.path.is_file():
             return []
         try:
@@ -101,6 +101,13 @@ def key_of(
     content = digests.of_tensors({**weights, "sequences of token ids": sequences})
     record = [SCHEMA, repr(estimator), content, candidates, diagonals, seed]
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+
+
+def announce(message: str) -> None:
+    """One line on standard error, where progress is shown."""
+    from ..progress import announce as say
+
+    say(message)
 
 
 def _rows(table: Tensor, present: Tensor, names: Sequence[tuple[str, str]]) -> list[Row]:
