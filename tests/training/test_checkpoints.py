@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from toy_training import At, blocks, converted, log_rows, trainer
 
 import hestia
+from hestia import digests, recipes
 from hestia.errors import ConfigError, DiskSpaceError
 from hestia.schedules import LearningRateSchedule
 from hestia.training import Distillation, checkpoints
@@ -343,6 +344,16 @@ def test_a_resumed_run_ends_bit_for_bit_where_an_uninterrupted_one_does(
     assert [row.get("learning_rate") for row in rows[0]] == [row.get("learning_rate") for row in rows[1]]
     codes = [hestia.freeze(m) for m in (whole, model)]
     assert all(torch.equal(codes[0][path].codes, codes[1][path].codes) for path in codes[0])
+
+
+@pytest.mark.parametrize("recipe", [name for name in recipes.names() if recipes.get(name).trains])
+def test_every_recipe_resumes_exactly(tmp_path: Path, recipe: str) -> None:
+    """Learned scales, importances, corrections and constraints come back too."""
+    model, plan = converted(recipe=recipe)
+    trainer(tmp_path, model, plan, save_every=2, keep=9).fit()
+    again, plan = converted(recipe=recipe)
+    trainer(tmp_path / "again", again, plan).fit(tmp_path / "checkpoints" / "step-000004")
+    assert digests.of_tensors(model.state_dict()) == digests.of_tensors(again.state_dict())
 
 
 @pytest.mark.parametrize("step", [1, 6])
