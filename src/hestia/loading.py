@@ -78,6 +78,25 @@ def resolve(name: str) -> Source:
     return Source(name=name, location=name, commit=commit)
 
 
+def config_source(name: str) -> Source:
+    """Where a model's configuration comes from; no weights are needed.
+
+    Args:
+        name: a folder with a config.json, the path of such a file, or a hub id.
+
+    Raises:
+        ConfigError: none of these.
+    """
+    path = Path(name)
+    if path.is_file() and path.suffix == ".json":
+        return Source(name=name, location=str(path))
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ConfigError(f"{path}: no config.json; is this a Hugging Face model folder?")
+        return Source(name=name, location=str(path))
+    return resolve(name)
+
+
 def _check_folder(folder: Path) -> None:
     if not (folder / "config.json").is_file():
         raise ConfigError(f"{folder}: no config.json; is this a Hugging Face model folder?")
