@@ -4,9 +4,10 @@
     train       4 P weights + 8 P_t AdamW + gradients and activations of a micro-batch (+ 4 P teacher), or, where that is
                 more, an evaluation in the middle of the run: 12 P and the logits of eight blocks
     score       two models, and the logits of both for eight blocks
-    export      the frozen model loaded, to be compared with the file
+    export      4 P + 5 Q: the packed file loaded and unpacked, to be compared with the frozen model (hf; GGUF files run
+                in a process of their own)
 
-P parameters, P_t trainable ones. What a step holds beside weights and moments is pretended (``pretend``), and so is
+P parameters, P_t trainable ones, Q quantized ones. What a step holds beside weights and moments is pretended (``pretend``), and so is
 exact up to what kernels allocate inside. ``ALLOCATOR`` is measured: the C library keeps freed pieces between live ones
 (benchmarks/memory.py). Under FSDP2 a process holds a share of weights, gradients and moments, and whole one block at a
 time; under DDP all of them and the reducer's buckets.
@@ -23,20 +24,23 @@ from ..options import Options
 from ..plans import Plan
 from .pretend import Step, Work, pretend
 
-ALLOCATOR = 1.2
-"""Resident memory over live bytes on a CPU, measured."""
+ALLOCATOR = {"calibrate": 1.12, "train": 1.2, "score": 1.0, "export": 1.05}
+"""Resident memory over live bytes on a CPU, by stage, measured."""
 
-CONSTANT = 16 << 20
-"""Bytes of threads, kernels and Python objects, whatever the model, measured."""
+CONSTANT = {"calibrate": 12 << 20, "train": 40 << 20, "score": 0, "export": 4 << 20}
+"""Bytes of kernels, their workspaces and Python objects, whatever the model, by stage, measured."""
 
 EVALUATED_BLOCKS = 8
 """Blocks that ``evaluation.score`` runs at once."""
 
-SCORE_BUFFERS = 6 * 4 * (1 << 22)
-"""Log-probabilities of model and parent a chunk at a time, and what is made of them."""
+SCORED_ELEMENTS = 1 << 22
+"""Log-probabilities that ``evaluation.score`` holds at once, at most."""
 
-LOADED_BYTES = 2
-"""Bytes a parameter that reading a checkpoint holds beside the fp32 weights, for a moment."""
+SCORE_BUFFERS = 6 * 4
+"""Bytes an element of such a piece: of model and parent, their difference, probability, product and a copy."""
+
+UNPACKED_BYTES = 5
+"""Bytes a quantized weight that compressed-tensors holds beside the fp32 weights when a packed folder is loaded."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,7 @@ class Sizes:
         largest_block: parameters of the largest block.
         outside: parameters outside the blocks (embeddings, last norm, head).
         vocabulary: of the head.
+        logits: numbers of the logits of ``EVALUATED_BLOCKS`` blocks.
         teacher: parameters of the teacher; 0: none.
     """
 
@@ -85,6 +90,7 @@ class Sizes:
     largest_block: int
     outside: int
     vocabulary: int
+    logits: int
     teacher: int = 0
 
 
@@ -143,7 +149,7 @@ def stages(sizes: Sizes, done: Passes, *, processes: int = 1, sharded: bool = Fa
 
 def _stage(name: str, parts: Mapping[str, int], note: str = "") -> Stage:
     live = {k: round(v) for k, v in parts.items() if v > 0}
-    kept = round((ALLOCATOR - 1.0) * sum(live.values())) + CONSTANT
+    kept = round((ALLOCATOR[name] - 1.0) * sum(live.values())) + CONSTANT[name]
     return Stage(name, {**live, "allocator": kept}, note)
 
 
@@ -182,15 +188,16 @@ def _halfway(sizes: Sizes, work: Work) -> Stage:
     parts = {
         "weights": 4 * sizes.parameters,
         "optimizer": 8 * sizes.trained,
-        "activations": work.peak + SCORE_BUFFERS // 2,
+        "activations": work.peak + SCORE_BUFFERS * min(SCORED_ELEMENTS, sizes.logits) // 2,
         "teacher": 4 * sizes.teacher,
     }
     return _stage("train", parts, "decided by the hard loss on eight held-out blocks, logged ten times a run")
 
 
 def _scoring(sizes: Sizes, work: Work) -> Stage:
-    return _stage("score", {"weights": 8 * sizes.parameters, "logits": 2 * work.peak + SCORE_BUFFERS})
+    logits = work.peak + 4 * sizes.logits + SCORE_BUFFERS * min(SCORED_ELEMENTS, sizes.logits)
+    return _stage("score", {"weights": 8 * sizes.parameters, "logits": logits})
 
 
 def _export(sizes: Sizes) -> Stage:
-    return _stage("export", {"weights": 4 * sizes.parameters, "reading": LOADED_BYTES * sizes.parameters})
+    return _stage("export", {"weights": 4 * sizes.parameters, "unpacking": UNPACKED_BYTES * sizes.quantized})

@@ -19,7 +19,7 @@ from ..planner import plan as make_plan
 from ..plans import Plan
 from .files import FileSize, Kept, file_sizes, run_folder
 from .machine import Machine, available_memory, free_disk, probe, quantity
-from .memory import Passes, Sizes, Stage, passes, stages
+from .memory import EVALUATED_BLOCKS, Passes, Sizes, Stage, passes, stages
 from .time import Job, job, seconds
 
 
@@ -119,7 +119,7 @@ class _Model:
         self.bf16 = options.precision == "bf16" or (
             options.precision == "auto" and int(getattr(text, "hidden_size", 1024)) >= 128
         )
-        self.sizes = _sizes(self.empty, self.plan, options, int(text.vocab_size))
+        self.sizes = _sizes(self.empty, self.plan, options, int(text.vocab_size), self.tokens)
         self.passes = passes(
             self.config, self.plan, options, tokens=self.tokens, batch=self.micro, bf16=self.bf16
         )
@@ -256,7 +256,7 @@ def _length(options: Options, tokens: int) -> tuple[int, int]:
     return batch, options.steps or max(1, total // (batch * tokens))
 
 
-def _sizes(empty: Any, plan: Plan, options: Options, vocabulary: int) -> Sizes:
+def _sizes(empty: Any, plan: Plan, options: Options, vocabulary: int, tokens: int) -> Sizes:
     counts = {name: parameter.numel() for name, parameter in empty.named_parameters()}
     blocks: dict[str, int] = {}
     for name, n in counts.items():
@@ -277,6 +277,7 @@ def _sizes(empty: Any, plan: Plan, options: Options, vocabulary: int) -> Sizes:
         largest_block=max(blocks.values(), default=total),
         outside=total - sum(blocks.values()),
         vocabulary=vocabulary,
+        logits=EVALUATED_BLOCKS * tokens * vocabulary,
         teacher=_teacher(options, total),
     )
 
