@@ -36,8 +36,8 @@ EVALUATED_BLOCKS = 8
 SCORED_ELEMENTS = 1 << 22
 """Log-probabilities that ``evaluation.score`` holds at once, at most."""
 
-SCORE_BUFFERS = 6 * 4
-"""Bytes an element of such a piece: of model and parent, their difference, probability, product and a copy."""
+SCORE_BUFFERS = 7 * 4
+"""Bytes an element of such a piece: of model and parent, their difference, probability, product and copies."""
 
 UNPACKED_BYTES = 5
 """Bytes a quantized weight that compressed-tensors holds beside the fp32 weights when a packed folder is loaded."""
