@@ -23,10 +23,11 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from . import curvature, loading, nn, recipes
+from .curvature import parallel
 from .data import Blocks, TokenizedText
 from .data import cache as token_cache
 from .errors import ConfigError
-from .evaluation import Score, model_logits, paired_difference, score
+from .evaluation import Score, model_logits, paired_difference, shared_score
 from .evaluation.diagnostics import continuations, histograms
 from .export import export_model
 from .export.frozen import CODES_FILE, MODEL_FOLDER, FrozenModel, save_codes
@@ -66,6 +67,9 @@ T = TypeVar("T")
 def quantize(options: Options, *, resume: bool = False, plan: Plan | None = None) -> dict[str, Any]:
     """From a pretrained checkpoint to verified low-bit files.
 
+    Under torchrun or accelerate every process calls it: they share calibration, training and scoring; the first alone
+    writes, freezes, exports and returns the record, the others an empty one.
+
     Args:
         options: what to do; see ``Options``.
         resume: continue the run in ``options.out``, or start it where none is.
@@ -79,7 +83,8 @@ def quantize(options: Options, *, resume: bool = False, plan: Plan | None = None
         GuardError, Interrupted: training was stopped; the last good checkpoint is kept.
         VerifyError: an exported file differs from the frozen model.
     """
-    return Run(options, resume=resume, plan=plan).execute()
+    with parallel.joined():
+        return Run(options, resume=resume, plan=plan).execute()
 
 
 class _Clock:
@@ -98,7 +103,7 @@ class _Clock:
             return work()
         finally:
             self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - started
-            if self.path.parent.is_dir():
+            if self.path.parent.is_dir() and parallel.first():
                 write_json(self.path, dict(self.seconds))
 
 
@@ -153,9 +158,14 @@ class Run:
         plan = self._plan(plan)
         frozen = self._frozen(plan)
         scores = self._scores(plan)
+        if not parallel.first():
+            parallel.barrier()
+            return {}
         exports = [self._export(name, frozen) for name in plan.targets]
         total = self.clock.seconds.get("total", 0.0) + time.perf_counter() - started
-        return self._report(plan, scores, exports, total)
+        record = self._report(plan, scores, exports, total)
+        parallel.barrier()
+        return record
 
     def _check_folder(self) -> None:
         """Refuse a folder that holds something else; nothing is written yet."""
@@ -184,11 +194,16 @@ class Run:
 
     def _open_folder(self) -> None:
         """The first write: options and tokens, after everything that can be refused has been checked."""
+        parallel.barrier()  # every process has looked at the folder as it was
+        if not parallel.first():
+            parallel.barrier()
+            return
         self.folder.mkdir(parents=True, exist_ok=True)
         write_text(self.folder / OPTIONS_FILE, self.options.to_yaml())
         if not (self.folder / CACHE_FOLDER).is_dir():
             text = self.text
             token_cache.save(self.folder / CACHE_FOLDER, text.record["key"], text.train, text.held_out, text.record)
+        parallel.barrier()
 
     def plan_without_curvature(self) -> Plan:
         """The plan before calibration: refuses at once what could not be exported at the end."""
@@ -245,7 +260,8 @@ class Run:
             sensitivity = self._sensitivity(plan)
             if sensitivity is not None:
                 plan = self._make_plan(sensitivity)
-        plan.save(path)
+        if parallel.first():
+            plan.save(path)
         return plan
 
     def _sensitivity(self, plan: Plan) -> curvature.Sensitivity | None:
@@ -264,7 +280,8 @@ class Run:
                 "calibrate",
                 lambda: calibrate_on(model, paths, candidates, self.training, self.options, identity),
             )
-        sensitivity.save(path)
+        if parallel.first():
+            sensitivity.save(path)
         return sensitivity
 
     def _to_measure(self, plan: Plan) -> tuple[list[str], dict[str, QuantSpec]]:
@@ -278,6 +295,7 @@ class Run:
     def _frozen(self, plan: Plan) -> FrozenModel:
         if not (self.resume and (self.folder / CODES_FILE).is_file()):
             self._train_and_freeze(plan)
+            parallel.barrier()
         return FrozenModel(self.folder)
 
     def _train_and_freeze(self, plan: Plan) -> None:
@@ -287,6 +305,8 @@ class Run:
             config = self._train_config(plan)
             trainer = self._trainer(model, plan, config, f"training {plan.recipe['name']}")
             self.clock.measure("train", lambda: trainer.fit(checkpoint))
+        if not parallel.first():
+            return
         write_json(self.folder / DIAGNOSTICS_FILE, histograms(model, self._load_model()))
         codes = nn.freeze(model)
         loading.cast_parameters(model, loading.parent_dtype(self.source, self.config))
@@ -300,7 +320,8 @@ class Run:
             rate = float(read_json(path)["learning_rate"])
         else:
             rate = o.learning_rate() or self._pilot(plan)
-            write_json(path, {"learning_rate": rate, "steps": self.steps, "batch_size": self.batch_size})
+            if parallel.first():
+                write_json(path, {"learning_rate": rate, "steps": self.steps, "batch_size": self.batch_size})
         return self._config_for(rate, self.steps, save=True)
 
     def _config_for(self, rate: float, steps: int, *, save: bool) -> TrainConfig:
@@ -350,7 +371,7 @@ class Run:
         """Hard loss on the tuning blocks after a whole run in miniature: ``steps`` steps, schedules included."""
         model = nn.apply(self._load_model(), plan)
         self._trainer(model, plan, self._config_for(rate, steps, save=False), f"pilot at {rate:g}").fit()
-        return score(model_logits(model), self.tuning, description="pilot loss").nll
+        return shared_score(model_logits(model), self.tuning, description="pilot loss").nll
 
     def _trainer(self, model: Any, plan: Plan, config: TrainConfig, description: str) -> HestiaTrainer:
         return HestiaTrainer(
@@ -380,7 +401,7 @@ class Run:
         parent: Any = self._load_model()
         parent.to(self.device)
         if self.reference is None:
-            of_parent = _numbers(score(model_logits(parent), blocks, description="scoring the parent"))
+            of_parent = _numbers(shared_score(model_logits(parent), blocks, description="scoring the parent"))
             rounded = nn.apply(self._load_model(), round_to_nearest_twin(plan)).to(self.device)
             of_rounded = _numbers(self._score_against(parent, rounded, blocks, "scoring round-to-nearest"))
             del rounded
@@ -389,6 +410,8 @@ class Run:
         frozen: Any = loading.load_model(loading.Source(str(self.folder), str(self.folder / MODEL_FOLDER)))
         frozen.to(self.device)
         of_frozen = _numbers(self._score_against(parent, frozen, blocks, "scoring the frozen model"))
+        if not parallel.first():
+            return {}
         ours, theirs = of_frozen["block_nll"], of_rounded["block_nll"]
         interval = paired_difference(ours, theirs).to_json() if len(ours) > 1 else None
         diagnostics = read_json(self.folder / DIAGNOSTICS_FILE)
@@ -405,7 +428,7 @@ class Run:
         return record
 
     def _score_against(self, parent: PreTrainedModel, model: Any, blocks: Blocks, description: str) -> Score:
-        return score(model_logits(model), blocks, parent=model_logits(parent), description=description)
+        return shared_score(model_logits(model), blocks, parent=model_logits(parent), description=description)
 
     def _export(self, name: str, frozen: FrozenModel) -> dict[str, Any]:
         path = self.folder / EXPORTS_FOLDER / name.replace(":", "-")

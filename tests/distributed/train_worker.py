@@ -57,4 +57,5 @@ def main() -> None:
             save_codes(folder / "codes.safetensors", codes)
 
 
-main()
+if __name__ == "__main__":
+    main()

@@ -1,6 +1,8 @@
-"""Calibration over several processes: every one takes each n-th sequence, and all end with the same table.
+"""Several processes, started by torchrun or accelerate: what they share, and calibration over them.
 
     torchrun --nproc-per-node 2 -m hestia calibrate MODEL --data PATH... --out sensitivity.json
+
+Every process takes each n-th sequence, and all end with the same table.
 
 Rows travel as fp64 matrices, never as pickled objects. Probes are keyed by a sequence's content, so which process drew
 them does not matter: the table of two processes is the table of one, bit for bit where the kernels are.
@@ -36,6 +38,8 @@ def joined() -> Iterator[bool]:
         yield rank() == 0
         return
     try:
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     except (RuntimeError, ValueError) as error:
         raise CalibrationError(

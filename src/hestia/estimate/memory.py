@@ -36,8 +36,8 @@ EVALUATED_BLOCKS = 8
 SCORED_ELEMENTS = 1 << 22
 """Log-probabilities that ``evaluation.score`` holds at once, at most."""
 
-SCORE_BUFFERS = 7 * 4
-"""Bytes an element of such a piece: of model and parent, their difference, probability, product and copies."""
+SCORE_BUFFERS = 26
+"""Bytes an element of such a piece, measured: of model and parent, their difference, probability, product, copies."""
 
 UNPACKED_BYTES = 5
 """Bytes a quantized weight that compressed-tensors holds beside the fp32 weights when a packed folder is loaded."""
@@ -188,7 +188,7 @@ def _halfway(sizes: Sizes, work: Work) -> Stage:
     parts = {
         "weights": 4 * sizes.parameters,
         "optimizer": 8 * sizes.trained,
-        "activations": work.peak + SCORE_BUFFERS * min(SCORED_ELEMENTS, sizes.logits) // 2,
+        "activations": work.peak + 8 * min(SCORED_ELEMENTS, sizes.logits),
         "teacher": 4 * sizes.teacher,
     }
     return _stage("train", parts, "decided by the hard loss on eight held-out blocks, logged ten times a run")

@@ -258,7 +258,8 @@ class HestiaTrainer(Trainer):
         self._input_ids = inputs["input_ids"]
         result = super().compute_loss(model, inputs, *args, **kwargs)  # type: ignore[misc]
         loss = result[0] if isinstance(result, tuple) else result
-        check_loss(loss.detach(), model, self.state.global_step + 1, self._last_checkpoint_name())
+        if parallel.world_size() == 1:  # of several, one alone must not stop: the shared gradients tell all at once
+            check_loss(loss.detach(), model, self.state.global_step + 1, self._last_checkpoint_name())
         return result
 
     def _distilled(self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
