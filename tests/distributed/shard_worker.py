@@ -5,9 +5,9 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import torch
 import toy_models
 import toy_training
-import torch
 from safetensors.torch import save_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -70,7 +70,10 @@ def main() -> None:
             assert all(isinstance(p, DTensor) for p in model.parameters())
             losses = train(model, plan, slice(parallel.rank(), None, 2))
             mean = parallel.added(torch.tensor(losses, dtype=torch.float64)) / 2
-            state = {key: value.full_tensor() if isinstance(value, DTensor) else value for key, value in model.state_dict().items()}
+            state = {
+                key: value.full_tensor() if isinstance(value, DTensor) else value
+                for key, value in model.state_dict().items()
+            }
             frozen = hestia.freeze(model)
             tensors = {f"state/{key}": value.detach().clone() for key, value in state.items()}
             for path, tensor in frozen.items():
@@ -78,7 +81,10 @@ def main() -> None:
             model.eval()
             with torch.no_grad():
                 tensors["logits"] = model(input_ids=toy_training.blocks(2, seed=3).input_ids).logits
-            save_file({key: value.contiguous() for key, value in tensors.items()} | {"losses": mean}, out / f"{name}-{parallel.rank()}.safetensors")
+            save_file(
+                {key: value.contiguous() for key, value in tensors.items()} | {"losses": mean},
+                out / f"{name}-{parallel.rank()}.safetensors",
+            )
 
 
 if __name__ == "__main__":

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import shard_worker
-import toy_training
 import torch
+import toy_training
 from processes import run
 from safetensors.torch import load_file
 

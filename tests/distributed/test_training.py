@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import toy_training
 import torch
+import toy_training
 from processes import run
 from safetensors.torch import load_file
 

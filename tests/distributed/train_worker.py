@@ -6,16 +6,16 @@ import json
 import sys
 from pathlib import Path
 
+import torch
 import toy_models
 import toy_training
-import torch
 from safetensors.torch import save_file
 
 import hestia
 from hestia.curvature import parallel
 from hestia.evaluation import model_logits, shared_score
 from hestia.export.frozen import save_codes
-from hestia.training import Distillation, HestiaTrainer, TrainConfig, checkpoints
+from hestia.training import Distillation, HestiaTrainer, TrainConfig
 
 
 def main() -> None:
@@ -48,7 +48,9 @@ def main() -> None:
         )
         resume = folder / "checkpoints" / "step-000003" if "resume" in flags else None
         trainer.fit(resume)
-        found = shared_score(model_logits(model), toy_training.blocks(7, seed=6), parent=model_logits(toy_models.llama()))
+        found = shared_score(
+            model_logits(model), toy_training.blocks(7, seed=6), parent=model_logits(toy_models.llama())
+        )
         print(json.dumps(found.to_json()))
         weights = {name: p.detach().clone() for name, p in model.named_parameters()}
         codes = hestia.freeze(model)

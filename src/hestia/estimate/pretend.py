@@ -97,9 +97,7 @@ def shortened(config: Any, blocks: int) -> Any:
 
 def _run(config: Any, step: Step, trust_remote_code: bool) -> Work:
     with FakeTensorMode(allow_non_fake_inputs=True), LiveBytes() as live:
-        model: Any = AutoModelForCausalLM.from_config(
-            config, dtype=torch.float32, trust_remote_code=trust_remote_code
-        )
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
         if step.plan is not None:
             there = dict(model.named_modules())
             layers = {path: layer for path, layer in step.plan.layers.items() if path in there}

@@ -120,9 +120,7 @@ class _Model:
             options.precision == "auto" and int(getattr(text, "hidden_size", 1024)) >= 128
         )
         self.sizes = _sizes(self.empty, self.plan, options, int(text.vocab_size), self.tokens)
-        self.passes = passes(
-            self.config, self.plan, options, tokens=self.tokens, batch=self.micro, bf16=self.bf16
-        )
+        self.passes = passes(self.config, self.plan, options, tokens=self.tokens, batch=self.micro, bf16=self.bf16)
         self.kept = _kept(self.empty, self.plan)
 
     @property

@@ -15,7 +15,12 @@ from .scoring import Logits, Score, score
 
 
 def shared_score(
-    logits: Logits, blocks: Blocks, *, parent: Logits | None = None, batch_size: int = 8, description: str = "evaluating"
+    logits: Logits,
+    blocks: Blocks,
+    *,
+    parent: Logits | None = None,
+    batch_size: int = 8,
+    description: str = "evaluating",
 ) -> Score:
     """``score``, called by every process with the same blocks; alone it is ``score`` itself.
 
