@@ -7,7 +7,8 @@ by the functions that the command line calls: calibration of two sequences of 12
 training steps of two blocks of 128 under bf16 autocast, each followed by the hard loss of eight blocks; the scoring of
 eight blocks against the parent; the export to hf, read back and run. Peaks are the growth of RssAnon (anonymous memory:
 mapped files do not count), sampled every two milliseconds, over its value after the same stage of a toy model, which
-imports all that is imported late and whose freed memory is given back. Rows that the result file holds already are not measured again.
+imports all that is imported late and whose freed memory is given back. Rows that the result file holds already are not
+measured again.
 """
 
 from __future__ import annotations

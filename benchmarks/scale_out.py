@@ -2,9 +2,9 @@
 
     python benchmarks/scale_out.py [--steps 12] [--rounds 3]
 
-The bundled 6M model trains by `HestiaTrainer` on 16 blocks of 256 tokens a step under bf16 autocast: once in one process
-with two threads, once in two processes of one thread each (gloo). The arms take turns, each in fresh processes; tokens a
-second are those of the Trainer's own log after the first two steps, medians over the rounds. Promised: a ratio of 0.8.
+The bundled 6M model trains by `HestiaTrainer` on 16 blocks of 256 tokens a step under bf16 autocast: once in one
+process with two threads, once in two processes of one thread each (gloo). The arms take turns, each in fresh processes;
+tokens a second are counted after the first two steps, medians over the rounds. Promised: a ratio of 0.8.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def child(folder: Path, steps: int, threads: int) -> None:
 
 
 def clock_class() -> type:
-    """A callback that notes when step ``WARM`` and the last one ended; made late, because transformers is slow to load."""
+    """A callback that notes when step ``WARM`` and the last one ended; made late: transformers is slow to load."""
     import time
 
     from transformers import TrainerCallback

@@ -1,4 +1,4 @@
-"""Trains a toy under ``fully_shard`` on two processes, freezes it, and leaves what one process compares with: FOLDER."""
+"""Trains a toy under ``fully_shard`` on two processes, freezes it, and leaves the tensors in FOLDER."""
 
 from __future__ import annotations
 

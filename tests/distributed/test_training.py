@@ -1,4 +1,4 @@
-"""Two processes over gloo train as one: same losses within float tolerance, same codes, and either resumes the other."""
+"""Two processes over gloo train as one: same losses within float tolerance, same codes; either resumes the other."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Trains a toy by HestiaTrainer, as one of however many processes: FOLDER STEPS [resume] [bf16] [checkpointing] [teacher]."""
+"""Trains a toy by HestiaTrainer, one of however many processes: FOLDER [resume] [bf16] [checkpointing] [teacher]."""
 
 from __future__ import annotations
 

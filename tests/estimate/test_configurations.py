@@ -35,7 +35,7 @@ def test_parameters_are_those_of_the_repository(name: str) -> None:
 
 @pytest.mark.slow  # about ten seconds
 def test_70b_on_eight_processes() -> None:
-    """By hand: 4 + 8 bytes a parameter for weights and moments, an eighth of each under FSDP2, all of them under DDP."""
+    """By hand: 4 + 8 bytes a parameter for weights and moments, an eighth under FSDP2, all under DDP."""
     options = Options(
         model=str(CONFIGS / "llama-3.1-70b.json"), seq_len=1024, batch_size=8, gradient_checkpointing=True, steps=100,
         lr="1e-5", calibrate=0, target=("gguf:tq2_0",),

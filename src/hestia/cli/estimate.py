@@ -54,7 +54,8 @@ def table(found: Estimate) -> str:
     run, machine = found.job, found.machine
     lines = [
         f"{found.model['name']}: {found.parameters:,} parameters, {found.quantized:,} of them become low-bit",
-        f"{run.steps:,} steps of {run.batch} blocks of {run.tokens} tokens: {run.steps * run.batch * run.tokens:,} tokens",
+        f"{run.steps:,} steps of {run.batch} blocks of {run.tokens} tokens: "
+        f"{run.steps * run.batch * run.tokens:,} tokens",
         "",
         f"{'stage':<16}{'memory':>10}{'time':>10}   of which",
     ]

@@ -1,4 +1,4 @@
-"""What this machine can do: arithmetic and bandwidth by a probe of a second or two, free memory and disk as reported."""
+"""What this machine can do: arithmetic and bandwidth by a short probe, free memory and disk as the system says."""
 
 from __future__ import annotations
 

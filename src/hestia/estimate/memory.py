@@ -1,14 +1,14 @@
 """Memory of every stage, from the configuration alone.
 
     calibrate   4 P + candidates + forward and backward of one sequence, one gradient at a time
-    train       4 P weights + 8 P_t AdamW + gradients and activations of a micro-batch (+ 4 P teacher), or, where that is
-                more, an evaluation in the middle of the run: 12 P and the logits of eight blocks
+    train       4 P weights + 8 P_t AdamW + gradients and activations of a micro-batch (+ 4 P teacher), or, where that
+                is more, an evaluation in the middle of the run: 12 P and the logits of eight blocks
     score       two models, and the logits of both for eight blocks
-    export      4 P + 5 Q: the packed file loaded and unpacked, to be compared with the frozen model (hf; GGUF files run
-                in a process of their own)
+    export      4 P + 5 Q: the packed file loaded and unpacked, to be compared with the frozen model (hf; other files
+                need less)
 
-P parameters, P_t trainable ones, Q quantized ones. What a step holds beside weights and moments is pretended (``pretend``), and so is
-exact up to what kernels allocate inside. ``ALLOCATOR`` is measured: the C library keeps freed pieces between live ones
+P parameters, P_t trainable ones, Q quantized ones. What a step holds beside weights and moments is pretended
+(``pretend``), and so is exact up to what kernels allocate inside. ``ALLOCATOR`` is measured: the C library keeps freed pieces between live ones
 (benchmarks/memory.py). Under FSDP2 a process holds a share of weights, gradients and moments, and whole one block at a
 time; under DDP all of them and the reducer's buckets.
 """

@@ -72,8 +72,8 @@ def freeze(model: nn.Module) -> dict[str, QuantizedTensor]:
 
     The weights return to the parent's dtype, which holds them exactly: snapped scales are bf16 and fp16 numbers, and
     ``snap`` leaves room for the product with every level of the grid. An output shift moves into the bias, and where
-    the parent had none, the model's configuration says so from then on. Under ``fully_shard`` all processes call it, and
-    each ends with whole frozen weights.
+    the parent had none, the model's configuration says so from then on. Under ``fully_shard`` all processes call it,
+    and each ends with whole frozen weights.
 
     Raises:
         PlanError: no layer is quantized: ``apply`` was not called, or ``freeze`` already was.

@@ -1,8 +1,8 @@
 """Sharded weights (FSDP2): a scale belongs to its whole group, so nothing is ever computed from one shard of it.
 
-In ``forward`` a layer sees its full weight, because ``fully_shard`` gathers it; everything that looks at weights outside
-of it (freezing, corrections, the logged share of saturated weights) goes through ``whole``, which all processes must
-call together.
+In ``forward`` a layer sees its full weight, because ``fully_shard`` gathers it; everything that looks at weights
+outside of it (freezing, corrections, the logged share of saturated weights) goes through ``whole``, which all
+processes must call together.
 """
 
 from __future__ import annotations
