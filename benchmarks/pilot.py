@@ -21,7 +21,9 @@ from real_inputs import inputs
 from hestia import progress
 from hestia.errors import GuardError
 from hestia.files import read_json, write_json
-from hestia.pipeline import Run
+from hestia.pipeline import Workspace
+from hestia.pipeline.fitting import trial
+from hestia.pipeline.planning import plan_without_curvature
 from hestia.provenance import machine, versions
 from hestia.training import pilot
 
@@ -43,28 +45,28 @@ def main() -> None:
     progress.enable()
     for name, options in inputs(arguments.models, arguments.data, Path("runs") / "pilot").items():
         if arguments.only in name:
-            measure(name, Run(options))
+            measure(name, Workspace(options))
 
 
-def measure(name: str, run: Run) -> None:
+def measure(name: str, work: Workspace) -> None:
     """All lengths and rates of one model and recipe, into one file."""
     path = RESULTS / f"{name}.json"
     record = read_json(path) if path.is_file() else {
-        "schema": 1, "name": name, "command": "python benchmarks/pilot.py", "recipe": run.options.recipe,
-        "steps": run.steps, "batch_size": run.batch_size, "seq_len": run.seq_len, "tuning_blocks": len(run.tuning),
-        "seed": run.options.seed, "versions": versions(), "machine": machine(torch.device("cpu")), "rows": [],
+        "schema": 1, "name": name, "command": "python benchmarks/pilot.py", "recipe": work.options.recipe,
+        "steps": work.steps, "batch_size": work.batch_size, "seq_len": work.seq_len, "tuning_blocks": len(work.tuning),
+        "seed": work.options.seed, "versions": versions(), "machine": machine(torch.device("cpu")), "rows": [],
     }  # fmt: skip
-    plan = run.plan_without_curvature()
-    width = int(run.config.hidden_size)
+    plan = plan_without_curvature(work, None)
+    width = int(work.config.hidden_size)
     done = {(row["steps"], row["learning_rate"]) for row in record["rows"]}
     for share in SHARES:
-        steps = max(12, round(share * run.steps))
+        steps = max(12, round(share * work.steps))
         for rate in _worth_trying(_rates(width), record["rows"], steps):
             if (steps, rate) in done:
                 continue
             started = time.perf_counter()
             try:
-                loss = run.trial(plan, rate, steps)
+                loss = trial(work, plan, rate, steps)
             except GuardError:
                 loss = math.inf
             row = {"steps": steps, "learning_rate": rate, "hard_loss": loss, "seconds": time.perf_counter() - started}

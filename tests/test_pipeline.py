@@ -24,7 +24,9 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM, TrainerCallback
 
 from hestia import loading, pipeline
 from hestia.errors import ConfigError
-from hestia.options import Options
+from hestia.evaluation import model_logits, score
+from hestia.options import Options, load_config
+from hestia.pipeline import delivery, fitting, planning, scoring
 from hestia.training import HestiaTrainer, checkpoints
 
 SUFFIXES_OF_PICKLE = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".npy", ".npz"}
@@ -146,14 +148,14 @@ def test_the_log_has_both_losses_and_the_knobs(toy_run: Path) -> None:
 
 
 def test_the_last_hard_loss_is_that_of_the_frozen_model(toy_run: Path) -> None:
-    run = pipeline.Run(Options(**pipeline.load_config(toy_run / "run.yaml")), resume=True)
+    run = pipeline.Workspace(Options(**load_config(toy_run / "run.yaml")), resume=True)
     frozen = loading.load_model(loading.resolve(str(toy_run / "model")))
     logged = [row["hard_loss"] for row in rows(toy_run) if "hard_loss" in row][-1]
-    assert pipeline.score(pipeline.model_logits(frozen), run.tuning).nll == pytest.approx(logged, abs=1e-6)
+    assert score(model_logits(frozen), run.tuning).nll == pytest.approx(logged, abs=1e-6)
 
 
 def test_no_block_is_in_two_of_training_tuning_and_held_out(toy_run: Path) -> None:
-    run = pipeline.Run(Options(**pipeline.load_config(toy_run / "run.yaml")), resume=True)
+    run = pipeline.Workspace(Options(**load_config(toy_run / "run.yaml")), resume=True)
     sets = [{tuple(row) for row in part.input_ids.tolist()} for part in (run.training, run.tuning, run.text.held_out)]
     assert len(run.training) + len(run.tuning) == len(run.text.train)
     assert not sets[0] & sets[1]
@@ -274,7 +276,7 @@ def test_resume_after_a_crash_ends_where_the_uninterrupted_run_did(
 ) -> None:
     run = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "HestiaTrainer", lambda *a, **k: HestiaTrainer(*a, **k, callbacks=[CrashAt(6)]))
+        patch.setattr(fitting, "HestiaTrainer", lambda *a, **k: HestiaTrainer(*a, **k, callbacks=[CrashAt(6)]))
         with pytest.raises(CrashError):
             invoke(*job("--save-every", "4"))
     assert [p.name for p in (run / "checkpoints").iterdir()] == ["step-000004"]
@@ -301,8 +303,8 @@ def test_resume_repeats_no_finished_stage(
     status, _, err = invoke(*job("--resume"))  # where nothing is, it starts
     assert status == 0, err
     first = read(run / "report.json")
-    for name in ("calibrate_on", "HestiaTrainer", "score"):
-        monkeypatch.setattr(pipeline, name, _never)
+    for module, name in ((planning, "calibrate_on"), (fitting, "HestiaTrainer"), (scoring, "score")):
+        monkeypatch.setattr(module, name, _never)
     status, _, err = invoke(*job("--resume"))
     assert status == 0, err
     again = read(run / "report.json")
@@ -317,7 +319,7 @@ def test_a_damaged_newest_checkpoint_costs_only_the_steps_since_the_one_before(
 ) -> None:
     run = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "HestiaTrainer", lambda *a, **k: HestiaTrainer(*a, **k, callbacks=[CrashAt(7)]))
+        patch.setattr(fitting, "HestiaTrainer", lambda *a, **k: HestiaTrainer(*a, **k, callbacks=[CrashAt(7)]))
         with pytest.raises(CrashError):
             invoke(*job("--save-every", "3"))
     (run / "checkpoints" / "step-000006" / "optimizer.safetensors").write_bytes(b"half")
@@ -335,7 +337,7 @@ def test_a_guard_stops_the_command_with_status_4(
                     model.model.layers[1].mlp.down_proj.weight[0, 0] = torch.nan
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "HestiaTrainer", lambda *a, **k: HestiaTrainer(*a, **k, callbacks=[Poison()]))
+        patch.setattr(fitting, "HestiaTrainer", lambda *a, **k: HestiaTrainer(*a, **k, callbacks=[Poison()]))
         status, out, err = invoke(*job("--save-every", "2"))
     assert (status, out) == (4, "")
     message = err[err.index("hestia: ") :]
@@ -401,7 +403,7 @@ def test_a_full_disk_leaves_no_half_file_and_the_run_can_go_on(
 def test_a_file_that_differs_stops_the_command_with_status_3(
     invoke: Invoke, job: Job, lean: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    honest = pipeline.export_model
+    honest = delivery.export_model
 
     def dishonest(frozen: Any, target: str, path: Path, **options: Any) -> dict[str, Any]:
         entry = honest(frozen, target, path, **options)
@@ -413,7 +415,7 @@ def test_a_file_that_differs_stops_the_command_with_status_3(
         file.write_bytes(content)
         return entry
 
-    monkeypatch.setattr(pipeline, "export_model", dishonest)
+    monkeypatch.setattr(delivery, "export_model", dishonest)
     status, out, err = invoke(*job("--steps", "1", "--calibrate", "0"))
     assert (status, out) == (3, "")
     assert "model.layers.1.self_attn.k_proj" in err
@@ -492,11 +494,11 @@ def test_a_signal_to_the_process_saves_and_resume_completes(
 def test_batch_size_and_steps_by_tokens(
     toy_parent: Path, toy_text: Path, options: dict[str, Any], batch: int, steps: int
 ) -> None:
-    run = pipeline.Run(Options(model=str(toy_parent), data=(str(toy_text),), out="nowhere", **options))
+    run = pipeline.Workspace(Options(model=str(toy_parent), data=(str(toy_text),), out="nowhere", **options))
     assert (run.batch_size, run.steps) == (batch, steps)
 
 
 def test_an_accumulation_that_does_not_divide_the_batch(toy_parent: Path, toy_text: Path) -> None:
     options = Options(model=str(toy_parent), data=(str(toy_text),), out="nowhere", batch_size=6, accumulation=4)
     with pytest.raises(ConfigError, match="--accumulation 4 does not divide --batch-size 6"):
-        _ = pipeline.Run(options).batch_size
+        _ = pipeline.Workspace(options).batch_size

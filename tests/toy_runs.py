@@ -137,5 +137,5 @@ def invoke(capfd: pytest.CaptureFixture[str]) -> Invoke:
 def lean(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs without figures, sample continuations and model card: two thirds of a toy run's time."""
     for name in ("write_report", "write_model_card"):
-        monkeypatch.setattr(f"hestia.pipeline.{name}", lambda run: None)
-    monkeypatch.setattr("hestia.pipeline.continuations", lambda *_: [])
+        monkeypatch.setattr(f"hestia.pipeline.record.{name}", lambda run: None)
+    monkeypatch.setattr("hestia.pipeline.scoring.continuations", lambda *_: [])

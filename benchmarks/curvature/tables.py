@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import matplotlib as mpl
@@ -11,6 +12,7 @@ import matplotlib as mpl
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 
+from hestia.curvature.intervals import mean_interval
 from hestia.files import read_json
 
 RESULTS = Path(__file__).parents[1] / "results" / "curvature"
@@ -20,7 +22,7 @@ WINNER = "quadratic (gnb)"
 
 
 def load(kind: str) -> dict[str, dict[str, Any]]:
-    """Model -> record of one kind, ``metrics`` or ``plans``."""
+    """Model -> record of one kind: ``metrics``, ``plans`` or ``trained``."""
     return {r["name"]: r for r in (read_json(path) for path in sorted(RESULTS.glob(f"{kind}-*.json")))}
 
 
@@ -57,6 +59,31 @@ def plans_table(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def trained_table(record: dict[str, Any]) -> str:
+    """KL of the trained and frozen model by budget, mean over seeds; below it the paired differences over seeds."""
+    rows = record["rows"]
+    budgets = sorted({row["budget"] for row in rows})
+    kl = {(row["budget"], row["arm"], row["seed"]): row["kl"] for row in rows}
+    bits = {(row["budget"], row["arm"]): row["bits"] for row in rows}
+    head = " | ".join(f"{budget:g} bits" for budget in budgets)
+    lines = [f"| {record['name']}, trained: plan by | {head} |", "|---|" + "--:|" * len(budgets)]
+
+    def over_seeds(budget: float, arm: str) -> dict[int, float]:
+        return {seed: value for (b, a, seed), value in kl.items() if (b, a) == (budget, arm)}
+
+    for arm in (WINNER, f"{WINNER}, at uniform's bits", "positional", "random", "uniform"):
+        cells = [f"{fmean(over_seeds(b, arm).values()):.3f} at {bits[b, arm]:.2f}" for b in budgets]
+        lines.append(f"| {arm} | {' | '.join(cells)} |")
+    for ours, theirs in ((WINNER, "positional"), (WINNER, "random"), (f"{WINNER}, at uniform's bits", "uniform")):
+        cells = []
+        for budget in budgets:
+            a, b = over_seeds(budget, ours), over_seeds(budget, theirs)
+            mean, half = mean_interval([a[seed] - b[seed] for seed in sorted(a)])
+            cells.append(_interval({"mean": mean, "low": mean - half, "high": mean + half}))
+        lines.append(f"| **{ours} − {theirs}** | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def _interval(difference: dict[str, float]) -> str:
     text = f"{difference['mean']:+.3f} [{difference['low']:+.3f}, {difference['high']:+.3f}]"
     return text.replace("-", "−")
@@ -81,6 +108,16 @@ def section() -> str:
             f"{record['held_out_sequences']} held-out sequences. Differences: paired over sequences, 95 % t interval.",
             "",
             plans_table(record),
+            "",
+        ]
+    for record in load("trained").values():
+        seeds = len({row["seed"] for row in record["rows"]})
+        parts += [
+            f"The same plans after {record['steps']} steps of {record['batch_size']} sequences by recipe hestia "
+            f"(alpha 0, learning rate {record['learning_rate']:g}), frozen, on {record['held_out_sequences']} held-out "
+            f"sequences; mean of {seeds} seeds. Differences: paired over seeds, 95 % t interval.",
+            "",
+            trained_table(record),
             "",
         ]
     return "\n".join(parts).strip()

@@ -45,6 +45,7 @@ class Arm:
         teacher: how the parent teaches, as the training understands it; empty: cross entropy alone.
         rates: learning rates of the tuning runs where they differ from the stage's; as many.
         group_size: weights that share a scale, where it differs from the stage's.
+        bits: width of the grid.
         tier: lower tiers run first.
         note: what the arm is there to settle, for people.
     """
@@ -55,6 +56,7 @@ class Arm:
     teacher: Mapping[str, Any] = field(default_factory=dict)
     rates: tuple[float, ...] = ()
     group_size: str | int | None = None
+    bits: float = 1.58
     tier: int = 1
     note: str = ""
 
@@ -179,6 +181,7 @@ class Job:
             "options": dict(arm.options),
             "teacher": dict(arm.teacher),
             "group_size": stage.training.group_size if arm.group_size is None else arm.group_size,
+            **({} if arm.bits == 1.58 else {"bits": arm.bits}),  # results made before there was a choice stay valid
             "parent": stage.parent,
             "texts": json.loads(json.dumps(asdict(stage.texts))),
             "training": {k: v for k, v in asdict(stage.training).items() if k != "group_size"},

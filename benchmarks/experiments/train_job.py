@@ -318,7 +318,8 @@ def _plan(job: Job, model: nn.Module, sensitivity: Sensitivity | None) -> Plan:
     if arm.recipe == CONTROL:
         return make_plan(model, "round_to_nearest", group_size=group)
     recipe = recipes.get(arm.recipe, **arm.options)
-    return make_plan(model, recipe, "hf", sensitivity if recipe.uses_curvature else None, group_size=group)
+    curvature_of = sensitivity if recipe.uses_curvature else None
+    return make_plan(model, recipe, "hf", curvature_of, bits=arm.bits, group_size=group)
 
 
 def plan_record(plan: Plan, sensitivity: Sensitivity | None) -> dict[str, Any]:

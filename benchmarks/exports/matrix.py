@@ -55,9 +55,11 @@ def measure() -> dict[str, Any]:
 
     from hestia.export import llama_cpp, mlx_engine
     from hestia.provenance import machine, versions
-    from hestia.quant import BINARY, QuantSpec
+    from hestia.quant import BINARY, INT2, INT3, INT4, TERNARY, Gaussian, QuantSpec
     from hestia.targets import TARGETS
 
+    # Ternary but for a type that only binary weights fit and the target that mixes all widths.
+    of_target = {"gguf:q1_0": (BINARY,), "gguf:mixed": (BINARY, TERNARY, INT2, INT3, INT4)}
     assert llama_cpp.available() and mlx_engine.available(), "needs llama-cpp-python and mlx-lm"
     cells: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as name:
@@ -65,10 +67,10 @@ def measure() -> dict[str, Any]:
         for kind, architecture in {**toy_architectures.ARCHITECTURES, **toy_architectures.REFUSED}.items():
             cells[kind] = {}
             for target in TARGETS:
-                spec = QuantSpec(grid=BINARY) if target == "gguf:q1_0" else QuantSpec()
-                run = folder / f"{kind}-{spec.grid.name}"
+                specs = [QuantSpec(grid=grid, scale=Gaussian()) for grid in of_target.get(target, (TERNARY,))]
+                run = folder / f"{kind}-{'-'.join(spec.grid.name for spec in specs)}"
                 if not run.exists():
-                    toy_architectures.freeze(architecture.build(), run, spec, tokenizer=architecture.tokenizer())
+                    toy_architectures.freeze(architecture.build(), run, specs, tokenizer=architecture.tokenizer())
                 cells[kind][target] = cell(run, target, folder / "out.gguf")
                 print(f"{kind:24} {target:12} {brief(cells[kind][target])}", file=sys.stderr)
     engines = {}

@@ -6,8 +6,9 @@ biases and norms that are not at their neutral values, so that a lost one is not
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -161,17 +162,21 @@ REFUSED: dict[str, Architecture] = {
 def freeze(
     model: PreTrainedModel,
     run: Path,
-    spec: QuantSpec | None = None,
+    spec: QuantSpec | Sequence[QuantSpec] | None = None,
     *,
     dtype: torch.dtype = torch.bfloat16,
     tokenizer: dict[str, Any] | None = None,
 ) -> FrozenModel:
-    """Quantize every linear but the head, write RUN/model and RUN/codes.safetensors, and open them."""
+    """Quantize every linear but the head, write RUN/model and RUN/codes.safetensors, and open them.
+
+    Several specs take turns, tensor by tensor.
+    """
     model = model.to(dtype)
     codes = {}
+    turns = itertools.cycle([spec or QuantSpec()] if spec is None or isinstance(spec, QuantSpec) else spec)
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear) and name != "lm_head":
-            codes[name] = Quantizer(spec or QuantSpec()).codes(module.weight)
+            codes[name] = Quantizer(next(turns)).codes(module.weight)
             module.weight.data.copy_(codes[name].dense(dtype))
     model.save_pretrained(run / "model")
     (run / "model" / "tokenizer.json").write_text(json.dumps(tokenizer or byte_level()))

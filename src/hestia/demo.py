@@ -8,7 +8,8 @@ from typing import Any
 from .errors import ConfigError
 from .files import read_json
 from .options import Options
-from .pipeline import SCORES_FILE, Run, quantize
+from .pipeline import Run, quantize
+from .pipeline.artefacts import SCORES_FILE
 from .progress import announce
 from .tiny import model_path, text_path
 

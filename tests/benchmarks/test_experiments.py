@@ -223,6 +223,14 @@ def test_committed_stages_load_and_their_recipes_take_the_options(path: Path) ->
 STAGE_A = stages.load("a")
 
 
+@pytest.mark.parametrize(("name", "levels"), [("bitnet_ste_1bit", 2), ("bitnet_ste", 3), ("hestia_0_2bit", 4)])
+def test_an_arm_of_another_width_has_its_grid(name: str, levels: int, toy_parent: Path) -> None:
+    job = stages.Job(stage=STAGE_A, arm=STAGE_A.arm(name), phase="tune", tokens="500k", rate=1e-3, seed=0)
+    assert ("bits" in job.config()) == (levels != 3), "results made before there was a choice stay valid"
+    plan = train_job._plan(job, train_job.open_parent(toy_parent).load(), None)
+    assert {len(layer.spec.grid.values) for layer in plan.layers.values()} == {levels}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("arm", STAGE_A.arms, ids=lambda arm: arm.name)
 def test_every_arm_of_stage_a_stops_and_goes_on(arm: stages.Arm, toy_stage: list[str], tmp_path: Path) -> None:

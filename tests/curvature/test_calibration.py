@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hestia.curvature import CurvatureEstimator, calibrate
-from hestia.curvature.estimators import Problem, Row
+from hestia.curvature import CurvatureEstimator, Sensitivity, calibrate
+from hestia.curvature.estimators import HutchPlusPlus, Problem, Row
 from hestia.errors import CalibrationError, ConfigError
 
 torch.set_num_threads(1)
@@ -83,6 +83,12 @@ def test_what_the_result_says(toy: Toy) -> None:
     assert result.model == {"path": "toy"} and result.seconds > 0
     assert list(result.tensors) == ["body", "head"]
     assert result.tensors["body"].weights == 64 and len(result.tensors["body"].samples) == 4
+
+
+def test_the_estimators_settings_are_recorded(toy: Toy) -> None:
+    result = calibrate(toy, weights_of(toy), IDS, estimator=HutchPlusPlus(rank=2, probes=3))
+    assert (result.estimator, result.estimator_options) == ("hutchpp", {"rank": 2, "probes": 3})
+    assert Sensitivity.from_json(result.to_json()).estimator_options == result.estimator_options
 
 
 def test_only_one_gradient_is_alive_at_a_time(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:

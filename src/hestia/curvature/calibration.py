@@ -79,6 +79,7 @@ def calibrate(
     columns = {path: _columns(rows, path, primary, signed=chosen.signed) for path in weights}
     return Sensitivity(
         estimator=chosen.name,
+        estimator_options={key: value for key, value in chosen.to_json().items() if key != "name"},
         primary=primary,
         seed=seed,
         sequences=len(rows),
@@ -173,7 +174,9 @@ def _primary(estimator: CurvatureEstimator, candidates: Candidates) -> str:
 
 def _check(model: nn.Module, weights: Mapping[str, nn.Parameter], sequences: Tensor) -> None:
     if not weights:
-        raise CalibrationError("no tensors to calibrate: the model has no linear layer that could become low-bit")
+        raise CalibrationError(
+            "no tensors to calibrate: the model has no linear layer that could become low-bit, or all are skipped"
+        )
     if sequences.dim() != 2 or sequences.is_floating_point() or sequences.is_complex():
         raise CalibrationError(
             f"sequences must be integer token ids [K, T], got {sequences.dtype} of shape {list(sequences.shape)}"

@@ -151,6 +151,7 @@ class Sensitivity:
 
     Attributes:
         estimator: its name.
+        estimator_options: what it was set to, such as ``{"rank": 10, "probes": 20}``.
         seed: of the probes.
         sequences: K.
         scored_positions: all positions that predict a token, K (T - 1).
@@ -172,6 +173,7 @@ class Sensitivity:
     primary: str = "trace"
     candidates: Mapping[str, Any] = field(default_factory=dict)
     stopped: str = ""
+    estimator_options: Mapping[str, Any] = field(default_factory=dict)
     model: Mapping[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
     candidate_bytes: int = 0
@@ -239,6 +241,7 @@ class Sensitivity:
         return {
             "schema": SCHEMA,
             "estimator": self.estimator,
+            "estimator_options": dict(self.estimator_options),
             "primary": self.primary,
             "seed": self.seed,
             "sequences": self.sequences,
@@ -287,6 +290,7 @@ class Sensitivity:
                 raise CalibrationError("no tensors")
             return cls(
                 estimator=str(record["estimator"]),
+                estimator_options=dict(record["estimator_options"]),
                 primary=str(record["primary"]),
                 seed=int(record["seed"]),
                 sequences=sequences,

@@ -8,9 +8,9 @@
                 need less)
 
 P parameters, P_t trainable ones, Q quantized ones. What a step holds beside weights and moments is pretended
-(``pretend``), and so is exact up to what kernels allocate inside. ``ALLOCATOR`` is measured: the C library keeps freed pieces between live ones
-(benchmarks/memory.py). Under FSDP2 a process holds a share of weights, gradients and moments, and whole one block at a
-time; under DDP all of them and the reducer's buckets.
+(``pretend``), and so is exact up to what kernels allocate inside. ``ALLOCATOR`` is measured: the C library keeps freed
+pieces between live ones (benchmarks/memory.py). Under FSDP2 a process holds a share of weights, gradients and moments,
+and one block at a time whole; under DDP all of them and the reducer's buckets.
 """
 
 from __future__ import annotations

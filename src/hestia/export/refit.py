@@ -5,9 +5,9 @@ and scales s' of the longer groups are fitted to the trained weights w = c s:
 
     s' = sum(c' w) / sum(c'^2)   over the group,   c' = Q(w / s'),   in turn from c' = c, and snap(s') at the end
 
-which is least squares, monotone until the snap. Curvature's unit is a whole tensor, so as a weight it would not move
-the fit of single groups; it gives the loss to expect, the sum over tensors of 1/2 trace / weights |w' - w|^2, beside
-the one that is measured on held-out text.
+which is least squares, monotone until the snap. The curvature of the finer groups as weights of the fit was measured
+and makes it worse (docs/log.md). The tensor's gives the loss to expect, the sum over tensors of
+1/2 trace / weights |w' - w|^2, beside the one that is measured on held-out text.
 """
 
 from __future__ import annotations

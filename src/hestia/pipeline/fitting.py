@@ -1,0 +1,121 @@
+"""The middle stages: the learning-rate pilot, training, and the moment at which the weights become integers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .. import loading, nn
+from ..curvature import parallel
+from ..evaluation import model_logits, shared_score
+from ..evaluation.diagnostics import histograms
+from ..export.frozen import CODES_FILE, MODEL_FOLDER, save_codes
+from ..files import read_json, replacing_folder, write_json
+from ..jobs import TUNING_BLOCKS
+from ..plans import Plan
+from ..progress import announce as say
+from ..training import Distillation, HestiaTrainer, TrainConfig, checkpoints, pilot
+from ..training.trainer import LOG_FILE
+from .artefacts import DIAGNOSTICS_FILE, TRAINING_FILE
+from .workspace import Workspace
+
+
+def train_and_freeze(work: Workspace, plan: Plan) -> None:
+    """Train the model by its plan, from its newest checkpoint if there is one, and save it frozen."""
+    model: Any = nn.apply(work.load_model(), plan)
+    if plan.trains:
+        checkpoint = checkpoints.newest(work.folder / "checkpoints") if work.resume else None
+        config = _train_config(work, plan)
+        trainer = _trainer(work, model, plan, config, f"training {plan.recipe['name']}")
+        work.clock.measure("train", lambda: trainer.fit(checkpoint))
+    if not parallel.first():
+        return
+    write_json(work.folder / DIAGNOSTICS_FILE, histograms(model, work.load_model()))
+    codes = nn.freeze(model)
+    loading.cast_parameters(model, loading.parent_dtype(work.source, work.config))
+    with replacing_folder(work.folder / MODEL_FOLDER) as temporary:
+        loading.save(model, work.source, temporary)
+    save_codes(work.folder / CODES_FILE, codes)
+
+
+def trial(work: Workspace, plan: Plan, rate: float, steps: int) -> float:
+    """Hard loss on the tuning blocks after a whole run in miniature: ``steps`` steps, schedules included."""
+    model = nn.apply(work.load_model(), plan)
+    _trainer(work, model, plan, _config_for(work, rate, steps, save=False), f"pilot at {rate:g}").fit()
+    return shared_score(model_logits(model), work.tuning, description="pilot loss").nll
+
+
+def _train_config(work: Workspace, plan: Plan) -> TrainConfig:
+    o, path = work.options, work.folder / TRAINING_FILE
+    if work.resume and path.is_file():
+        rate = float(read_json(path)["learning_rate"])
+    else:
+        rate = o.learning_rate() or _pilot(work, plan)
+        if parallel.first():
+            write_json(path, {"learning_rate": rate, "steps": work.steps, "batch_size": work.batch_size})
+    return _config_for(work, rate, work.steps, save=True)
+
+
+def _pilot(work: Workspace, plan: Plan) -> float:
+    first, second = pilot.trial_steps(work.steps)
+    say(f"learning-rate pilot: four rates, {first} steps each, then the best two, {second} steps each")
+    width = int(getattr(work.config.get_text_config(), "hidden_size", 1024))
+    rate = work.clock.measure(
+        "pilot",
+        lambda: pilot.choose(
+            lambda rate, steps: trial(work, plan, rate, steps),
+            pilot.rates(width),
+            work.steps,
+            work.folder / LOG_FILE,
+        ),
+    )
+    say(f"learning rate {rate:g}")
+    return rate
+
+
+def _config_for(work: Workspace, rate: float, steps: int, *, save: bool) -> TrainConfig:
+    o = work.options
+    return TrainConfig(
+        steps=steps,
+        batch_size=work.batch_size,
+        accumulation=o.accumulation,
+        learning_rate=rate,
+        schedule=work.schedule,
+        weight_decay=o.weight_decay,
+        clip=o.clip,
+        train_embeddings=o.embeddings == "train",
+        scale_rate=o.scale_rate,
+        norm_rate=o.norm_rate,
+        embedding_rate=o.embedding_rate,
+        distill=Distillation(divergence=o.distill, weight=o.distill_weight) if o.teacher is not None else None,
+        teacher=o.teacher or "",
+        bf16=work.bf16,
+        gradient_checkpointing=o.gradient_checkpointing,
+        compile=o.compile,
+        seed=o.seed,
+        log_every=(o.log_every or max(1, steps // 50)) if save else 0,
+        eval_every=max(1, steps // 10) if save else 0,
+        eval_blocks=min(TUNING_BLOCKS, max(8, steps * work.batch_size // 160)),  # about 2 % of the run's time
+        save_every=(o.save_every or max(1, steps // 5)) if save else 0,
+        report_to=o.report_to if save else (),
+    )
+
+
+def _trainer(work: Workspace, model: Any, plan: Plan, config: TrainConfig, description: str) -> HestiaTrainer:
+    return HestiaTrainer(
+        model,
+        plan=plan,
+        config=config,
+        train=work.training,
+        held_out=work.tuning,
+        folder=work.folder,
+        description=description,
+        teacher=_teacher(work),
+    )
+
+
+def _teacher(work: Workspace) -> Any:
+    """A model of its own to learn from: the parent again, or the one that --teacher names."""
+    name = work.options.teacher
+    if name is None:
+        return None
+    return work.load_model() if name == "parent" else loading.load_model(loading.resolve(name))

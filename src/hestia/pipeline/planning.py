@@ -1,0 +1,109 @@
+"""The first stages: which tensors get which quantizer, and the curvature that decides it."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from .. import curvature, loading, nn, recipes
+from ..curvature import parallel
+from ..errors import ConfigError
+from ..jobs import calibrate_on
+from ..mixed import candidates, is_mixed
+from ..planner import plan as make_plan
+from ..plans import Plan
+from ..quant import QuantSpec
+from .artefacts import PLAN_FILE, SENSITIVITY_FILE
+from .workspace import Workspace
+
+
+def plan_without_curvature(work: Workspace, given: Plan | None) -> Plan:
+    """The plan before calibration: refuses at once what could not be exported at the end."""
+    if given is not None:
+        nn.apply(work.empty_model(), given)  # refuses a plan of another model
+        return given
+    if not _is_mixed(work) or work.options.sensitivity is not None:
+        return _make_plan(work, work.options.sensitivity)
+    if work.options.calibrate == 0:
+        raise ConfigError(
+            f"--calibrate 0 leaves nothing to spend --bits {work.options.bits:g} by; "
+            "give --sensitivity FILE, or let it calibrate"
+        )
+    return _make_plan(work, None, alike=True)
+
+
+def plan_run(work: Workspace, given: Plan | None, plan: Plan) -> Plan:
+    """The run's plan: the one in its folder, the one given, or ``plan`` made again with the curvature it needs."""
+    path = work.folder / PLAN_FILE
+    if work.resume and path.is_file():
+        made = Plan.load(path)
+        if given is not None and made.to_json() != given.to_json():
+            raise ConfigError(f"{work.folder} holds a run by another plan than the one given. Choose another --out")
+        return made
+    recipe = recipes.get(work.options.recipe, **work.options.options)
+    if given is None and (recipe.uses_curvature or _is_mixed(work)):
+        sensitivity = _sensitivity(work, plan)
+        if sensitivity is not None:
+            plan = _make_plan(work, sensitivity)
+    if parallel.first():
+        plan.save(path)
+    return plan
+
+
+def _sensitivity(work: Workspace, plan: Plan) -> curvature.Sensitivity | None:
+    """The sensitivity given, found in the folder or measured now; None where calibration is switched off."""
+    path = work.folder / SENSITIVITY_FILE
+    given = Path(work.options.sensitivity) if work.options.sensitivity else path
+    if work.options.sensitivity or (work.resume and path.is_file()):
+        sensitivity = curvature.Sensitivity.load(given)
+    elif work.options.calibrate == 0:
+        return None
+    else:
+        model: Any = work.load_model()
+        model.to(work.device)
+        paths, candidates = _to_measure(work, plan)
+        identity = loading.fingerprint(work.source, work.config)
+        sensitivity = work.clock.measure(
+            "calibrate",
+            lambda: calibrate_on(model, paths, candidates, work.training, work.options, identity),
+        )
+    if parallel.first():
+        sensitivity.save(path)
+    return sensitivity
+
+
+def _is_mixed(work: Workspace) -> bool:
+    """Whether the plan may give tensors different widths, which needs a sensitivity whatever the recipe."""
+    o = work.options
+    return is_mixed(recipes.get(o.recipe, **o.options), o.bits, o.mix(), o.max_kl)
+
+
+def _make_plan(work: Workspace, sensitivity: str | curvature.Sensitivity | None, *, alike: bool = False) -> Plan:
+    """The plan; ``alike`` takes all weights for equally sensitive, to see whether any plan meets the budget."""
+    o = work.options
+    model = work.empty_model()
+    even = {path: {width: 4.0**-width for width in recipes.GRIDS} for path in nn.select(model, o.skip).candidates}
+    return make_plan(
+        model,
+        recipes.get(o.recipe, **o.options),
+        o.target,
+        sensitivity,
+        bits=o.bits,
+        widths=o.mix(),
+        max_kl=math.inf if alike and o.max_kl is not None else o.max_kl,
+        damages=even if alike else None,
+        group_size=o.group(),
+        skip=o.skip,
+        fallback=o.fallback,
+        allow_partial=o.allow_partial or alike,
+    )
+
+
+def _to_measure(work: Workspace, plan: Plan) -> tuple[list[str], dict[str, QuantSpec]]:
+    """The tensors that calibration looks at, and by label every quantizer that they may get."""
+    if not _is_mixed(work):
+        return list(plan.layers), {layer.spec.grid.name: layer.spec for layer in plan.layers.values()}
+    o = work.options
+    specs = candidates(recipes.get(o.recipe, **o.options), o.group(), o.mix())
+    return list(nn.select(work.empty_model(), o.skip).candidates), specs

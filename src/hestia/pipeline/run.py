@@ -1,0 +1,143 @@
+"""The main job: the stages in order, each leaving its artefact in the run's folder.
+
+    quantize = prepare data, plan, calibrate, plan again, [pilot], train, freeze, score, export, verify, report
+
+With ``resume`` a stage whose artefact is there is not repeated.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from datetime import UTC, datetime
+from typing import Any
+
+from transformers import set_seed
+
+from ..curvature import parallel
+from ..data import cache as token_cache
+from ..errors import ConfigError
+from ..export.frozen import CODES_FILE, FrozenModel
+from ..files import write_text
+from ..options import Options, load_config
+from ..plans import Plan
+from ..progress import announce as say
+from .artefacts import CACHE_FOLDER, OPTIONS_FILE
+from .delivery import deliver
+from .fitting import train_and_freeze
+from .planning import plan_run, plan_without_curvature
+from .record import publish, record_of
+from .scoring import score_run
+from .workspace import Workspace
+
+
+def quantize(options: Options, *, resume: bool = False, plan: Plan | None = None) -> dict[str, Any]:
+    """From a pretrained checkpoint to verified low-bit files.
+
+    Under torchrun or accelerate every process calls it: they share calibration, training and scoring; the first alone
+    writes, freezes, exports and returns the record, the others an empty one.
+
+    Args:
+        options: what to do; see ``Options``.
+        resume: continue the run in ``options.out``, or start it where none is.
+        plan: use this plan instead of making one (``hestia train``).
+
+    Returns:
+        The record that report.json holds.
+
+    Raises:
+        ConfigError, PlanError: bad input; nothing was written.
+        GuardError, Interrupted: training was stopped; the last good checkpoint is kept.
+        VerifyError: an exported file differs from the frozen model.
+    """
+    with parallel.joined():
+        return Run(options, resume=resume, plan=plan).execute()
+
+
+class Run:
+    """One run: a workspace, a plan made beforehand or none, and the stages in order.
+
+    Args:
+        options: what to do.
+        resume: continue where an earlier call stopped.
+        plan: a plan made beforehand.
+    """
+
+    def __init__(self, options: Options, *, resume: bool = False, plan: Plan | None = None) -> None:
+        self.work, self.given_plan = Workspace(options, resume=resume), plan
+        self.started = datetime.now(UTC)
+        self.baselines: list[dict[str, Any]] = []
+        self.reference: dict[str, Any] | None = None
+        """scores.json of another run by the same plan and text, whose parent and rounding need no second scoring."""
+
+    def execute(self) -> dict[str, Any]:
+        """All stages, then the record of report.json."""
+        set_seed(self.work.options.seed)
+        self._check_folder()
+        return self.work.clock.measure("total", self._stages)
+
+    def _stages(self) -> dict[str, Any]:
+        work, started = self.work, time.perf_counter()
+        plan = plan_without_curvature(work, self.given_plan)
+        text = work.text
+        self._check_inputs()
+        self._open_folder()
+        say(f"{len(text.train):,} training blocks, {len(text.held_out):,} held-out blocks of {work.seq_len} tokens")
+        plan = plan_run(work, self.given_plan, plan)
+        frozen = self._frozen(plan)
+        scores = score_run(work, plan, self.reference)
+        if not parallel.first():
+            parallel.barrier()
+            return {}
+        exports = [deliver(work, name, frozen) for name in plan.targets]
+        total = work.clock.seconds.get("total", 0.0) + time.perf_counter() - started
+        record = record_of(work, plan, scores, exports, self.started)
+        record["baselines"] = self.baselines
+        record["seconds"]["total"] = total
+        publish(work.folder, record)
+        parallel.barrier()
+        return record
+
+    def _frozen(self, plan: Plan) -> FrozenModel:
+        if not (self.work.resume and (self.work.folder / CODES_FILE).is_file()):
+            train_and_freeze(self.work, plan)
+            parallel.barrier()
+        return FrozenModel(self.work.folder)
+
+    def _check_folder(self) -> None:
+        """Refuse a folder that holds something else; nothing is written yet."""
+        folder, options = self.work.folder, self.work.options
+        recorded = folder / OPTIONS_FILE
+        if recorded.is_file():
+            before = Options(**load_config(recorded))
+            ignored = {"threads", "device", "report_to", "log_every"}
+            differing = [
+                f"{item.name} is {getattr(before, item.name)!r} there and {getattr(options, item.name)!r} here"
+                for item in dataclasses.fields(Options)
+                if item.name not in ignored and getattr(before, item.name) != getattr(options, item.name)
+            ]
+            if differing:
+                raise ConfigError(f"{folder} holds a different run: {'; '.join(differing)}. Choose another --out")
+            if not self.work.resume:
+                raise ConfigError(f"{folder} already holds this run; continue it with --resume")
+        elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise ConfigError(f"{folder} exists and is not a run of hestia; choose another --out")
+
+    def _check_inputs(self) -> None:
+        """Refuse what only a later stage would stumble over: too little text, an odd batch, damaged weights."""
+        self.work.tuning_count()
+        _ = self.work.batch_size
+        if not (self.work.folder / OPTIONS_FILE).is_file():
+            self.work.load_model()
+
+    def _open_folder(self) -> None:
+        """The first write: options and tokens, after everything that can be refused has been checked."""
+        work = self.work
+        parallel.barrier()  # every process has looked at the folder as it was
+        if parallel.first():
+            work.folder.mkdir(parents=True, exist_ok=True)
+            write_text(work.folder / OPTIONS_FILE, work.options.to_yaml())
+            if not (work.folder / CACHE_FOLDER).is_dir():
+                text, cache = work.text, work.folder / CACHE_FOLDER
+                token_cache.save(cache, text.record["key"], text.train, text.held_out, text.record)
+        parallel.barrier()

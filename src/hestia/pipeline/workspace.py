@@ -1,0 +1,140 @@
+"""A run's folder, options and clock, and what follows from them once: model, text, blocks, batch, steps."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .. import loading
+from ..data import Blocks, TokenizedText
+from ..errors import ConfigError
+from ..files import require_writable
+from ..jobs import LARGEST_DEFAULT_BATCH, TUNING_BLOCKS, choose_device, longest_block, prepare_text, spread
+from ..options import Options, count
+from ..schedules import LearningRateSchedule
+from ..training import check_loggers
+from .artefacts import CACHE_FOLDER, OPTIONS_FILE, TIMING_FILE
+from .clock import Clock
+
+
+class Workspace:
+    """What every stage of one run starts from; each property is worked out at its first use.
+
+    Args:
+        options: what to do.
+        resume: continue where an earlier call stopped.
+
+    Raises:
+        ConfigError: an option is missing or impossible, or the folder cannot be written.
+    """
+
+    def __init__(self, options: Options, *, resume: bool = False) -> None:
+        for name, value in (("MODEL", options.model), ("--data", options.data), ("--out", options.out)):
+            if not value:
+                raise ConfigError(f"{name} is missing; see `hestia quantize --help`")
+        self.options, self.resume = options, resume
+        self.folder = Path(options.out)
+        require_writable(self.folder)
+        check_loggers(options.report_to)
+        self.schedule = LearningRateSchedule(
+            warmup=options.warmup,
+            decay=options.lr_decay,
+            final=options.lr_final,
+            second_stage=options.second_stage,
+            second_factor=options.second_factor,
+        )
+        self.clock = Clock(self.folder / TIMING_FILE, resume)
+        self.device = choose_device(options)
+        self.source = loading.resolve(options.model)
+        self.config = loading.load_config(self.source, trust_remote_code=options.trust_remote_code)
+
+    def load_model(self) -> PreTrainedModel:
+        """The parent, as it was published."""
+        return loading.load_model(self.source, trust_remote_code=self.options.trust_remote_code)
+
+    def empty_model(self) -> PreTrainedModel:
+        """The parent without weights, on the meta device."""
+        return loading.empty_model(self.source, self.config, trust_remote_code=self.options.trust_remote_code)
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The parent's tokenizer."""
+        return loading.load_tokenizer(self.source, trust_remote_code=self.options.trust_remote_code)
+
+    @cached_property
+    def seq_len(self) -> int:
+        """Tokens a block."""
+        return longest_block(self.config, self.options)
+
+    @cached_property
+    def text(self) -> TokenizedText:
+        """Training and held-out blocks; tokenized once and cached in the run."""
+        text = prepare_text(self.options, self.tokenizer, self.seq_len, self._cache())
+        largest, size = int(text.record["max_token_id"]), int(self.config.get_text_config().vocab_size)
+        if largest >= size:
+            raise ConfigError(
+                f"{self.source.name}: its tokenizer makes token id {largest}, the model knows {size} tokens; "
+                "they do not belong together"
+            )
+        return text
+
+    def _cache(self) -> Path | None:
+        return self.folder / CACHE_FOLDER if (self.folder / OPTIONS_FILE).is_file() else None
+
+    @cached_property
+    def training(self) -> Blocks:
+        """The training blocks without the tuning blocks."""
+        blocks = self.text.train
+        kept = len(blocks) - self.tuning_count()
+        return blocks[:kept]
+
+    @cached_property
+    def tuning(self) -> Blocks:
+        """The last training blocks: logged hard loss and pilot, never trained on, never reported."""
+        blocks = self.text.train
+        kept = len(blocks) - self.tuning_count()
+        return blocks[kept:]
+
+    def tuning_count(self) -> int:
+        """How many training blocks are set aside; refuses a text that is too short."""
+        blocks = len(self.text.train)
+        if blocks < 2:
+            raise ConfigError(
+                f"the training text fills {blocks} block of {self.seq_len} tokens; at least 2 are needed: "
+                "give more --data or a smaller --seq-len"
+            )
+        return max(1, min(TUNING_BLOCKS, blocks // 20))
+
+    @cached_property
+    def scored(self) -> Blocks:
+        """The held-out blocks that the report scores: all, or ``--eval-tokens`` of them spread evenly."""
+        return spread(self.text.held_out, count(self.options.eval_tokens, "eval_tokens") // self.seq_len)
+
+    @cached_property
+    def batch_size(self) -> int:
+        """Blocks a step: the user's, or as many as leave at least 300 steps, 16 at most."""
+        if self.options.batch_size is not None:
+            size = self.options.batch_size
+        else:
+            tokens = count(self.options.tokens, "tokens")
+            size = max(1, min(LARGEST_DEFAULT_BATCH, tokens // (300 * self.seq_len)))
+            size = max(self.options.accumulation, size - size % self.options.accumulation)
+        if size % self.options.accumulation:
+            raise ConfigError(f"--accumulation {self.options.accumulation} does not divide --batch-size {size}")
+        return size
+
+    @cached_property
+    def steps(self) -> int:
+        """Optimizer steps."""
+        tokens = count(self.options.tokens, "tokens")
+        return self.options.steps or max(1, tokens // (self.batch_size * self.seq_len))
+
+    @property
+    def bf16(self) -> bool:
+        """Whether training runs under bf16 autocast; auto says yes but for very narrow models on a CPU."""
+        if self.options.precision != "auto":
+            return self.options.precision == "bf16"
+        width = int(getattr(self.config.get_text_config(), "hidden_size", 1024))
+        return width >= 128 or self.device.type == "cuda"
