@@ -176,6 +176,11 @@ class HestiaTrainer(Trainer):
             callbacks=[QATCallback(plan), _StopCallback(self._signals), self._bar, *(callbacks or [])],
             compute_loss_func=None if self._teacher is None else self._distilled,
         )
+        if self.is_fsdp_enabled:
+            raise ConfigError(
+                "HestiaTrainer does not shard by FSDP: its checkpoints hold whole tensors of one process. Use DDP "
+                "(torchrun without an FSDP configuration), or your own Trainer with hestia.QATCallback (docs/running.md)"
+            )
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
         self.tokens_per_step = config.batch_size * train.input_ids.shape[1]
