@@ -151,6 +151,8 @@ def test_more_processes_hold_less_of_a_sharded_model(toy_parent: Path) -> None:
     two, four = train(Layout(processes=2, sharded=True)), train(Layout(processes=4, sharded=True))
     assert two["optimizer"] == pytest.approx(2 * four["optimizer"], abs=2)
     assert "buckets" in train(Layout(processes=2)) and "buckets" not in two
+    with pytest.raises(ConfigError, match="--batch-size 4 cannot be shared out evenly between 3 processes"):
+        train(Layout(processes=3))
     with pytest.raises(ConfigError, match="--processes must be at least 1, got 0"):
         Layout(processes=0)
 

@@ -150,7 +150,7 @@ def stages(sizes: Sizes, done: Passes, *, processes: int = 1, sharded: bool = Fa
 def _stage(name: str, parts: Mapping[str, int], note: str = "") -> Stage:
     live = {k: round(v) for k, v in parts.items() if v > 0}
     kept = round((ALLOCATOR[name] - 1.0) * sum(live.values())) + CONSTANT[name]
-    return Stage(name, {**live, "allocator": kept}, note)
+    return Stage(name, {**live, "allocator": kept} if kept else live, note)
 
 
 def _calibration(sizes: Sizes, work: Work) -> Stage:
@@ -171,13 +171,14 @@ def _training(sizes: Sizes, work: Work, processes: int, sharded: bool) -> Stage:
         "weights": 4 * sizes.parameters / share,
         "optimizer": 8 * sizes.trained / share,
         "gradients": gradients / share,
-        "activations": work.peak - gradients,
+        # whole gradients come while activations go; sharded ones are small beside what the forward pass leaves
+        "activations": max(work.forward, work.head) if sharded else work.peak - gradients,
         "teacher": 4 * sizes.teacher,
     }
     note = ""
     if sharded:
         parts["gathered"] = 4 * (sizes.outside + 3 * sizes.largest_block)
-        note = "gathered: embeddings and head, two blocks' weights and one block's gradients"
+        note = "gathered: embeddings and head, two blocks' weights, one block's gradients"
     elif processes > 1:
         parts["buckets"] = 4 * sizes.trained
         note = "buckets: gradients a second time, in the reducer of DDP"

@@ -112,7 +112,7 @@ class _Model:
         self.empty = loading.empty_model(self.source, self.config, trust_remote_code=remote)
         self.plan = _plan(self.empty, options)
         self.tokens = longest_block(self.config, options)
-        self.batch, self.steps = _length(options, self.tokens)
+        self.batch, self.steps = _length(options, self.tokens, layout.processes)
         self.micro = max(1, self.batch // options.accumulation // layout.processes)
         self.dtype = loading.parent_dtype(self.source, self.config)
         text = self.config.get_text_config()
@@ -243,14 +243,23 @@ def _plan(empty: Any, options: Options) -> Plan:
     )
 
 
-def _length(options: Options, tokens: int) -> tuple[int, int]:
-    """Blocks a step and steps, by the rules of the main job."""
-    total = count(options.tokens, "tokens")
+def _length(options: Options, tokens: int, processes: int) -> tuple[int, int]:
+    """Blocks a step and steps, by the rules of the main job.
+
+    Raises:
+        ConfigError: a batch that the processes cannot share evenly.
+    """
+    total, parts = count(options.tokens, "tokens"), options.accumulation * processes
     if options.batch_size is not None:
         batch = options.batch_size
     else:
         batch = max(1, min(LARGEST_DEFAULT_BATCH, total // (300 * tokens)))
-        batch = max(options.accumulation, batch - batch % options.accumulation)
+        batch = max(parts, batch - batch % parts)
+    if batch % parts:
+        raise ConfigError(
+            f"--batch-size {batch} cannot be shared out evenly between {processes} processes in "
+            f"{options.accumulation} micro-batches; choose a multiple of {parts}"
+        )
     return batch, options.steps or max(1, total // (batch * tokens))
 
 

@@ -179,7 +179,7 @@ class HestiaTrainer(Trainer):
         if self.is_fsdp_enabled:
             raise ConfigError(
                 "HestiaTrainer does not shard by FSDP: its checkpoints hold whole tensors of one process. Use DDP "
-                "(torchrun without an FSDP configuration), or your own Trainer with hestia.QATCallback (docs/running.md)"
+                "(torchrun, no FSDP configuration), or your own Trainer with hestia.QATCallback (docs/running.md)"
             )
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
