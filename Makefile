@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 GPU := $(shell command -v nvidia-smi 2>/dev/null)
 
-.PHONY: setup demo test test-slow test-llama lint format speed bench-smoke clean
+.PHONY: setup demo test test-slow test-llama test-distributed lint format speed bench-smoke clean
 
 setup: .venv/.installed
 
@@ -24,6 +24,10 @@ test: setup
 
 test-slow: setup
 	$(BIN)/pytest
+
+# Two processes over gloo, on the CPU: training, resuming, sharded weights, calibration.
+test-distributed: setup
+	$(BIN)/pytest tests/distributed tests/curvature/test_parallel.py
 
 # llama-cpp-python builds from source (ten minutes on two cores); its tests are skipped by name without it.
 test-llama: setup

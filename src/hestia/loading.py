@@ -100,6 +100,25 @@ SPARE = 1.5
 """Weights that a configuration may describe, a stored one: shared and derived ones are counted, nothing else."""
 
 
+def config_source(name: str) -> Source:
+    """Where a model's configuration comes from; no weights are needed.
+
+    Args:
+        name: a folder with a config.json, the path of such a file, or a hub id.
+
+    Raises:
+        ConfigError: none of these.
+    """
+    path = Path(name)
+    if path.is_file() and path.suffix == ".json":
+        return Source(name=name, location=str(path))
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ConfigError(f"{path}: no config.json; is this a Hugging Face model folder?")
+        return Source(name=name, location=str(path))
+    return resolve(name)
+
+
 def _check_folder(folder: Path) -> None:
     for path in sorted(folder.iterdir()):
         if path.exists() and not path.is_dir():

@@ -31,6 +31,7 @@ VERBS = {
     "compare": "runs side by side",
     "report": "write a run's report.html and model card again",
     "recipes": "list the recipes, or show one",
+    "estimate": "memory, hours and file sizes of a run, from the model's configuration alone",
     "doctor": "is this machine fit for a run, and what to do where it is not",
 }
 

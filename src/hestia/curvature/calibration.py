@@ -75,7 +75,7 @@ def calibrate(
             forward=forward or (lambda batch: model(input_ids=batch).logits),
             weights=weights,
             candidates=Candidates(weights, candidates or {}),
-            diagonals=None if diagonals is None else Diagonals(diagonals),
+            diagonals=None if diagonals is None else Diagonals(diagonals, weights),
             seed=seed,
         )
         chosen.prepare(problem, ids)

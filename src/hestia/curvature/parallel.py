@@ -1,6 +1,8 @@
-"""Calibration over several processes: every one takes each n-th sequence, and all end with the same table.
+"""Several processes, started by torchrun or accelerate: what they share, and calibration over them.
 
     torchrun --nproc-per-node 2 -m hestia calibrate MODEL --data PATH... --out sensitivity.json
+
+Every process takes each n-th sequence, and all end with the same table.
 
 Rows travel as fp64 matrices, never as pickled objects. Probes are keyed by a sequence's content, so which process drew
 them does not matter: the table of two processes is the table of one, bit for bit where the kernels are.
@@ -14,6 +16,7 @@ import os
 from collections.abc import Iterator, Mapping
 
 import torch
+from torch import Tensor
 from torch import distributed as dist
 
 from ..errors import CalibrationError
@@ -35,7 +38,9 @@ def joined() -> Iterator[bool]:
         yield rank() == 0
         return
     try:
-        dist.init_process_group("gloo")
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     except (RuntimeError, ValueError) as error:
         raise CalibrationError(
             f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but the processes cannot reach each other ({error}); start "
@@ -59,6 +64,33 @@ def rank() -> int:
 def world_size() -> int:
     """How many processes share the work; 1 alone."""
     return dist.get_world_size() if _running() else 1
+
+
+def first() -> bool:
+    """Whether this process writes files and speaks: the only one, or number 0."""
+    return rank() == 0
+
+
+def barrier() -> None:
+    """Wait until every process is here; nothing alone."""
+    if _running():
+        dist.barrier()
+
+
+def largest(value: int) -> int:
+    """The largest ``value`` of all processes; the value itself alone."""
+    if not _running():
+        return value
+    found = torch.tensor([value])
+    dist.all_reduce(found, dist.ReduceOp.MAX)
+    return int(found)
+
+
+def added(values: Tensor) -> Tensor:
+    """``values`` summed over all processes, in place of each other's; on the CPU, fp64 or int64."""
+    if _running():
+        dist.all_reduce(values)
+    return values
 
 
 def gathered(mine: Mapping[int, Row], start: int, stop: int) -> list[Row]:

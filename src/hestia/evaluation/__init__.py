@@ -7,6 +7,7 @@ from .harness import run_tasks
 from .paired import PairedDifference, gap_closed, holm, paired_difference, paired_p_value
 from .protocols import ProtocolPerplexity, hestia_protocol_perplexity
 from .scoring import Logits, Score, model_logits, score
+from .shared import shared_score
 
 __all__ = [
     "Comparison",
@@ -24,4 +25,5 @@ __all__ = [
     "paired_p_value",
     "run_tasks",
     "score",
+    "shared_score",
 ]

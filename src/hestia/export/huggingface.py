@@ -28,7 +28,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -166,17 +166,22 @@ def choose_scheme(frozen: FrozenModel, bits: int = 2) -> Scheme:
     of 256, 128, 64, 32 that divides ``n``; else ``channel`` if every tensor has one scale a row (or one in all), as in
     rows of 64 and 172; else ``group`` of ``n`` itself.
     """
-    lengths: set[int] = set()
-    finer_than_rows = False
+    spans = []
     for name in frozen.quantized:
         weight = frozen.codes(name)
-        whole = not isinstance(weight.group_size, int) or weight.group_size == weight.shape[1]
-        finer_than_rows |= not whole
-        lengths.add(weight.shape[1] if whole else int(weight.group_size))
-    common = math.gcd(*lengths)
+        columns = weight.shape[1]
+        spans.append((weight.group_size if isinstance(weight.group_size, int) else columns, columns))
+    return scheme_of(spans, bits)
+
+
+def scheme_of(spans: Iterable[tuple[int, int]], bits: int = 2) -> Scheme:
+    """The scheme for weights of these (group length, row length)."""
+    known = set(spans)
+    common = math.gcd(*(length for length, _ in known))
     for group in _GROUPS:
         if common % group == 0:
             return Scheme("group", group, bits)
+    finer_than_rows = any(length != columns for length, columns in known)
     return Scheme("group", common, bits) if finer_than_rows else Scheme("channel", None, bits)
 
 

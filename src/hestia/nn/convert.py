@@ -13,6 +13,7 @@ from ..quant import QuantizedTensor
 from .biases import declare
 from .knobs import Knobs
 from .linear import QuantLinear
+from .shards import is_shared, whole
 
 
 def quantized_modules(model: nn.Module) -> Iterator[tuple[str, QuantLinear]]:
@@ -71,7 +72,8 @@ def freeze(model: nn.Module) -> dict[str, QuantizedTensor]:
 
     The weights return to the parent's dtype, which holds them exactly: snapped scales are bf16 and fp16 numbers, and
     ``snap`` leaves room for the product with every level of the grid. An output shift moves into the bias, and where
-    the parent had none, the model's configuration says so from then on.
+    the parent had none, the model's configuration says so from then on. Under ``fully_shard`` all processes call it,
+    and each ends with whole frozen weights.
 
     Raises:
         PlanError: no layer is quantized: ``apply`` was not called, or ``freeze`` already was.
@@ -81,7 +83,7 @@ def freeze(model: nn.Module) -> dict[str, QuantizedTensor]:
     if not layers:
         raise PlanError("there is nothing to freeze: no layer was converted by hestia.apply, or all are frozen already")
     for path, module in layers:
-        if not bool(torch.isfinite(module.weight).all()):
+        if not bool(torch.isfinite(whole(module.weight)).all()):
             raise GuardError(f"{path}: the weight holds NaN or infinity and cannot be frozen")
     frozen: dict[str, QuantizedTensor] = {}
     shifted: list[str] = []
@@ -90,7 +92,11 @@ def freeze(model: nn.Module) -> dict[str, QuantizedTensor]:
         if module.quantizer.spec.output_shift is not None:
             shifted.append(path)
             module.fold_shift()
-        module.weight.data = tensor.dense(module.parent_dtype)
+        dense = tensor.dense(module.parent_dtype)
+        if is_shared(module.weight):
+            module.weight = nn.Parameter(dense, requires_grad=module.weight.requires_grad)
+        else:
+            module.weight.data = dense
         _replace(model, path, module.unquantized())
     if shifted:
         declare(model, shifted)

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from ..quant import HeldRule, QuantizedTensor, Quantizer, QuantSpec
 from .held import Held
 from .knobs import Knobs
+from .shards import is_shared, shared_as, whole
 
 
 class QuantLinear(nn.Linear):
@@ -66,25 +67,26 @@ class QuantLinear(nn.Linear):
     def restart(self) -> None:
         """Fill what is held anew from the weight, after a model born on the meta device got its weights."""
         if self._hestia is not None:
-            self._hestia.restart(self.quantizer, self.weight)
+            self._hestia.restart(self.quantizer, whole(self.weight))
 
     def shift(self) -> Tensor:
         """The output shift ``[O]`` of the latent weight, differentiable in it."""
         shift = self.quantizer.spec.output_shift
         assert shift is not None
-        return shift(self.weight, self.quantizer.codes(self.weight, self.held).codes)
+        weight = whole(self.weight)
+        return shift(weight, self.quantizer.codes(weight, self._whole_held()).codes)
 
     @torch.no_grad()
     def shifted_bias(self) -> Tensor:
         """Bias and output shift in one, in the parent's dtype: the bias that this layer freezes to."""
         shift = self.shift()
-        return (shift if self.bias is None else self.bias.to(shift.dtype) + shift).to(self.parent_dtype)
+        return (shift if self.bias is None else whole(self.bias).to(shift.dtype) + shift).to(self.parent_dtype)
 
     @torch.no_grad()
     def fold_shift(self) -> None:
         """Put ``shifted_bias`` into the bias, which is created if there was none; before the weight is frozen."""
         bias = self.shifted_bias()
-        if self.bias is None:
+        if self.bias is None or is_shared(self.bias):
             self.bias = nn.Parameter(bias, requires_grad=self.weight.requires_grad)
         else:
             self.bias.data = bias
@@ -92,11 +94,20 @@ class QuantLinear(nn.Linear):
     def hard(self) -> Tensor:
         """The hard, unsnapped ``level Q(w / step)`` that corrections pull to, detached."""
         one = torch.ones((), dtype=torch.float32, device=self.weight.device)
-        return self.quantizer.fake(self.weight.detach(), one, torch.zeros_like(one), self.held).detach()
+        out = self.quantizer.fake(whole(self.weight.detach()), one, torch.zeros_like(one), self._whole_held()).detach()
+        return shared_as(self.weight, out)
 
     def codes(self) -> QuantizedTensor:
-        """The integers and snapped scales that this layer freezes to."""
-        return self.quantizer.codes(self.weight, self.held)
+        """The integers and snapped scales that this layer freezes to; of a sharded weight, all processes call it."""
+        return self.quantizer.codes(whole(self.weight), self._whole_held())
+
+    def gain(self) -> Tensor | None:
+        """The surrogate's gain at every weight now, detached; None where it is 1 everywhere."""
+        temperature = self.knobs.temperature * self.temperature_factor
+        return self.quantizer.gain(whole(self.weight), temperature, self._whole_held())
+
+    def _whole_held(self) -> Tensor | None:
+        return None if self.held is None else whole(self.held)
 
     @torch.no_grad()
     def unquantized(self) -> nn.Linear:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
+from ..curvature import parallel
 from ..errors import ConfigError
 from ..files import read_json, write_json
 
@@ -37,5 +38,5 @@ class Clock:
             return work()
         finally:
             self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - started
-            if self.kept:
+            if self.kept and parallel.first():
                 write_json(self.path, dict(self.seconds))

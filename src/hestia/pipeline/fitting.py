@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from .. import loading, nn
-from ..evaluation import model_logits, score
+from ..curvature import parallel
+from ..evaluation import model_logits, shared_score
 from ..evaluation.diagnostics import histograms
 from ..export.frozen import CODES_FILE, MODEL_FOLDER, save_codes
 from ..files import read_json, replacing_folder, write_json
@@ -28,6 +29,8 @@ def train_and_freeze(work: Workspace, plan: Plan) -> None:
         trainer = _trainer(work, model, plan, config, f"training {plan.recipe['name']}")
         work.clock.measure("train", lambda: trainer.fit(checkpoint))
         work.clock.at_least("train", trainer.trained)
+    if not parallel.first():
+        return
     diagnostics = histograms(model, work.load_model())
     codes = nn.freeze(model)
     lost = collapsed(codes)
@@ -44,7 +47,7 @@ def trial(work: Workspace, plan: Plan, rate: float, steps: int) -> float:
     """Hard loss on the tuning blocks after a whole run in miniature: ``steps`` steps, schedules included."""
     model = nn.apply(work.load_model(), plan)
     _trainer(work, model, plan, _config_for(work, rate, steps, save=False), f"pilot at {rate:g}").fit()
-    return score(model_logits(model), work.tuning, description="pilot loss").nll
+    return shared_score(model_logits(model), work.tuning, description="pilot loss").nll
 
 
 def _train_config(work: Workspace, plan: Plan) -> TrainConfig:
@@ -53,7 +56,8 @@ def _train_config(work: Workspace, plan: Plan) -> TrainConfig:
         rate = float(read_json(path)["learning_rate"])
     else:
         rate = o.learning_rate() or _pilot(work, plan)
-        write_json(path, {"learning_rate": rate, "steps": work.steps, "batch_size": work.batch_size})
+        if parallel.first():
+            write_json(path, {"learning_rate": rate, "steps": work.steps, "batch_size": work.batch_size})
     return _config_for(work, rate, work.steps, save=True)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import curvature, loading, nn, recipes
+from ..curvature import parallel
 from ..errors import ConfigError
 from ..jobs import calibrate_on
 from ..mixed import candidates, is_mixed
@@ -45,7 +46,8 @@ def plan_run(work: Workspace, given: Plan | None, plan: Plan) -> Plan:
         sensitivity = _sensitivity(work, plan)
         if sensitivity is not None:
             plan = _make_plan(work, sensitivity)
-    plan.save(path)
+    if parallel.first():
+        plan.save(path)
     return plan
 
 
@@ -66,8 +68,9 @@ def _sensitivity(work: Workspace, plan: Plan) -> curvature.Sensitivity | None:
             "calibrate",
             lambda: calibrate_on(model, paths, candidates, work.training, work.options, identity, kept),
         )
-    sensitivity.save(path)
-    kept.unlink(missing_ok=True)
+    if parallel.first():
+        sensitivity.save(path)
+        kept.unlink(missing_ok=True)
     return sensitivity
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
 import time
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 
 from transformers import set_seed
 
+from ..curvature import parallel
 from ..data import cache as token_cache
 from ..errors import ConfigError
 from ..export.frozen import CODES_FILE, FrozenModel
@@ -38,6 +38,9 @@ from .workspace import Workspace
 def quantize(options: Options, *, resume: bool = False, plan: Plan | None = None) -> dict[str, Any]:
     """From a pretrained checkpoint to verified low-bit files.
 
+    Under torchrun or accelerate every process calls it: they share calibration, training and scoring; the first alone
+    writes, freezes, exports and returns the record, the others an empty one.
+
     Args:
         options: what to do; see ``Options``.
         resume: continue the run in ``options.out``, or start it where none is.
@@ -51,7 +54,8 @@ def quantize(options: Options, *, resume: bool = False, plan: Plan | None = None
         GuardError, Interrupted: training was stopped; the last good checkpoint is kept.
         VerifyError: an exported file differs from the frozen model.
     """
-    return Run(options, resume=resume, plan=plan).execute()
+    with parallel.joined():
+        return Run(options, resume=resume, plan=plan).execute()
 
 
 class Run:
@@ -87,7 +91,7 @@ class Run:
     def _take_folder(self) -> None:
         """Lock the folder, tidy up after a process that was killed, and check what this run would go on from."""
         folder = self.work.folder
-        if int(os.environ.get("RANK", "0")) == 0:  # of several processes of one run, the first holds it for all
+        if parallel.first():  # of several processes of one run, the first holds it for all
             self._held.enter_context(locked(folder))
             self._check_folder()  # again: someone may have been here meanwhile
             require_inside(folder)
@@ -107,17 +111,22 @@ class Run:
         plan = plan_run(work, self.given_plan, plan)
         frozen = self._frozen(plan)
         scores = score_run(work, plan, self.reference)
+        if not parallel.first():
+            parallel.barrier()
+            return {}
         exports = [deliver(work, name, frozen) for name in plan.targets]
         total = work.clock.seconds.get("total", 0.0) + time.perf_counter() - started
         record = record_of(work, plan, scores, exports, self.started)
         record["baselines"] = self.baselines
         record["seconds"]["total"] = total
         publish(work.folder, record)
+        parallel.barrier()
         return record
 
     def _frozen(self, plan: Plan) -> FrozenModel:
         if not (self.work.resume and (self.work.folder / CODES_FILE).is_file()):
             train_and_freeze(self.work, plan)
+            parallel.barrier()
         return FrozenModel(self.work.folder)
 
     def _check_folder(self) -> None:
@@ -149,15 +158,20 @@ class Run:
     def _open_folder(self) -> None:
         """The first write: options and tokens, after everything that can be refused has been checked."""
         work = self.work
-        work.folder.mkdir(parents=True, exist_ok=True)
+        parallel.barrier()  # every process has looked at the folder as it was
+        if parallel.first():
+            work.folder.mkdir(parents=True, exist_ok=True)
+        parallel.barrier()
         if not self._taken:
             self._take_folder()
-        write_text(work.folder / OPTIONS_FILE, work.options.to_yaml())
-        keep_inputs(work)
+        if parallel.first():
+            write_text(work.folder / OPTIONS_FILE, work.options.to_yaml())
+            keep_inputs(work)
+            if not (work.folder / CACHE_FOLDER).is_dir():
+                text, cache = work.text, work.folder / CACHE_FOLDER
+                token_cache.save(cache, text.record["key"], text.train, text.held_out, text.record)
         work.clock.kept = True
-        if not (work.folder / CACHE_FOLDER).is_dir():
-            text = work.text
-            token_cache.save(work.folder / CACHE_FOLDER, text.record["key"], text.train, text.held_out, text.record)
+        parallel.barrier()
 
 
 def _left_behind(path: Path) -> bool:

@@ -8,8 +8,9 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from .. import loading, nn, recipes
+from ..curvature import parallel
 from ..data import Blocks
-from ..evaluation import Score, model_logits, paired_difference, score
+from ..evaluation import Score, model_logits, paired_difference, shared_score
 from ..evaluation.diagnostics import continuations
 from ..export.frozen import MODEL_FOLDER
 from ..files import read_json, write_json
@@ -20,7 +21,7 @@ from .workspace import Workspace
 
 
 def score_run(work: Workspace, plan: Plan, reference: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Parent, round-to-nearest and frozen model on the same held-out blocks."""
+    """Parent, round-to-nearest and frozen model on the same held-out blocks; nothing on any process but the first."""
     path = work.folder / SCORES_FILE
     if work.resume and path.is_file():
         return read_json(path)
@@ -28,7 +29,7 @@ def score_run(work: Workspace, plan: Plan, reference: dict[str, Any] | None = No
     parent: Any = work.load_model()
     parent.to(work.device)
     if reference is None:
-        of_parent = _numbers(score(model_logits(parent), blocks, description="scoring the parent"))
+        of_parent = _numbers(shared_score(model_logits(parent), blocks, description="scoring the parent"))
         rounded = nn.apply(work.load_model(), round_to_nearest_twin(plan)).to(work.device)
         of_rounded = _numbers(_score_against(parent, rounded, blocks, "scoring round-to-nearest"))
         del rounded
@@ -37,6 +38,8 @@ def score_run(work: Workspace, plan: Plan, reference: dict[str, Any] | None = No
     frozen: Any = loading.load_model(loading.Source(str(work.folder), str(work.folder / MODEL_FOLDER)))
     frozen.to(work.device)
     of_frozen = _numbers(_score_against(parent, frozen, blocks, "scoring the frozen model"))
+    if not parallel.first():
+        return {}
     ours, theirs = of_frozen["block_nll"], of_rounded["block_nll"]
     interval = paired_difference(ours, theirs).to_json() if len(ours) > 1 else None
     diagnostics = read_json(work.folder / DIAGNOSTICS_FILE)
@@ -76,7 +79,7 @@ def round_to_nearest_twin(plan: Plan) -> Plan:
 
 
 def _score_against(parent: PreTrainedModel, model: Any, blocks: Blocks, description: str) -> Score:
-    return score(model_logits(model), blocks, parent=model_logits(parent), description=description)
+    return shared_score(model_logits(model), blocks, parent=model_logits(parent), description=description)
 
 
 def _numbers(result: Score) -> dict[str, Any]:

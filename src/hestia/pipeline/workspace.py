@@ -8,6 +8,7 @@ from pathlib import Path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .. import loading
+from ..curvature import parallel
 from ..data import Blocks, TokenizedText
 from ..errors import ConfigError
 from ..files import require_writable
@@ -115,7 +116,8 @@ class Workspace:
         else:
             tokens = count(self.options.tokens, "tokens")
             size = max(1, min(LARGEST_DEFAULT_BATCH, tokens // (300 * self.seq_len)))
-            size = max(self.options.accumulation, size - size % self.options.accumulation)
+            parts = self.options.accumulation * parallel.world_size()
+            size = max(parts, size - size % parts)
         if size % self.options.accumulation:
             raise ConfigError(f"--accumulation {self.options.accumulation} does not divide --batch-size {size}")
         return size

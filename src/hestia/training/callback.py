@@ -13,11 +13,10 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..nn import QuantLinear, knobs_of, quantized_modules
+from ..nn.shards import whole
 from ..plans import Plan
 from ..quant import Correction, Saliency
 
@@ -102,7 +101,7 @@ def hand_over_importance(layers: Iterable[QuantLinear], optimizer: torch.optim.O
             continue
         moment = optimizer.state.get(layer.weight, {}).get("exp_avg_sq")
         if moment is not None:
-            held.copy_(_whole(moment))
+            held.copy_(whole(moment))
 
 
 @torch.no_grad()
@@ -113,7 +112,3 @@ def correct(layers: Iterable[QuantLinear], optimizer: torch.optim.Optimizer, cor
         rate = rates.get(id(layer.weight))
         if rate is not None:
             correction(layer.weight, layer.hard(), optimizer.state.get(layer.weight, {}), rate, t)
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

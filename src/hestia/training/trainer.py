@@ -22,11 +22,13 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import SaveStrategy
 
 from .. import digests
+from ..curvature import parallel
 from ..data import Blocks, epoch_order
 from ..errors import ConfigError, nearest
-from ..evaluation import model_logits, score
+from ..evaluation import model_logits, shared_score
 from ..files import read_json, write_text
 from ..nn import knobs_of, quantized_modules
+from ..nn.shards import whole
 from ..plans import Plan
 from ..progress import announce
 from ..schedules import LearningRateSchedule
@@ -186,6 +188,11 @@ class HestiaTrainer(Trainer):
             ],
             compute_loss_func=None if self._teacher is None else self._distilled,
         )
+        if self.is_fsdp_enabled:
+            raise ConfigError(
+                "HestiaTrainer does not shard by FSDP: its checkpoints hold whole tensors of one process. Use DDP "
+                "(torchrun, no FSDP configuration), or your own Trainer with hestia.QATCallback (docs/running.md)"
+            )
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
         self.tokens_per_step = config.batch_size * train.input_ids.shape[1]
@@ -242,7 +249,7 @@ class HestiaTrainer(Trainer):
     def _forget_log_after(self, step: int) -> None:
         """Drop the log lines of steps that an interrupted run took and this one takes again."""
         log = self.folder / LOG_FILE
-        if log.is_file():
+        if log.is_file() and parallel.first():
             lines = log.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
             write_text(log, "".join(line for line in lines if _step_of(line) <= step))
 
@@ -323,7 +330,8 @@ class HestiaTrainer(Trainer):
         self._input_ids = inputs["input_ids"]
         result = super().compute_loss(model, inputs, *args, **kwargs)  # type: ignore[misc]
         loss = result[0] if isinstance(result, tuple) else result
-        check_loss(loss.detach(), model, self.state.global_step + 1, self._last_checkpoint_name())
+        if parallel.world_size() == 1:  # of several, one alone must not stop: the shared gradients tell all at once
+            check_loss(loss.detach(), model, self.state.global_step + 1, self._last_checkpoint_name())
         return result
 
     def _distilled(self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
@@ -340,7 +348,7 @@ class HestiaTrainer(Trainer):
         """Norm, check, clip, in this order: dividing by a bad norm would make every gradient bad."""
         parameters = [p for p in model.parameters() if p.grad is not None]
         norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        check_gradients(norm, model, self.state.global_step + 1, self._last_checkpoint_name())
+        check_gradients(whole(norm), model, self.state.global_step + 1, self._last_checkpoint_name())
         nn.utils.clip_grads_with_norm_(parameters, self.args.max_grad_norm, norm)
         return norm
 
@@ -394,7 +402,7 @@ class HestiaTrainer(Trainer):
         self._evaluated = self.state.global_step
         blocks = self.held_out[: self.config.eval_blocks]
         model = self.accelerator.unwrap_model(self.model)  # type: ignore[arg-type]
-        result = score(model_logits(model), blocks, description="")  # a bar would tear the training's in two
+        result = shared_score(model_logits(model), blocks, description="")  # a bar would tear the training's in two
         metrics = {"hard_loss": result.nll}
         self.log(metrics)
         self.watch_codes()
@@ -410,6 +418,7 @@ class HestiaTrainer(Trainer):
         unwrapped: Any = self.accelerator.unwrap_model(self.model)  # type: ignore[arg-type]
         check_state(unwrapped, self.state.global_step, self._last_checkpoint_name())
         if not self.is_world_process_zero():
+            self.last_checkpoint = folder
             return
         checkpoints.save(
             folder,
@@ -488,7 +497,7 @@ def saturated_share(model: nn.Module, below: float = 0.1) -> float:
     stuck = total = 0.0
     for _, module in quantized_modules(model):
         total += module.weight.numel()
-        gain = module.quantizer.gain(module.weight, module.knobs.temperature * module.temperature_factor, module.held)
+        gain = module.gain()
         if gain is not None:
             stuck += float((gain < below).sum())
     return stuck / max(1.0, total)
@@ -514,8 +523,10 @@ class _StopCallback(TrainerCallback):
         self.signals = signals
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Ask the Trainer to save and stop."""
-        if self.signals.requested is not None:
+        """Ask the Trainer to save and stop, all processes after the same step."""
+        requested = parallel.largest(self.signals.requested or 0)
+        if requested:
+            self.signals.requested = requested
             control.should_save = args.save_strategy != SaveStrategy.NO  # a pilot's state is nobody's checkpoint
             control.should_training_stop = True
 
@@ -535,7 +546,8 @@ def _arguments(config: TrainConfig, folder: Path) -> TrainingArguments:
     return TrainingArguments(
         output_dir=str(folder / CHECKPOINTS),
         max_steps=config.steps,
-        per_device_train_batch_size=config.batch_size // config.accumulation,
+        per_device_train_batch_size=_blocks_a_process(config),
+        ddp_find_unused_parameters=False,  # every parameter of a causal language model has a part in the loss
         gradient_accumulation_steps=config.accumulation,
         learning_rate=config.learning_rate,
         max_grad_norm=config.clip or math.inf,  # the Trainer would skip norm and guard at 0
@@ -555,6 +567,21 @@ def _arguments(config: TrainConfig, folder: Path) -> TrainingArguments:
         remove_unused_columns=False,
         use_cpu=not torch.cuda.is_available(),
     )
+
+
+def _blocks_a_process(config: TrainConfig) -> int:
+    """Blocks of one process and micro-batch: ``batch_size`` counts those of all processes.
+
+    Raises:
+        ConfigError: they cannot be shared out evenly.
+    """
+    parts = config.accumulation * parallel.world_size()
+    if config.batch_size % parts:
+        raise ConfigError(
+            f"--batch-size {config.batch_size} cannot be shared out evenly between {parallel.world_size()} processes "
+            f"in {config.accumulation} micro-batches; choose a multiple of {parts}"
+        )
+    return config.batch_size // parts
 
 
 def _step_of(line: str) -> int:

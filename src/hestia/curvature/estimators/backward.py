@@ -38,7 +38,8 @@ def send_back(problem: Problem, logits: Tensor, cotangents: Tensor, positions: i
     """
     row: Row = {}
     weights = problem.weights
-    consume = partial(_consume, problem, row, positions)
+    # one zero for all, made beforehand: a new one a gradient would pin the heap above each freed gradient
+    consume = partial(_consume, problem, row, positions, logits.new_zeros(()))
     handles = [weight.register_hook(partial(consume, path)) for path, weight in weights.items()]
     try:
         torch.autograd.grad(logits, list(weights.values()), grad_outputs=cotangents, allow_unused=True)
@@ -48,7 +49,7 @@ def send_back(problem: Problem, logits: Tensor, cotangents: Tensor, positions: i
     return row
 
 
-def _consume(problem: Problem, row: Row, positions: int, path: str, gradient: Tensor) -> Tensor:
+def _consume(problem: Problem, row: Row, positions: int, zero: Tensor, path: str, gradient: Tensor) -> Tensor:
     """Note the numbers; a view of one zero takes the gradient's place, so that only one gradient is alive at a time."""
     wide = torch.promote_types(gradient.dtype, torch.float32)
     samples = {"trace": float(torch.linalg.vector_norm(gradient, dtype=wide)) ** 2 / positions}
@@ -58,4 +59,4 @@ def _consume(problem: Problem, row: Row, positions: int, path: str, gradient: Te
     if problem.diagonals is not None:
         problem.diagonals.add(path, gradient, positions)
     row[path] = samples
-    return gradient.new_zeros(()).expand_as(gradient)
+    return zero.to(gradient).expand_as(gradient)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ...quant import QuantizedTensor, Quantizer, QuantSpec
 from ...quant.family import Member
-from ...quant.grouping import to_groups
+from ...quant.grouping import GroupSize, group_shape, to_groups
 
 Forward = Callable[[Tensor], Tensor]
 """Token ids [1, T] -> logits [1, T, V]."""
@@ -55,10 +55,16 @@ class Candidates:
 
     def __init__(self, weights: Mapping[str, Tensor], specs: Mapping[str, QuantSpec]) -> None:
         self.labels = tuple(specs)
+        # All that lasts is made first: among the passing tensors of the quantizers it would pin the heap's holes.
         self._frozen: dict[str, dict[str, QuantizedTensor]] = {
-            path: {label: Quantizer(spec).codes(weight) for label, spec in specs.items()}
+            path: {label: _room(weight, spec.group_size) for label, spec in specs.items()}
             for path, weight in weights.items()
         }
+        for path, weight in weights.items():
+            for label, spec in specs.items():
+                made, kept = Quantizer(spec).codes(weight), self._frozen[path][label]
+                kept.codes.copy_(made.codes)
+                kept.scales.copy_(made.scales)
         self.errors = {path: self._squared_errors(path, weight) for path, weight in weights.items()}
         """Module path -> label -> ``||dW||^2``."""
 
@@ -108,6 +114,14 @@ class Candidates:
             yield rows, dense.sub_(weight[rows])
 
 
+def _room(weight: Tensor, group_size: GroupSize) -> QuantizedTensor:
+    """An empty place for a quantized weight."""
+    shape = (weight.shape[0], weight.shape[1])
+    rows, groups, _ = group_shape(shape, group_size)
+    codes = torch.empty(shape, dtype=torch.int8, device=weight.device)
+    return QuantizedTensor(codes, torch.empty(rows, groups, device=weight.device), group_size)
+
+
 class Diagonals:
     """Sums of squared gradients over output channels and scale groups, for whoever weighs errors later.
 
@@ -117,13 +131,19 @@ class Diagonals:
 
     Args:
         group_size: of the scale groups.
+        weights: module path -> weight whose sums are made beforehand: small lasting tensors, made while large passing
+            ones are alive, would keep the heap from shrinking.
     """
 
-    def __init__(self, group_size: int | str = "row") -> None:
+    def __init__(self, group_size: int | str = "row", weights: Mapping[str, Tensor] | None = None) -> None:
         self.group_size = group_size
         self.sequences = 0
         self._channel: dict[str, Tensor] = {}
         self._group: dict[str, Tensor] = {}
+        for path, weight in (weights or {}).items():
+            rows, groups, _ = group_shape((weight.shape[0], weight.shape[1]), group_size)  # type: ignore[arg-type]
+            self._channel[path] = torch.zeros(weight.shape[0], device=weight.device)
+            self._group[path] = torch.zeros(rows, groups, device=weight.device)
 
     @torch.no_grad()
     def add(self, path: str, gradient: Tensor, positions: int) -> None:

@@ -1,0 +1,120 @@
+"""``hestia estimate MODEL``: what a run will cost, before it costs anything."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from .shared import config_option, job_options, json_option, options_from, show
+
+if TYPE_CHECKING:
+    from ..estimate.whole import Estimate
+
+NOT_ASKED = ("data", "eval_data", "separator", "joiner", "held_out_share", "seed", "report_to", "log_every", "compile")
+
+
+@click.command(name="estimate")
+@click.argument("model")
+@click.option("--processes", type=int, default=1, show_default=True, help="that share the training (torchrun)")
+@click.option("--fsdp", is_flag=True, help="processes shard weights, gradients and moments (FSDP2) instead of DDP")
+@click.option("--memory", metavar="BYTES", help="to hold the run against, such as 80G; default: what is free here")
+@click.option("--disk", metavar="BYTES", help="to hold the run's folder against; default: what is free at --out")
+@click.option("--flops", metavar="NUMBER", help="FLOP/s of one process in training precision, such as 300T; or probed")
+@click.option("--bandwidth", metavar="NUMBER", help="bytes/s of one process's memory, such as 2T; default: probed")
+@job_options(leave_out=NOT_ASKED)
+@config_option
+@json_option
+def command(
+    model: str,
+    processes: int,
+    fsdp: bool,
+    memory: str | None,
+    disk: str | None,
+    flops: str | None,
+    bandwidth: str | None,
+    config: str | None,
+    as_json: bool,
+    **typed: Any,
+) -> None:
+    """Memory, hours and file sizes of `hestia quantize MODEL` with the same options. Reads config.json, no weights.
+
+    MODEL is a folder, the path of a config.json, or a hub id.
+    """
+    from ..estimate.whole import Layout, estimate
+
+    options = options_from(config, {"model": model, **typed})
+    layout = Layout(processes=processes, sharded=fsdp)
+    found = estimate(options, layout, memory=memory, disk=disk, flops=flops, bandwidth=bandwidth)
+    show(found.to_json(), as_json, table(found))
+
+
+def table(found: Estimate) -> str:
+    """The estimate for people."""
+    run, machine = found.job, found.machine
+    lines = [
+        f"{found.model['name']}: {found.parameters:,} parameters, {found.quantized:,} of them become low-bit",
+        f"{run.steps:,} steps of {run.batch} blocks of {run.tokens} tokens: "
+        f"{run.steps * run.batch * run.tokens:,} tokens",
+        "",
+        f"{'stage':<16}{'memory':>10}{'time':>10}   of which",
+    ]
+    for stage in [*found.stages, *found.alternatives]:
+        parts = ", ".join(f"{name} {amount(n)}" for name, n in stage.parts.items())
+        spent = found.seconds.get(stage.name)
+        lines.append(f"{stage.name:<16}{amount(stage.peak):>10}{duration(spent):>10}   {parts}")
+        if stage.note:
+            lines.append(f"{'':<39}{stage.note}")
+    if "pilot" in found.seconds:
+        lines.append(f"{'pilot':<16}{'as train':>10}{duration(found.seconds['pilot']):>10}   --lr NUMBER skips it")
+    lines.append(f"{'total':<16}{amount(found.peak):>10}{duration(sum(found.seconds.values())):>10}   a process")
+    lines += ["", f"{'file':<16}{'bytes':>10}{'bits':>10}"]
+    for file in found.files:
+        if file.bytes is None or file.bits_per_weight is None:
+            lines.append(f"{file.target:<16}{'-':>10}{'-':>10}   {file.refusal}")
+        else:
+            lines.append(f"{file.target:<16}{amount(file.bytes):>10}{file.bits_per_weight:>10.2f}")
+    folder = ", ".join(f"{name} {amount(n)}" for name, n in found.folder.items() if n)
+    lines += [
+        "",
+        f"run folder: {amount(sum(found.folder.values()))} ({folder})",
+        f"machine: {machine.flops:.3g} FLOP/s, {machine.bandwidth:.3g} bytes/s ({machine.source})",
+        verdict("memory", found.peak, machine.memory),
+        verdict("disk", sum(found.folder.values()), machine.disk),
+    ]
+    if found.fits_memory is False:
+        lines.append("less memory: --batch-size 8 --accumulation 8, --gradient-checkpointing, --seq-len, --fsdp")
+    return "\n".join(lines)
+
+
+def verdict(what: str, needed: int, there: int | None) -> str:
+    """One line: does it fit."""
+    if there is None:
+        return f"{what}: {amount(needed)} needed; how much there is could not be found out, give --{what}"
+    return f"{what}: {amount(needed)} needed, {amount(there)} there: {'fits' if needed <= there else 'DOES NOT FIT'}"
+
+
+def amount(size: float) -> str:
+    """Bytes for people.
+
+    >>> amount(12_300_000_000), amount(9_400_000), amount(120)
+    ('12.3 GB', '9.4 MB', '0.1 kB')
+    """
+    for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
+        if size >= scale:
+            return f"{size / scale:.1f} {unit}"
+    return f"{size / 1e3:.1f} kB"
+
+
+def duration(seconds: float | None) -> str:
+    """Seconds for people.
+
+    >>> duration(None), duration(12.0), duration(600.0), duration(7200.0), duration(1e6)
+    ('', '12 s', '10 min', '2.0 h', '11.6 days')
+    """
+    if seconds is None:
+        return ""
+    for unit, scale, digits in (("days", 86400.0, 1), ("h", 3600.0, 1), ("min", 60.0, 0)):
+        if seconds >= 2 * scale or (unit == "h" and seconds >= scale):
+            return f"{seconds / scale:.{digits}f} {unit}"
+    return f"{seconds:.0f} s"

@@ -1,0 +1,128 @@
+"""Bytes on disk: every file format for one plan, and the folder of a run.
+
+Quantized tensors are counted by the storage types that the exporters use; what is kept is stored in the parent's dtype
+(GGUF: vectors in fp32). Text beside the weights (tokenizer, configuration) is a guess from the size of the vocabulary,
+unless the model's folder has the files.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import PlanError
+from ..export.huggingface import companions, scheme_of
+from ..plans import LayerPlan, Plan
+from ..targets import MLX2, TARGETS, Target, head_type
+
+TEXT_BYTES = {"hf": 60, "mlx": 60, "gguf": 40}
+"""Bytes of tokenizer a vocabulary entry."""
+
+CHECKPOINTS = 3
+"""Two that rotation keeps, and the one being written."""
+
+
+@dataclass(frozen=True)
+class FileSize:
+    """One file format.
+
+    Attributes:
+        target: its name.
+        bytes: of the file or folder; None where it cannot hold the plan.
+        bits_per_weight: of the whole model.
+        refusal: why not; empty where it can.
+    """
+
+    target: str
+    bytes: int | None
+    bits_per_weight: float | None
+    refusal: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kept:
+    """What a plan leaves as it is: numbers in matrices, embeddings and head apart, and in vectors."""
+
+    matrices: int
+    head: int
+    vectors: int
+
+
+def file_sizes(
+    plan: Plan, kept: Kept, dtype: torch.dtype, *, vocabulary: int, folder: Path | None, head: str, fallback: bool
+) -> list[FileSize]:
+    """One row a target, dense formats included."""
+    total = plan.quantized_weights + kept.matrices + kept.head + kept.vectors
+    rows = []
+    for chosen in TARGETS.values():
+        try:
+            size = _quantized(chosen, plan.layers, dtype, fallback=fallback)
+        except PlanError as error:
+            rows.append(FileSize(chosen.name, None, None, str(error).split(";")[0]))
+            continue
+        size += _kept(chosen, kept, dtype, head) + _text(chosen, vocabulary, folder)
+        rows.append(FileSize(chosen.name, size, 8.0 * size / total))
+    return rows
+
+
+def _quantized(target: Target, layers: Mapping[str, LayerPlan], dtype: torch.dtype, *, fallback: bool) -> int:
+    for layer in layers.values():
+        target.storage(layer.spec.grid, layer.spec.group_size, layer.shape, fallback=fallback)
+    spans = [
+        (layer.spec.group_size if isinstance(layer.spec.group_size, int) else layer.shape[1], layer.shape[1])
+        for layer in layers.values()
+    ]
+    size = 0
+    if target.container == "hf":
+        bits = target.types[0].bits
+        scheme = scheme_of(spans, bits)
+        for rows, columns in (layer.shape for layer in layers.values()):
+            size += rows * -(-columns * bits // 32) * 4 + rows * scheme.columns(columns) * dtype.itemsize + 16
+        return size
+    if target.container == "mlx":
+        common = math.gcd(*(length for length, _ in spans))
+        group = next((g for g in MLX2.groups if common % g == 0), None)
+        if group is None:
+            raise PlanError(f"MLX has groups of {', '.join(map(str, MLX2.groups))}, none divides {common}")
+        for rows, columns in (layer.shape for layer in layers.values()):
+            size += rows * columns // 4 + 2 * rows * (columns // group) * dtype.itemsize
+        return size
+    for layer in layers.values():
+        storage = target.storage(layer.spec.grid, layer.spec.group_size, layer.shape, fallback=fallback)
+        size += storage.stored_bytes(layer.shape, layer.spec.group_size)
+    return size
+
+
+def _kept(target: Target, kept: Kept, dtype: torch.dtype, head: str) -> int:
+    if target.container != "gguf":
+        return (kept.matrices + kept.head + kept.vectors) * dtype.itemsize
+    chosen = head_type(head)
+    of_head = kept.head * dtype.itemsize if chosen is None else kept.head // chosen.block * chosen.block_bytes
+    return kept.matrices * dtype.itemsize + of_head + 4 * kept.vectors
+
+
+def _text(target: Target, vocabulary: int, folder: Path | None) -> int:
+    beside = sum(file.stat().st_size for file in companions(folder)) if folder is not None else 0
+    if target.container == "gguf" or not beside:
+        return TEXT_BYTES[target.container] * vocabulary
+    return beside
+
+
+def run_folder(plan: Plan, kept: Kept, dtype: torch.dtype, trained: int, exports: Mapping[str, int]) -> dict[str, int]:
+    """What a run's folder holds at most, while it trains and after."""
+    total = plan.quantized_weights + kept.matrices + kept.head + kept.vectors
+    return {
+        "checkpoints": CHECKPOINTS * (4 * total + 8 * trained) if plan.trains else 0,
+        "frozen model": total * dtype.itemsize,
+        "codes": plan.quantized_weights + 4 * sum(layer.shape[0] for layer in plan.layers.values()),
+        **{f"export {name}": size for name, size in exports.items()},
+    }

@@ -1,0 +1,120 @@
+"""What this machine can do: arithmetic and bandwidth by a short probe, free memory and disk as the system says."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import ConfigError
+
+PROBE_WIDTH = 1024
+PROBE_BYTES = 1 << 27
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """A machine as far as a run's cost depends on it.
+
+    Attributes:
+        flops: of matrix products in the training precision, per second and process.
+        bandwidth: bytes read and written a second.
+        memory: bytes a process may use; None: unknown.
+        disk: bytes free where the run is written; None: unknown.
+        source: where the speeds come from, in words.
+    """
+
+    flops: float
+    bandwidth: float
+    memory: int | None
+    disk: int | None
+    source: str
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object."""
+        return asdict(self)
+
+
+def probe(device: torch.device, *, bf16: bool) -> tuple[float, float]:
+    """(FLOP/s, bytes/s) of ``device``: products of square matrices, and sums of vectors larger than any cache."""
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    a, b = (torch.ones(PROBE_WIDTH, PROBE_WIDTH, dtype=dtype, device=device) for _ in range(2))
+    x, y = (torch.ones(PROBE_BYTES // 12, device=device) for _ in range(2))
+    out = torch.empty_like(x)
+    product = _best(lambda: torch.mm(a, b), device)
+    sums = _best(lambda: torch.add(x, y, out=out), device)
+    return 2.0 * PROBE_WIDTH**3 / product, 3.0 * 4.0 * x.numel() / sums
+
+
+def _best(work: Callable[[], object], device: torch.device, rounds: int = 7) -> float:
+    times = []
+    for _ in range(rounds + 1):
+        started = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - started)
+    return min(times[1:])
+
+
+def available_memory(device: torch.device) -> int | None:
+    """Bytes that a new process could use: of the GPU, or what the system calls available, within the control group."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    found = [n for n in (_meminfo(), _control_group()) if n is not None]
+    return min(found) if found else None
+
+
+def _meminfo() -> int | None:
+    try:
+        for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except (OSError, ValueError, IndexError):
+        pass
+    return None
+
+
+def _control_group() -> int | None:
+    root = Path("/sys/fs/cgroup")
+    try:
+        return int((root / "memory.max").read_text()) - int((root / "memory.current").read_text())
+    except (OSError, ValueError):  # no version 2 control group, or "max": no limit
+        return None
+
+
+def free_disk(folder: Path) -> int:
+    """Bytes free where ``folder`` is, or would be made."""
+    here = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+    return shutil.disk_usage(here).free
+
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "P": 10**15}
+_BINARY = {"KI": 1 << 10, "MI": 1 << 20, "GI": 1 << 30, "TI": 1 << 40}
+
+
+def quantity(text: str, name: str) -> float:
+    """A number with a unit as people write it, of bytes or operations a second.
+
+    >>> quantity("24GiB", "memory"), quantity("80G", "memory"), quantity("300T", "flops"), quantity("1e12", "flops")
+    (25769803776.0, 80000000000.0, 300000000000000.0, 1000000000000.0)
+
+    Raises:
+        ConfigError: not a positive number with such a unit.
+    """
+    bare = text.strip().upper().removesuffix("/S").removesuffix("FLOP").removesuffix("B")
+    for suffix, factor in (*_BINARY.items(), *reversed(_UNITS.items())):
+        if bare.endswith(suffix):
+            try:
+                value = float(bare.removesuffix(suffix)) * factor
+            except ValueError:
+                break
+            if 0.0 < value < 1e30:
+                return value
+            break
+    raise ConfigError(f"--{name} must be a positive number such as 24GiB, 80G or 1e12, got {text!r}")

@@ -1,0 +1,204 @@
+"""Memory of every stage, from the configuration alone.
+
+    calibrate   4 P + candidates + forward and backward of one sequence, one gradient at a time
+    train       4 P weights + 8 P_t AdamW + gradients and activations of a micro-batch (+ 4 P teacher), or, where that
+                is more, an evaluation in the middle of the run: 12 P and the logits of eight blocks
+    score       two models, and the logits of both for eight blocks
+    export      4 P + 5 Q: the packed file loaded and unpacked, to be compared with the frozen model (hf; other files
+                need less)
+
+P parameters, P_t trainable ones, Q quantized ones. What a step holds beside weights and moments is pretended
+(``pretend``), and so is exact up to what kernels allocate inside. ``ALLOCATOR`` is measured: the C library keeps freed
+pieces between live ones (benchmarks/memory.py). Under FSDP2 a process holds a share of weights, gradients and moments,
+and one block at a time whole; under DDP all of them and the reducer's buckets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..curvature.estimators.base import CHUNK
+from ..options import Options
+from ..plans import Plan
+from .pretend import Step, Work, pretend
+
+ALLOCATOR = {"calibrate": 1.12, "train": 1.2, "score": 1.0, "export": 1.05}
+"""Resident memory over live bytes on a CPU, by stage, measured."""
+
+CONSTANT = {"calibrate": 12 << 20, "train": 40 << 20, "score": 0, "export": 4 << 20}
+"""Bytes of kernels, their workspaces and Python objects, whatever the model, by stage, measured."""
+
+EVALUATED_BLOCKS = 8
+"""Blocks that ``evaluation.score`` runs at once."""
+
+SCORED_ELEMENTS = 1 << 22
+"""Log-probabilities that ``evaluation.score`` holds at once, at most."""
+
+SCORE_BUFFERS = 26
+"""Bytes an element of such a piece, measured: of model and parent, their difference, probability, product, copies."""
+
+UNPACKED_BYTES = 5
+"""Bytes a quantized weight that compressed-tensors holds beside the fp32 weights when a packed folder is loaded."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What one process holds at the peak of a stage.
+
+    Attributes:
+        name: of the stage.
+        parts: what -> bytes; they add up to ``peak``.
+        note: in words, what decides.
+    """
+
+    name: str
+    parts: Mapping[str, int]
+    note: str = ""
+
+    @property
+    def peak(self) -> int:
+        """Bytes above an idle process that has imported everything."""
+        return sum(self.parts.values())
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object."""
+        return {"stage": self.name, "bytes": self.peak, "parts": dict(self.parts), "note": self.note}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """Parameter counts that memory depends on.
+
+    Attributes:
+        parameters: all, ties once.
+        trained: those with a gradient.
+        quantized: those of the plan.
+        candidates: quantizers that calibration looks at.
+        largest_block: parameters of the largest block.
+        outside: parameters outside the blocks (embeddings, last norm, head).
+        vocabulary: of the head.
+        logits: numbers of the logits of ``EVALUATED_BLOCKS`` blocks.
+        teacher: parameters of the teacher; 0: none.
+    """
+
+    parameters: int
+    trained: int
+    quantized: int
+    candidates: int
+    largest_block: int
+    outside: int
+    vocabulary: int
+    logits: int
+    teacher: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Passes:
+    """The pretended passes of one configuration."""
+
+    calibrate: Work | None
+    train: Work | None
+    evaluate: Work = field(repr=False)
+
+
+def passes(config: Any, plan: Plan, options: Options, *, tokens: int, batch: int, bf16: bool) -> Passes:
+    """Pretend every stage once: ``batch`` blocks of ``tokens`` a process and micro-batch."""
+    remote = options.trust_remote_code
+
+    def run(**step: Any) -> Work:
+        return pretend(config, Step(tokens=tokens, **step), trust_remote_code=remote)
+
+    return Passes(
+        calibrate=run(batch=1, calibrating=True) if options.calibrate else None,
+        train=run(
+            batch=batch,
+            plan=plan,
+            training=True,
+            bf16=bf16,
+            checkpointing=options.gradient_checkpointing,
+            train_embeddings=options.embeddings == "train",
+        )
+        if plan.trains
+        else None,
+        evaluate=run(batch=EVALUATED_BLOCKS, plan=plan),
+    )
+
+
+def stages(sizes: Sizes, done: Passes, *, processes: int = 1, sharded: bool = False) -> list[Stage]:
+    """The stages of a whole run, in their order, as one process sees them.
+
+    Args:
+        sizes: of the model.
+        done: its pretended passes.
+        processes: that share the training.
+        sharded: under FSDP2, else DDP.
+    """
+    out: list[Stage] = []
+    if done.calibrate is not None:
+        out.append(_calibration(sizes, done.calibrate))
+    if done.train is not None:
+        step = _training(sizes, done.train, processes, sharded)
+        halfway = _halfway(sizes, done.evaluate)
+        out.append(max(step, halfway, key=lambda stage: stage.peak) if processes == 1 else step)
+    out.append(_scoring(sizes, done.evaluate))
+    out.append(_export(sizes))
+    return out
+
+
+def _stage(name: str, parts: Mapping[str, int], note: str = "") -> Stage:
+    live = {k: round(v) for k, v in parts.items() if v > 0}
+    kept = round((ALLOCATOR[name] - 1.0) * sum(live.values())) + CONSTANT[name]
+    return Stage(name, {**live, "allocator": kept} if kept else live, note)
+
+
+def _calibration(sizes: Sizes, work: Work) -> Stage:
+    return _stage(
+        "calibrate",
+        {
+            "weights": 4 * sizes.parameters,
+            "candidates": sizes.candidates * sizes.quantized,
+            "activations": work.peak + 3 * 4 * min(CHUNK, sizes.largest_block // 4),
+        },
+    )
+
+
+def _training(sizes: Sizes, work: Work, processes: int, sharded: bool) -> Stage:
+    share = processes if sharded else 1
+    gradients = min(4 * sizes.trained, work.peak)
+    parts = {
+        "weights": 4 * sizes.parameters / share,
+        "optimizer": 8 * sizes.trained / share,
+        "gradients": gradients / share,
+        # whole gradients come while activations go; sharded ones are small beside what the forward pass leaves
+        "activations": max(work.forward, work.head) if sharded else work.peak - gradients,
+        "teacher": 4 * sizes.teacher,
+    }
+    note = ""
+    if sharded:
+        parts["gathered"] = 4 * (sizes.outside + 3 * sizes.largest_block)
+        note = "gathered: embeddings and head, two blocks' weights, one block's gradients"
+    elif processes > 1:
+        parts["buckets"] = 4 * sizes.trained
+        note = "buckets: gradients a second time, in the reducer of DDP"
+    return _stage("train", {k: round(v) for k, v in parts.items()}, note)
+
+
+def _halfway(sizes: Sizes, work: Work) -> Stage:
+    parts = {
+        "weights": 4 * sizes.parameters,
+        "optimizer": 8 * sizes.trained,
+        "activations": work.peak + 8 * min(SCORED_ELEMENTS, sizes.logits),
+        "teacher": 4 * sizes.teacher,
+    }
+    return _stage("train", parts, "decided by the hard loss on eight held-out blocks, logged ten times a run")
+
+
+def _scoring(sizes: Sizes, work: Work) -> Stage:
+    logits = work.peak + 4 * sizes.logits + SCORE_BUFFERS * min(SCORED_ELEMENTS, sizes.logits)
+    return _stage("score", {"weights": 8 * sizes.parameters, "logits": logits})
+
+
+def _export(sizes: Sizes) -> Stage:
+    return _stage("export", {"weights": 4 * sizes.parameters, "unpacking": UNPACKED_BYTES * sizes.quantized})

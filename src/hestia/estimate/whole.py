@@ -1,0 +1,314 @@
+"""All of an estimate for one set of options."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import loading, recipes
+from ..errors import ConfigError
+from ..jobs import LARGEST_DEFAULT_BATCH, choose_device, longest_block
+from ..nn.select import EMBEDDING, HEAD
+from ..options import Options, count
+from ..planner import plan as make_plan
+from ..plans import Plan
+from .files import FileSize, Kept, file_sizes, run_folder
+from .machine import Machine, available_memory, free_disk, probe, quantity
+from .memory import EVALUATED_BLOCKS, Passes, Sizes, Stage, passes, stages
+from .time import Job, job, seconds
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """How many processes train, and how they share the model.
+
+    Raises:
+        ConfigError: fewer than one process.
+    """
+
+    processes: int = 1
+    sharded: bool = False
+
+    def __post_init__(self) -> None:
+        if self.processes < 1:
+            raise ConfigError(f"--processes must be at least 1, got {self.processes}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """What a run would cost.
+
+    Attributes:
+        model: name and shape.
+        parameters, quantized: counts.
+        job: its length.
+        stages: memory of one process in every stage.
+        alternatives: training memory of one process in other layouts.
+        seconds: of every stage; empty without a machine's speed.
+        files: size in every file format.
+        folder: what the run's folder holds.
+        machine: what it was held against.
+    """
+
+    model: Mapping[str, Any]
+    parameters: int
+    quantized: int
+    job: Job
+    layout: Layout
+    stages: list[Stage]
+    alternatives: list[Stage]
+    seconds: Mapping[str, float]
+    files: list[FileSize]
+    folder: Mapping[str, int]
+    machine: Machine
+
+    @property
+    def peak(self) -> int:
+        """Bytes of one process in its largest stage."""
+        return max(stage.peak for stage in self.stages)
+
+    @property
+    def fits_memory(self) -> bool | None:
+        """Whether all processes on this machine fit its memory (a GPU each has its own); None where it is unknown."""
+        return None if self.machine.memory is None else self.peak <= self.machine.memory
+
+    @property
+    def fits_disk(self) -> bool | None:
+        """Whether the run's folder fits the disk; None where it is unknown."""
+        return None if self.machine.disk is None else sum(self.folder.values()) <= self.machine.disk
+
+    def to_json(self) -> dict[str, Any]:
+        """The JSON object of ``hestia estimate --json``."""
+        return {
+            "schema": 1,
+            "model": dict(self.model),
+            "parameters": self.parameters,
+            "quantized": self.quantized,
+            "job": self.job.to_json(),
+            "layout": dataclasses.asdict(self.layout),
+            "memory": [stage.to_json() for stage in self.stages],
+            "alternatives": [stage.to_json() for stage in self.alternatives],
+            "peak_bytes": self.peak,
+            "seconds": dict(self.seconds),
+            "files": [file.to_json() for file in self.files],
+            "folder": dict(self.folder),
+            "machine": self.machine.to_json(),
+            "fits": {"memory": self.fits_memory, "disk": self.fits_disk},
+        }
+
+
+class _Model:
+    """What the options say of the model: its configuration, plan, sizes and the shape of a step."""
+
+    def __init__(self, options: Options, layout: Layout) -> None:
+        remote = options.trust_remote_code
+        self.source = loading.config_source(options.model)
+        self.config = loading.load_config(self.source, trust_remote_code=remote)
+        self.empty = loading.empty_model(self.source, self.config, trust_remote_code=remote)
+        self.plan = _plan(self.empty, options)
+        self.tokens = longest_block(self.config, options)
+        self.batch, self.steps = _length(options, self.tokens, layout.processes)
+        self.micro = max(1, self.batch // options.accumulation // layout.processes)
+        self.dtype = loading.parent_dtype(self.source, self.config)
+        text = self.config.get_text_config()
+        self.bf16 = options.precision == "bf16" or (
+            options.precision == "auto" and int(getattr(text, "hidden_size", 1024)) >= 128
+        )
+        self.sizes = _sizes(self.empty, self.plan, options, int(text.vocab_size), self.tokens)
+        self.passes = passes(self.config, self.plan, options, tokens=self.tokens, batch=self.micro, bf16=self.bf16)
+        self.kept = _kept(self.empty, self.plan)
+
+    @property
+    def folder(self) -> Path | None:
+        """The model's folder, where it is one."""
+        path = Path(self.source.location)
+        return path if path.is_dir() else None
+
+
+def memory(options: Options, layout: Layout | None = None) -> list[Stage]:
+    """The memory alone: what ``estimate`` says of it."""
+    layout = layout or Layout()
+    model = _Model(options, layout)
+    return stages(model.sizes, model.passes, processes=layout.processes, sharded=layout.sharded)
+
+
+def estimate(
+    options: Options,
+    layout: Layout | None = None,
+    *,
+    memory: str | None = None,
+    disk: str | None = None,
+    flops: str | None = None,
+    bandwidth: str | None = None,
+) -> Estimate:
+    """What a run with these options would cost. Reads the model's config.json and no weight.
+
+    Args:
+        options: of the run; data and out need not be given.
+        layout: processes.
+        memory, disk: bytes to hold it against, such as ``80G``; None asks this machine.
+        flops, bandwidth: speed of one process, such as ``300T`` and ``2T``; None probes this machine for a second.
+
+    Raises:
+        ConfigError, PlanError: a bad option, no such model, or a plan that the target cannot hold.
+    """
+    layout = layout or Layout()
+    given = {k: quantity(v, k) for k, v in {"memory": memory, "disk": disk}.items() if v is not None}
+    speed = {k: quantity(v, k) for k, v in {"flops": flops, "bandwidth": bandwidth}.items() if v is not None}
+    device = choose_device(options)
+    model = _Model(options, layout)
+    machine = _machine(options, device, given, speed, bf16=model.bf16)
+    run = job(
+        options,
+        tokens=model.tokens,
+        batch=model.batch,
+        steps=model.steps,
+        processes=layout.processes,
+        trains=model.plan.trains,
+    )
+    files = file_sizes(
+        model.plan,
+        model.kept,
+        model.dtype,
+        vocabulary=model.sizes.vocabulary,
+        folder=model.folder,
+        head=options.head,
+        fallback=options.fallback,
+    )
+    exported = {row.target: row.bytes for row in files if row.target in options.target and row.bytes is not None}
+    others = [
+        dataclasses.replace(stage, name=f"train, {label}")
+        for label, sharded in (("DDP", False), ("FSDP2", True))
+        if layout.processes > 1
+        for stage in stages(model.sizes, model.passes, processes=layout.processes, sharded=sharded)
+        if stage.name == "train"
+    ]
+    return Estimate(
+        model={**loading.fingerprint(model.source, model.config), "dtype": str(model.dtype).removeprefix("torch.")},
+        parameters=model.sizes.parameters,
+        quantized=model.sizes.quantized,
+        job=run,
+        layout=layout,
+        stages=stages(model.sizes, model.passes, processes=layout.processes, sharded=layout.sharded),
+        alternatives=others,
+        seconds=seconds(run, model.passes, model.sizes, machine),
+        files=files,
+        folder=run_folder(model.plan, model.kept, model.dtype, model.sizes.trained, exported),
+        machine=machine,
+    )
+
+
+def _machine(
+    options: Options, device: torch.device, given: Mapping[str, float], speed: Mapping[str, float], *, bf16: bool
+) -> Machine:
+    flops, bandwidth = speed.get("flops"), speed.get("bandwidth")
+    source = "given"
+    if flops is None or bandwidth is None:
+        probed = probe(device, bf16=bf16)
+        source = f"probed here, {device.type}, {torch.get_num_threads()} threads" if not speed else "given and probed"
+        flops, bandwidth = flops or probed[0], bandwidth or probed[1]
+    return Machine(
+        flops=flops,
+        bandwidth=bandwidth,
+        memory=int(given["memory"]) if "memory" in given else available_memory(device),
+        disk=int(given["disk"]) if "disk" in given else free_disk(Path(options.out or ".")),
+        source=source,
+    )
+
+
+def _plan(empty: Any, options: Options) -> Plan:
+    """The plan of the options; a budget of bits, which needs a sensitivity, is planned at the nearest width."""
+    recipe = recipes.get(options.recipe, **options.options)
+    bits = options.bits
+    if options.sensitivity is None:
+        bits = min(recipe.widths, key=lambda width: abs(width - bits))
+    mixed = options.sensitivity is not None
+    return make_plan(
+        empty,
+        recipe,
+        options.target,
+        options.sensitivity,
+        bits=bits,
+        widths=options.mix() if mixed else None,
+        max_kl=options.max_kl if mixed else None,
+        group_size=options.group(),
+        skip=options.skip,
+        fallback=options.fallback,
+        allow_partial=options.allow_partial,
+    )
+
+
+def _length(options: Options, tokens: int, processes: int) -> tuple[int, int]:
+    """Blocks a step and steps, by the rules of the main job.
+
+    Raises:
+        ConfigError: a batch that the processes cannot share evenly.
+    """
+    total, parts = count(options.tokens, "tokens"), options.accumulation * processes
+    if options.batch_size is not None:
+        batch = options.batch_size
+    else:
+        batch = max(1, min(LARGEST_DEFAULT_BATCH, total // (300 * tokens)))
+        batch = max(parts, batch - batch % parts)
+    if batch % parts:
+        raise ConfigError(
+            f"--batch-size {batch} cannot be shared out evenly between {processes} processes in "
+            f"{options.accumulation} micro-batches; choose a multiple of {parts}"
+        )
+    return batch, options.steps or max(1, total // (batch * tokens))
+
+
+def _sizes(empty: Any, plan: Plan, options: Options, vocabulary: int, tokens: int) -> Sizes:
+    counts = {name: parameter.numel() for name, parameter in empty.named_parameters()}
+    blocks: dict[str, int] = {}
+    for name, n in counts.items():
+        parts = name.split(".")
+        number = next((i for i, part in enumerate(parts) if part.isdigit()), None)
+        if number is not None:
+            path = ".".join(parts[: number + 1])
+            blocks[path] = blocks.get(path, 0) + n
+    total = sum(counts.values())
+    frozen = 0
+    if options.embeddings == "freeze":
+        frozen = sum(kept.weights for kept in plan.kept.values() if kept.reason.startswith(EMBEDDING))
+    return Sizes(
+        parameters=total,
+        trained=total - frozen if plan.trains else 0,
+        quantized=plan.quantized_weights,
+        candidates=len(recipes.GRIDS),
+        largest_block=max(blocks.values(), default=total),
+        outside=total - sum(blocks.values()),
+        vocabulary=vocabulary,
+        logits=EVALUATED_BLOCKS * tokens * vocabulary,
+        teacher=_teacher(options, total),
+    )
+
+
+def _teacher(options: Options, parent: int) -> int:
+    if options.teacher in (None, "parent"):
+        return parent if options.teacher else 0
+    source = loading.config_source(str(options.teacher))
+    config = loading.load_config(source)
+    return sum(p.numel() for p in loading.empty_model(source, config).parameters())
+
+
+def _kept(empty: Any, plan: Plan) -> Kept:
+    matrices = head = vectors = 0
+    for name, parameter in empty.named_parameters():
+        if name not in plan.kept:
+            continue
+        if parameter.ndim < 2:
+            vectors += parameter.numel()
+        elif plan.kept[name].reason.startswith((EMBEDDING, HEAD)):
+            head += parameter.numel()
+        else:
+            matrices += parameter.numel()
+    return Kept(matrices=matrices, head=head, vectors=vectors)
+
+
+__all__ = ["Estimate", "Layout", "Passes", "estimate", "memory"]

@@ -1,0 +1,63 @@
+"""Scoring by several processes: each takes every n-th block, and all end with the same ``Score``.
+
+Sums of blocks travel in fp64 and are added in the order of the blocks, so the numbers are those of one process wherever
+the model computes a block alike in every batch.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..curvature import parallel
+from ..data import Blocks
+from .scoring import Logits, Score, score
+
+
+def shared_score(
+    logits: Logits,
+    blocks: Blocks,
+    *,
+    parent: Logits | None = None,
+    batch_size: int = 8,
+    description: str = "evaluating",
+) -> Score:
+    """``score``, called by every process with the same blocks; alone it is ``score`` itself.
+
+    Raises:
+        ConfigError, GuardError: as ``score``, on the process whose blocks are bad.
+    """
+    world = parallel.world_size()
+    if world == 1:
+        return score(logits, blocks, parent=parent, batch_size=batch_size, description=description)
+    count = len(blocks)
+    mine = range(parallel.rank(), count, world)
+    sums = torch.zeros(4, count, dtype=torch.float64)  # NLL and KL of a block, its tokens, and where the two agree
+    share = blocks[parallel.rank() :: world]
+    counted = share.loss_mask[:, 1:].any() if len(share) else False
+    if bool(counted):
+        found = score(logits, share, parent=parent, batch_size=batch_size, description=description)
+        rows = torch.tensor(mine)
+        tokens = found.block_tokens.double()
+        sums[0, rows] = _sum(found.block_nll, tokens)
+        sums[2, rows] = tokens
+        if found.block_kl is not None and found.top1_agreement is not None:
+            sums[1, rows] = _sum(found.block_kl, tokens)
+            sums[3, rows[0]] = found.top1_agreement * found.tokens
+    nll, kl, tokens, agree = parallel.added(sums)
+    total = int(tokens.sum())
+    if total == 0:
+        return score(logits, blocks, parent=parent)  # says what is wrong
+    return Score(
+        nll=float(nll.sum()) / total,
+        tokens=total,
+        block_nll=nll / tokens,
+        block_tokens=tokens.long(),
+        kl_to_parent=None if parent is None else float(kl.sum()) / total,
+        top1_agreement=None if parent is None else round(float(agree.sum())) / total,
+        block_kl=None if parent is None else kl / tokens,
+    )
+
+
+def _sum(mean: Tensor, tokens: Tensor) -> Tensor:
+    return torch.where(tokens > 0, mean * tokens, 0.0)

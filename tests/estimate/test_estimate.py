@@ -1,0 +1,170 @@
+"""Estimates held against hand counts, against whole models, and against a run that was really made."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from toy_runs import Invoke
+from transformers import LlamaConfig
+
+import hestia
+from hestia import loading
+from hestia.errors import ConfigError
+from hestia.estimate import pretend as module
+from hestia.estimate.files import _quantized
+from hestia.estimate.live import LiveBytes
+from hestia.estimate.machine import available_memory, probe, quantity
+from hestia.estimate.pretend import Step, pretend
+from hestia.estimate.whole import Layout, estimate
+from hestia.options import Options
+from hestia.plans import Plan
+from hestia.targets import target
+
+GIVEN = ("--memory", "1G", "--disk", "1G", "--flops", "1T", "--bandwidth", "10G")
+
+
+def config(layers: int) -> Any:
+    return LlamaConfig(
+        vocab_size=96, hidden_size=32, intermediate_size=64, num_hidden_layers=layers, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=64, tie_word_embeddings=True,
+    )  # fmt: skip
+
+
+def test_live_bytes_are_counted_once_and_for_as_long_as_they_live() -> None:
+    with FakeTensorMode(), LiveBytes() as live:
+        x = torch.empty(1000)
+        assert live.now == 4000
+        y = x.view(10, 100)[2:]
+        assert live.now == 4000
+        z = y + 1.0
+        assert (live.now, live.peak) == (4000 + 3200, 7200)
+        del x, y
+        assert live.now == 3200
+        assert live.restart() == 7200 and live.peak == 3200
+        z.add_(1.0)
+        assert live.peak == 3200
+        before = live.moved
+        z * 2.0
+        assert live.moved - before == 2 * 3200
+
+
+def test_a_training_step_holds_what_its_equation_says() -> None:
+    """One linear layer by hand: its input is kept, its gradient is made; nothing else is larger."""
+    with FakeTensorMode(), LiveBytes() as live:
+        layer = torch.nn.Linear(64, 32, bias=False)
+        x = torch.empty(8, 64)
+        base = live.now
+        layer(x).sum().backward()
+        assert live.now - base == 4 * 64 * 32
+        assert live.peak - base == 4 * 64 * 32 + 2 * 4, "the output died in the sum; loss and its gradient are a number"
+
+
+@pytest.mark.parametrize("step", [{"training": True}, {"calibrating": True}, {}])
+def test_two_short_models_tell_of_a_long_one(step: dict[str, bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    long = config(9)
+    plan = hestia.plan(loading.empty_model(loading.Source("toy", "toy"), long), "hestia")
+    asked = Step(batch=2, tokens=16, plan=None if step.get("calibrating") else plan, **step)
+    drawn = pretend(long, asked)
+    monkeypatch.setattr(module, "MORE", 9)
+    whole = pretend(long, asked)
+    for name, value in vars(whole).items():
+        assert vars(drawn)[name] == pytest.approx(value, rel=1e-3), name
+
+
+def test_checkpointing_and_frozen_embeddings_hold_less() -> None:
+    def peak(**options: bool) -> int:
+        return pretend(config(4), Step(batch=4, tokens=64, training=True, **options)).peak
+
+    assert peak(checkpointing=True) < 0.9 * peak()
+    assert peak(train_embeddings=False) < peak()
+
+
+def test_files_of_a_real_run(toy_run: Path, toy_parent: Path) -> None:
+    plan = Plan.load(toy_run / "plan.json")
+    made = {entry["target"]: entry for entry in json.loads((toy_run / "report.json").read_text())["exports"]}
+    found = estimate(
+        Options(model=str(toy_parent), steps=8, batch_size=4, seq_len=32, calibrate=2, target=("hf", "gguf:q4_0")),
+        memory="1G",
+        disk="1G",
+        flops="1T",
+        bandwidth="10G",
+    )
+    sizes = {row.target: row for row in found.files}
+    for name, entry in made.items():
+        assert _quantized(target(name), plan.layers, torch.float32, fallback=False) == entry["quantized_bytes"]
+        assert sizes[name].bytes == pytest.approx(entry["bytes"], rel=0.1), "the tokenizer of 320 tokens is a tenth"
+    assert sizes["gguf:q1_0"].bytes is None and "ternary" in sizes["gguf:q1_0"].refusal
+    frozen = sum(f.stat().st_size for f in (toy_run / "model").glob("*.safetensors"))
+    assert found.folder["frozen model"] == pytest.approx(frozen, rel=0.05)
+    assert found.folder["codes"] == pytest.approx((toy_run / "codes.safetensors").stat().st_size, rel=0.05)
+    checkpoint = next(iter(sorted((toy_run / "checkpoints").iterdir())))
+    tensors = sum(f.stat().st_size for f in checkpoint.glob("*.safetensors"))
+    assert found.folder["checkpoints"] == pytest.approx(3 * tensors, rel=0.1)
+
+
+def test_the_command_prints_and_writes_json(invoke: Invoke, toy_parent: Path) -> None:
+    arguments = ("estimate", toy_parent, "--steps", "8", "--seq-len", "32", "--batch-size", "4", *GIVEN)
+    status, out, err = invoke(*arguments)
+    assert (status, err) == (0, "")
+    for word in ("calibrate", "train", "score", "export", "pilot", "total", "gguf:tq2_0", "fits", "run folder"):
+        assert word in out, word
+    status, out, _ = invoke(*arguments, "--json")
+    record = json.loads(out)
+    assert record["schema"] == 1 and record["fits"] == {"memory": True, "disk": True}
+    assert record["peak_bytes"] == max(stage["bytes"] for stage in record["memory"])
+    assert all(stage["bytes"] == sum(stage["parts"].values()) for stage in record["memory"])
+    assert record["job"]["training_tokens"] == 8 * 4 * 32
+    assert record["seconds"]["pilot"] > record["seconds"]["train"] > 0  # eight steps: the pilot is longer than the run
+
+
+def test_a_configuration_alone_is_enough(invoke: Invoke, toy_parent: Path, tmp_path: Path) -> None:
+    alone = tmp_path / "only.json"
+    alone.write_text((toy_parent / "config.json").read_text())
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "config.json").write_text(alone.read_text())
+    for model in (alone, folder):
+        status, out, err = invoke("estimate", model, "--calibrate", "0", "--json", *GIVEN)
+        assert status == 0, err
+        assert json.loads(out)["parameters"] > 0
+    status, _, err = invoke("estimate", tmp_path, *GIVEN)
+    assert status == 2 and "no config.json" in err
+
+
+def test_what_does_not_fit_is_said(invoke: Invoke, toy_parent: Path) -> None:
+    status, out, _ = invoke("estimate", toy_parent, "--steps", "8", *GIVEN[2:], "--memory", "1M")
+    assert status == 0
+    assert "DOES NOT FIT" in out and "--gradient-checkpointing" in out
+
+
+def test_more_processes_hold_less_of_a_sharded_model(toy_parent: Path) -> None:
+    def train(layout: Layout) -> dict[str, int]:
+        options = Options(model=str(toy_parent), steps=8, batch_size=4, seq_len=32, calibrate=0)
+        found = estimate(options, layout, memory="1G", disk="1G", flops="1T", bandwidth="10G")
+        return {name: n for stage in found.stages if stage.name == "train" for name, n in stage.parts.items()}
+
+    two, four = train(Layout(processes=2, sharded=True)), train(Layout(processes=4, sharded=True))
+    assert two["optimizer"] == pytest.approx(2 * four["optimizer"], abs=2)
+    assert "buckets" in train(Layout(processes=2)) and "buckets" not in two
+    with pytest.raises(ConfigError, match="--batch-size 4 cannot be shared out evenly between 3 processes"):
+        train(Layout(processes=3))
+    with pytest.raises(ConfigError, match="--processes must be at least 1, got 0"):
+        Layout(processes=0)
+
+
+@pytest.mark.parametrize("text", ["", "lots", "-3G", "0", "nan", "inf", "12 apples"])
+def test_a_bad_quantity_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"--memory must be a positive number such as 24GiB"):
+        quantity(text, "memory")
+
+
+def test_the_probe_measures_something() -> None:
+    flops, bandwidth = probe(torch.device("cpu"), bf16=False)
+    assert 1e8 < flops < 1e15 and 1e7 < bandwidth < 1e13
+    there = available_memory(torch.device("cpu"))
+    assert there is None or there > 1 << 20
