@@ -171,7 +171,8 @@ def load_config(source: Source, *, trust_remote_code: bool = False) -> Any:
 
 def _read_config(source: Source, trust_remote_code: bool) -> Any:
     if source.is_local:
-        record = read_json(Path(source.location) / "config.json")
+        place = Path(source.location)
+        record = read_json(place if place.is_file() else place / "config.json")
         if not isinstance(record.get("model_type"), str):
             raise ConfigError(f"{source.name}: config.json names no model_type, so no architecture can be chosen")
         _check_sizes(source, record)
