@@ -303,7 +303,7 @@ def test_resume_repeats_no_finished_stage(
     status, _, err = invoke(*job("--resume"))  # where nothing is, it starts
     assert status == 0, err
     first = read(run / "report.json")
-    for module, name in ((planning, "calibrate_on"), (fitting, "HestiaTrainer"), (scoring, "score")):
+    for module, name in ((planning, "calibrate_on"), (fitting, "HestiaTrainer"), (scoring, "shared_score")):
         monkeypatch.setattr(module, name, _never)
     status, _, err = invoke(*job("--resume"))
     assert status == 0, err
