@@ -17,7 +17,7 @@ class Clock:
     """Seconds by stage, kept in the run's folder so that a resumed run still knows them."""
 
     def __init__(self, path: Path, resume: bool) -> None:
-        self.path = path
+        self.path, self._writes = path, parallel.first()
         self.seconds: dict[str, float] = {}
         if resume and path.is_file():
             self.seconds = {str(k): float(v) for k, v in read_json(path).items()}
@@ -29,5 +29,5 @@ class Clock:
             return work()
         finally:
             self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - started
-            if self.path.parent.is_dir() and parallel.first():
+            if self.path.parent.is_dir() and self._writes:
                 write_json(self.path, dict(self.seconds))

@@ -86,8 +86,9 @@ class Run:
         plan = plan_run(work, self.given_plan, plan)
         frozen = self._frozen(plan)
         scores = score_run(work, plan, self.reference)
-        if not parallel.first():
-            parallel.barrier()
+        first = parallel.first()
+        parallel.leave()
+        if not first:
             return {}
         exports = [deliver(work, name, frozen) for name in plan.targets]
         total = work.clock.seconds.get("total", 0.0) + time.perf_counter() - started
@@ -95,7 +96,6 @@ class Run:
         record["baselines"] = self.baselines
         record["seconds"]["total"] = total
         publish(work.folder, record)
-        parallel.barrier()
         return record
 
     def _frozen(self, plan: Plan) -> FrozenModel:
