@@ -1,4 +1,4 @@
-"""``torchrun -m hestia quantize``: one run, one set of files, one line on standard output, the numbers of one."""
+"""``torchrun -m hestia quantize``: one set of files, one line on standard output, the numbers of one process."""
 
 from __future__ import annotations
 

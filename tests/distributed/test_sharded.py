@@ -40,7 +40,9 @@ def test_two_shards_are_one_model(case: str, sharded: Path) -> None:
     assert first["losses"].tolist() == pytest.approx(losses, rel=1e-3 if case == "weighted" else 1e-5)
     state = {key.removeprefix("state/"): value for key, value in first.items() if key.startswith("state/")}
     for key, value in model.state_dict().items():
-        assert float((state[key] - value).norm() / value.norm()) < 1e-2, key
+        # squared gradients of the second step, after codes that may have been decided the other way
+        allowed = 0.1 if key.endswith("importance") else 1e-2
+        assert float((state[key] - value).norm() / value.norm()) < allowed, key
 
     model.load_state_dict(state)
     frozen = hestia.freeze(model)

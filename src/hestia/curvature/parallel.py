@@ -49,6 +49,12 @@ def joined() -> Iterator[bool]:
     try:
         yield rank() == 0
     finally:
+        leave()
+
+
+def leave() -> None:
+    """End the group when the shared work is done: a loader of packed models would wait for processes that left."""
+    if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
 
 

@@ -4,7 +4,7 @@
     train       4 P weights + 8 P_t AdamW + gradients and activations of a micro-batch (+ 4 P teacher), or, where that
                 is more, an evaluation in the middle of the run: 12 P and the logits of eight blocks
     score       two models, and the logits of both for eight blocks
-    export      4 P + 5 Q: the packed file loaded and unpacked, to be compared with the frozen model (hf; other files
+    export      4 P + 4 Q: the packed file loaded and unpacked, to be compared with the frozen model (hf; other files
                 need less)
 
 P parameters, P_t trainable ones, Q quantized ones. What a step holds beside weights and moments is pretended
@@ -24,7 +24,7 @@ from ..options import Options
 from ..plans import Plan
 from .pretend import Step, Work, pretend
 
-ALLOCATOR = {"calibrate": 1.12, "train": 1.2, "score": 1.0, "export": 1.05}
+ALLOCATOR = {"calibrate": 1.12, "train": 1.2, "score": 1.0, "export": 1.0}
 """Resident memory over live bytes on a CPU, by stage, measured."""
 
 CONSTANT = {"calibrate": 12 << 20, "train": 40 << 20, "score": 0, "export": 4 << 20}
@@ -39,7 +39,7 @@ SCORED_ELEMENTS = 1 << 22
 SCORE_BUFFERS = 26
 """Bytes an element of such a piece, measured: of model and parent, their difference, probability, product, copies."""
 
-UNPACKED_BYTES = 5
+UNPACKED_BYTES = 4
 """Bytes a quantized weight that compressed-tensors holds beside the fp32 weights when a packed folder is loaded."""
 
 

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from ..curvature import parallel
 from ..errors import ConfigError
 from ..files import read_json, write_json
 
@@ -21,7 +20,7 @@ class Clock:
     def __init__(self, path: Path, resume: bool) -> None:
         self.path = path
         self.kept = False
-        """Whether the folder is this process's to write into; until it is, nothing is written."""
+        """Whether the folder is this process's to write into; until it is, and in all processes but the first, nothing is."""
         self.seconds: dict[str, float] = {}
         if resume and path.is_file():
             with contextlib.suppress(ConfigError, TypeError, ValueError):  # damaged: the times begin again
@@ -38,5 +37,5 @@ class Clock:
             return work()
         finally:
             self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - started
-            if self.kept and parallel.first():
+            if self.kept:
                 write_json(self.path, dict(self.seconds))

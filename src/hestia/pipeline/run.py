@@ -111,8 +111,9 @@ class Run:
         plan = plan_run(work, self.given_plan, plan)
         frozen = self._frozen(plan)
         scores = score_run(work, plan, self.reference)
-        if not parallel.first():
-            parallel.barrier()
+        first = parallel.first()
+        parallel.leave()
+        if not first:
             return {}
         exports = [deliver(work, name, frozen) for name in plan.targets]
         total = work.clock.seconds.get("total", 0.0) + time.perf_counter() - started
@@ -120,7 +121,6 @@ class Run:
         record["baselines"] = self.baselines
         record["seconds"]["total"] = total
         publish(work.folder, record)
-        parallel.barrier()
         return record
 
     def _frozen(self, plan: Plan) -> FrozenModel:
@@ -170,7 +170,7 @@ class Run:
             if not (work.folder / CACHE_FOLDER).is_dir():
                 text, cache = work.text, work.folder / CACHE_FOLDER
                 token_cache.save(cache, text.record["key"], text.train, text.held_out, text.record)
-        work.clock.kept = True
+        work.clock.kept = parallel.first()
         parallel.barrier()
 
 
