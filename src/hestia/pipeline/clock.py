@@ -20,7 +20,7 @@ class Clock:
     def __init__(self, path: Path, resume: bool) -> None:
         self.path = path
         self.kept = False
-        """Whether the folder is this process's to write into; until it is, and in all processes but the first, nothing is."""
+        """Whether this process may write into the folder: the first one, once it holds it."""
         self.seconds: dict[str, float] = {}
         if resume and path.is_file():
             with contextlib.suppress(ConfigError, TypeError, ValueError):  # damaged: the times begin again
