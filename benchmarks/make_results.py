@@ -118,6 +118,33 @@ def speed() -> str:
     return "\n".join(lines)
 
 
+def running() -> str:
+    """Resuming, checkpoints, two processes and estimated memory, from their result files."""
+    folder = RESULTS / "running"
+    kills, cost, two = (read_json(folder / f"{name}.json") for name in ("kills", "checkpoint_cost", "scale_out"))
+    memory = read_json(RESULTS / "estimate" / "memory.json")["rows"]
+    done = kills["sum"]
+    rounds = len(next(iter(two["tokens_per_second"].values())))
+    lines = [
+        f"- `python benchmarks/kills.py`: {done['kills']} kills, {done['exact_resumes']} exact resumes, "
+        f"{done['during_a_checkpoint_write']} of them during a checkpoint write; at most {done['most_steps_lost']} "
+        f"steps lost, with a checkpoint every {kills['save_every']}.",
+        f"- `python benchmarks/checkpoint_cost.py`: {cost['seconds_a_checkpoint']:.2f} s a checkpoint of "
+        f"{cost['bytes_a_checkpoint'] / 1e6:.0f} MB, {100 * cost['share']:.2f} % of a run at the default interval.",
+        f"- `python benchmarks/scale_out.py`: two processes of one thread reach {two['ratio']:.2f} of one process with "
+        f"two threads (medians of {rounds} rounds).",
+        "- `python benchmarks/memory.py`: peak resident memory that `hestia estimate` predicts, against the measured "
+        "one. The allocator's share was fitted on these very models.",
+        "",
+        "| model and stage | predicted | measured | error |",
+        "|---|--:|--:|--:|",
+    ]
+    for name, row in memory.items():
+        predicted, measured = (f"{row[key] / 2**20:,.0f} MiB" for key in ("predicted", "measured"))
+        lines.append(f"| {name} | {predicted} | {measured} | {100 * row['error']:+.1f} % |".replace("-", "−"))
+    return "\n".join(lines)
+
+
 def figure(found: dict[str, dict[str, dict[str, Any]]]) -> str:
     """Nats a token of every arm, a row a model, as SVG text."""
     models = [m for m in MODELS if m in found]
@@ -205,6 +232,10 @@ def main() -> int:
             "## Speed",
             "",
             speed(),
+            "",
+            "## Running",
+            "",
+            running(),
             "",
             "## Curvature",
             "",

@@ -21,7 +21,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-RESULT = ROOT / "benchmarks" / "results" / "speed" / "scale_out.json"
+RESULT = ROOT / "benchmarks" / "results" / "running" / "scale_out.json"
 PROMISED = 0.8
 WARM = 2
 
