@@ -32,15 +32,14 @@ def child(folder: Path, steps: int, threads: int) -> None:
     from transformers import TrainerCallback
 
     import hestia
-    from hestia import loading
-    from hestia.curvature import parallel
+    from hestia import loading, processes
     from hestia.data import Blocks
     from hestia.tiny import model_path
     from hestia.training import HestiaTrainer, TrainConfig
 
     torch.set_num_threads(threads)
     torch.manual_seed(0)
-    with parallel.joined() as first:
+    with processes.joined() as first:
         model = loading.load_model(loading.resolve(str(model_path())))
         plan = hestia.plan(model, "hestia", "gguf:q2_0")
         hestia.apply(model, plan)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from hestia import doctor
+from hestia import doctor, resources
 from hestia.cli.main import main
 from hestia.doctor import Check
 from hestia.export import packing
@@ -75,7 +75,7 @@ def test_a_full_disk_and_little_memory_are_noted(monkeypatch: pytest.MonkeyPatch
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: usage(10, 9, 1))
     assert by_name("disk", tmp_path).status == "note"
-    monkeypatch.setattr(doctor, "_available_memory", lambda: 10**9)
+    monkeypatch.setattr(resources, "available_memory", lambda: 10**9)
     assert by_name("memory").status == "note" and "1.0 GB free" in by_name("memory").found
 
 

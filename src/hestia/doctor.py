@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 import torch
 
-from . import files
+from . import files, resources
 from .errors import HestiaError
 from .provenance import cpu_name, versions
 
@@ -162,7 +162,7 @@ def _product_time(dtype: torch.dtype) -> float:
 
 
 def _memory() -> Check:
-    free = _available_memory()
+    free = resources.available_memory()
     if free is None:
         return Check("memory", "note", "unknown on this system")
     found = f"{free / 1e9:.1f} GB free"
@@ -176,19 +176,8 @@ def _memory() -> Check:
     return Check("memory", "ok", found)
 
 
-def _available_memory() -> int | None:
-    try:
-        for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except (OSError, ValueError, IndexError):
-        pass
-    return None
-
-
 def _disk(folder: Path) -> Check:
-    here = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
-    free = shutil.disk_usage(here).free
+    here, free = resources.place_of(folder), resources.free_disk(folder)
     found = f"{free / 1e9:.1f} GB free in {here}"
     if free < SMALL_DISK:
         return Check("disk", "note", found, "a checkpoint takes 12 bytes a parameter; two are kept: --out elsewhere")

@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import load_file
 
 import hestia
-from hestia import tiny
+from hestia import processes, tiny
 from hestia.curvature import Sensitivity, parallel
-from hestia.errors import CalibrationError
+from hestia.errors import CalibrationError, ConfigError
 
 SOURCE = str(Path(hestia.__file__).parents[1])
 
@@ -25,7 +25,8 @@ import sys
 from pathlib import Path
 import torch
 from torch import nn
-from hestia.curvature import Stopping, calibrate, parallel
+from hestia import processes
+from hestia.curvature import Stopping, calibrate
 from hestia.quant import QuantSpec
 
 torch.set_num_threads(1)
@@ -42,13 +43,13 @@ class Toy(nn.Module):
 toy, out = Toy().double(), Path(sys.argv[1])
 ids = torch.randint(0, 13, (9, 6), generator=torch.Generator().manual_seed(0))
 weights = {"body": toy.body.weight, "head": toy.head.weight}
-with parallel.joined() as first:
-    assert first == (parallel.rank() == 0)
+with processes.joined() as first:
+    assert first == (processes.rank() == 0)
     for estimator in ("gnb", "hutchinson", "hutchpp", "kl"):
         # doubled from 4 to 8 to 9: one sequence for two processes at the end
         table = calibrate(toy, weights, ids, estimator=estimator, forward=toy, seed=3, diagonals=4,
                           candidates={"ternary": QuantSpec()}, stopping=Stopping(start=4, half_width=1e-9))
-        table.save(out / f"{estimator}-{parallel.rank()}.json")
+        table.save(out / f"{estimator}-{processes.rank()}.json")
 """
 
 
@@ -135,16 +136,16 @@ def test_torchrun_hestia_calibrate(tmp_path: Path) -> None:
 
 def test_alone_nothing_is_joined(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    with parallel.joined() as first:
+    with processes.joined() as first:
         assert first and not torch.distributed.is_initialized()
-    assert (parallel.rank(), parallel.world_size()) == (0, 1)
+    assert (processes.rank(), processes.world_size()) == (0, 1)
 
 
 def test_processes_without_an_address_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
-    with pytest.raises(CalibrationError, match=r"WORLD_SIZE is 2.*cannot reach.*torchrun"), parallel.joined():
+    with pytest.raises(ConfigError, match=r"WORLD_SIZE is 2.*cannot reach.*torchrun"), processes.joined():
         pass
 
 
@@ -169,7 +170,8 @@ def test_rows_are_interleaved_and_what_one_process_lacks_stays_missing(monkeypat
     names = [("a", "trace"), ("b", "trace")]
     theirs = torch.zeros(2, 3, 2, dtype=torch.float64)
     theirs[0, 1, 0], theirs[1, 1, 0] = float("nan"), 1.0
-    monkeypatch.setattr(parallel, "_running", lambda: True)
+    for module in (parallel, processes):
+        monkeypatch.setattr(module, "running", lambda: True)
     monkeypatch.setattr(parallel.dist, "get_rank", lambda: 0)
     monkeypatch.setattr(parallel.dist, "get_world_size", lambda: 2)
     monkeypatch.setattr(parallel.dist, "all_gather", OtherProcess(names[:1], theirs).all_gather)

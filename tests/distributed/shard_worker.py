@@ -14,7 +14,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 import hestia
-from hestia.curvature import parallel
+from hestia import processes
 from hestia.nn import knobs_of, quantized_modules
 from hestia.training.callback import correct, hand_over_importance
 
@@ -60,7 +60,7 @@ def train(model: torch.nn.Module, plan: hestia.Plan, share: slice) -> list[float
 def main() -> None:
     out = Path(sys.argv[1])
     torch.set_num_threads(1)
-    with parallel.joined():
+    with processes.joined():
         mesh = init_device_mesh("cpu", (2,))
         for name in CASES:
             model, plan = build(name)
@@ -68,8 +68,8 @@ def main() -> None:
                 fully_shard(layer, mesh=mesh)
             fully_shard(model, mesh=mesh)
             assert all(isinstance(p, DTensor) for p in model.parameters())
-            losses = train(model, plan, slice(parallel.rank(), None, 2))
-            mean = parallel.added(torch.tensor(losses, dtype=torch.float64)) / 2
+            losses = train(model, plan, slice(processes.rank(), None, 2))
+            mean = processes.added(torch.tensor(losses, dtype=torch.float64)) / 2
             state = {
                 key: value.full_tensor() if isinstance(value, DTensor) else value
                 for key, value in model.state_dict().items()
@@ -83,7 +83,7 @@ def main() -> None:
                 tensors["logits"] = model(input_ids=toy_training.blocks(2, seed=3).input_ids).logits
             save_file(
                 {key: value.contiguous() for key, value in tensors.items()} | {"losses": mean},
-                out / f"{name}-{parallel.rank()}.safetensors",
+                out / f"{name}-{processes.rank()}.safetensors",
             )
 
 

@@ -14,7 +14,7 @@ from processes import run
 from safetensors.torch import load_file
 
 import hestia
-from hestia.curvature import parallel
+from hestia import processes as group
 from hestia.errors import ConfigError
 from hestia.training import TrainConfig
 from hestia.training.trainer import _blocks_a_process
@@ -105,6 +105,6 @@ def test_bf16_checkpointing_and_a_teacher(flags: tuple[str, ...], tmp_path: Path
 def test_a_batch_that_cannot_be_shared_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     config = TrainConfig(steps=1, batch_size=6, accumulation=2, learning_rate=1e-3)
     assert _blocks_a_process(config) == 3
-    monkeypatch.setattr(parallel, "world_size", lambda: 2)
+    monkeypatch.setattr(group, "world_size", lambda: 2)
     with pytest.raises(ConfigError, match=r"--batch-size 6 .* 2 processes in 2 micro-batches; choose a multiple of 4"):
         _blocks_a_process(config)

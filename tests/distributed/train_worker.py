@@ -12,7 +12,7 @@ import toy_training
 from safetensors.torch import save_file
 
 import hestia
-from hestia.curvature import parallel
+from hestia import processes
 from hestia.evaluation import model_logits, shared_score
 from hestia.export.frozen import save_codes
 from hestia.training import Distillation, HestiaTrainer, TrainConfig
@@ -21,7 +21,7 @@ from hestia.training import Distillation, HestiaTrainer, TrainConfig
 def main() -> None:
     folder, flags = Path(sys.argv[1]), set(sys.argv[2:])
     torch.set_num_threads(1)
-    with parallel.joined() as first:
+    with processes.joined() as first:
         folder.mkdir(exist_ok=True)
         model, plan = toy_training.converted()
         config = TrainConfig(

@@ -18,7 +18,7 @@ from hestia.errors import ConfigError
 from hestia.estimate import pretend as module
 from hestia.estimate.files import _quantized
 from hestia.estimate.live import LiveBytes
-from hestia.estimate.machine import available_memory, probe, quantity
+from hestia.estimate.machine import memory_of, probe, quantity
 from hestia.estimate.pretend import Step, pretend
 from hestia.estimate.whole import Layout, estimate
 from hestia.options import Options
@@ -166,5 +166,5 @@ def test_a_bad_quantity_is_refused(text: str) -> None:
 def test_the_probe_measures_something() -> None:
     flops, bandwidth = probe(torch.device("cpu"), bf16=False)
     assert 1e8 < flops < 1e15 and 1e7 < bandwidth < 1e13
-    there = available_memory(torch.device("cpu"))
+    there = memory_of(torch.device("cpu"))
     assert there is None or there > 1 << 20

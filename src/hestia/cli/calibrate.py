@@ -18,8 +18,7 @@ if TYPE_CHECKING:
 @json_option
 def command(model: str, as_json: bool, **typed: Any) -> None:
     """Measure which tensors of MODEL matter: curvature and predicted damage, with intervals."""
-    from .. import progress
-    from ..curvature import parallel
+    from .. import processes, progress
     from ..curvature.show import table
     from ..files import write_text
     from ..jobs import calibrate_model
@@ -27,7 +26,7 @@ def command(model: str, as_json: bool, **typed: Any) -> None:
     options = options_from(None, {"model": model, "allow_partial": True, **typed})
     path = output_file(options.out or "sensitivity.json")
     kept = path.with_suffix(".partial.safetensors")  # a calibration that was killed goes on from there
-    with parallel.joined() as first:
+    with processes.joined() as first:
         if not first:
             progress.enable(False)
         sensitivity = calibrate_model(options, kept)

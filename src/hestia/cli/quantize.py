@@ -18,12 +18,11 @@ from .shared import config_option, job_options, json_option, options_from, resum
 @json_option
 def command(model: str | None, config: str | None, resume: bool, as_json: bool, **typed: Any) -> None:
     """Calibrate, plan, train, freeze, export, verify, evaluate and report, from MODEL (a folder or hub id) to --out."""
-    from .. import progress
-    from ..curvature import parallel
+    from .. import processes, progress
     from ..pipeline import quantize
 
     options = options_from(config, {"model": model, **typed})
-    with parallel.joined() as first:
+    with processes.joined() as first:
         if not first:
             progress.enable(False)
         record = quantize(options, resume=resume)

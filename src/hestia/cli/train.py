@@ -33,14 +33,13 @@ PLANNED = (
 @json_option
 def command(model: str, plan_file: str, config: str | None, resume: bool, as_json: bool, **typed: Any) -> None:
     """Train MODEL by a plan, freeze it, export it to the plan's targets, and report."""
-    from .. import progress
-    from ..curvature import parallel
+    from .. import processes, progress
     from ..pipeline import quantize
     from ..plans import Plan
 
     plan = Plan.load(Path(plan_file))
     options = options_from(config, {"model": model, "target": plan.targets, "recipe": plan.recipe["name"], **typed})
-    with parallel.joined() as first:
+    with processes.joined() as first:
         if not first:
             progress.enable(False)
         record = quantize(options, resume=resume, plan=plan)

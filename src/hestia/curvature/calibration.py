@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import processes
 from ..errors import CalibrationError
 from ..quant import QuantSpec
 from . import parallel
@@ -81,7 +82,7 @@ def calibrate(
         chosen.prepare(problem, ids)
         labelled = {label: spec.to_json() for label, spec in (candidates or {}).items()}
         partial = None
-        if keep is not None and parallel.world_size() == 1:
+        if keep is not None and processes.world_size() == 1:
             partial = Partial(keep, key_of(chosen, weights, sequences, labelled, diagonals, seed))
         rows, stopped = _rows(chosen, problem, ids, stopping, partial)
         gauss_newton = _substitutes(chosen, problem, ids[: len(rows)], rows)
@@ -131,7 +132,7 @@ def _rows(
     stops = [len(ids)] if stopping is None else _doubling(stopping.start, len(ids))
     # A calibration that was killed beyond a stop had not settled there.
     for stop in (stop for stop in stops if stop >= len(rows)):
-        share = range(len(rows) + parallel.rank(), stop, parallel.world_size())
+        share = range(len(rows) + processes.rank(), stop, processes.world_size())
         mine: dict[int, Row] = {}
         for k in track(share, f"calibrating, {estimator.name}", total=len(share)):
             try:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..errors import ConfigError
+from ..resources import available_memory
 
 PROBE_WIDTH = 1024
 PROBE_BYTES = 1 << 27
@@ -62,36 +61,9 @@ def _best(work: Callable[[], object], device: torch.device, rounds: int = 7) -> 
     return min(times[1:])
 
 
-def available_memory(device: torch.device) -> int | None:
-    """Bytes that a new process could use: of the GPU, or what the system calls available, within the control group."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    found = [n for n in (_meminfo(), _control_group()) if n is not None]
-    return min(found) if found else None
-
-
-def _meminfo() -> int | None:
-    try:
-        for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except (OSError, ValueError, IndexError):
-        pass
-    return None
-
-
-def _control_group() -> int | None:
-    root = Path("/sys/fs/cgroup")
-    try:
-        return int((root / "memory.max").read_text()) - int((root / "memory.current").read_text())
-    except (OSError, ValueError):  # no version 2 control group, or "max": no limit
-        return None
-
-
-def free_disk(folder: Path) -> int:
-    """Bytes free where ``folder`` is, or would be made."""
-    here = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
-    return shutil.disk_usage(here).free
+def memory_of(device: torch.device) -> int | None:
+    """Bytes that a new process could use on ``device``: of the GPU, or of main memory; None where nobody says."""
+    return int(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else available_memory()
 
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "P": 10**15}

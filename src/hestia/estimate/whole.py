@@ -17,8 +17,9 @@ from ..nn.select import EMBEDDING, HEAD
 from ..options import Options, count
 from ..planner import plan as make_plan
 from ..plans import Plan
+from ..resources import free_disk
 from .files import FileSize, Kept, file_sizes, run_folder
-from .machine import Machine, available_memory, free_disk, probe, quantity
+from .machine import Machine, memory_of, probe, quantity
 from .memory import EVALUATED_BLOCKS, Passes, Sizes, Stage, passes, stages
 from .time import Job, job, seconds
 
@@ -215,7 +216,7 @@ def _machine(
     return Machine(
         flops=flops,
         bandwidth=bandwidth,
-        memory=int(given["memory"]) if "memory" in given else available_memory(device),
+        memory=int(given["memory"]) if "memory" in given else memory_of(device),
         disk=int(given["disk"]) if "disk" in given else free_disk(Path(options.out or ".")),
         source=source,
     )

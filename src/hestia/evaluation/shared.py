@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..curvature import parallel
+from .. import processes
 from ..data import Blocks
 from .scoring import Logits, Score, score
 
@@ -27,13 +27,13 @@ def shared_score(
     Raises:
         ConfigError, GuardError: as ``score``, on the process whose blocks are bad.
     """
-    world = parallel.world_size()
+    world = processes.world_size()
     if world == 1:
         return score(logits, blocks, parent=parent, batch_size=batch_size, description=description)
     count = len(blocks)
-    mine = range(parallel.rank(), count, world)
+    mine = range(processes.rank(), count, world)
     sums = torch.zeros(4, count, dtype=torch.float64)  # NLL and KL of a block, its tokens, and where the two agree
-    share = blocks[parallel.rank() :: world]
+    share = blocks[processes.rank() :: world]
     counted = share.loss_mask[:, 1:].any() if len(share) else False
     if bool(counted):
         found = score(logits, share, parent=parent, batch_size=batch_size, description=description)
@@ -44,7 +44,7 @@ def shared_score(
         if found.block_kl is not None and found.top1_agreement is not None:
             sums[1, rows] = _sum(found.block_kl, tokens)
             sums[3, rows[0]] = found.top1_agreement * found.tokens
-    nll, kl, tokens, agree = parallel.added(sums)
+    nll, kl, tokens, agree = processes.added(sums)
     total = int(tokens.sum())
     if total == 0:
         return score(logits, blocks, parent=parent)  # says what is wrong

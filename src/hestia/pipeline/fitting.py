@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .. import loading, nn
-from ..curvature import parallel
+from .. import loading, nn, processes
 from ..evaluation import model_logits, shared_score
 from ..evaluation.diagnostics import histograms
 from ..export.frozen import CODES_FILE, MODEL_FOLDER, save_codes
@@ -29,7 +28,7 @@ def train_and_freeze(work: Workspace, plan: Plan) -> None:
         trainer = _trainer(work, model, plan, config, f"training {plan.recipe['name']}")
         work.clock.measure("train", lambda: trainer.fit(checkpoint))
         work.clock.at_least("train", trainer.trained)
-    if not parallel.first():
+    if not processes.first():
         return
     diagnostics = histograms(model, work.load_model())
     codes = nn.freeze(model)
@@ -56,7 +55,7 @@ def _train_config(work: Workspace, plan: Plan) -> TrainConfig:
         rate = float(read_json(path)["learning_rate"])
     else:
         rate = o.learning_rate() or _pilot(work, plan)
-        if parallel.first():
+        if processes.first():
             write_json(path, {"learning_rate": rate, "steps": work.steps, "batch_size": work.batch_size})
     return _config_for(work, rate, work.steps, save=True)
 

@@ -6,8 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from .. import curvature, loading, nn, recipes
-from ..curvature import parallel
+from .. import curvature, loading, nn, processes, recipes
 from ..errors import ConfigError
 from ..jobs import calibrate_on
 from ..mixed import candidates, is_mixed
@@ -46,7 +45,7 @@ def plan_run(work: Workspace, given: Plan | None, plan: Plan) -> Plan:
         sensitivity = _sensitivity(work, plan)
         if sensitivity is not None:
             plan = _make_plan(work, sensitivity)
-    if parallel.first():
+    if processes.first():
         plan.save(path)
     return plan
 
@@ -68,7 +67,7 @@ def _sensitivity(work: Workspace, plan: Plan) -> curvature.Sensitivity | None:
             "calibrate",
             lambda: calibrate_on(model, paths, candidates, work.training, work.options, identity, kept),
         )
-    if parallel.first():
+    if processes.first():
         sensitivity.save(path)
         kept.unlink(missing_ok=True)
     return sensitivity

@@ -16,7 +16,7 @@ from typing import Any
 
 from transformers import set_seed
 
-from ..curvature import parallel
+from .. import processes
 from ..data import cache as token_cache
 from ..errors import ConfigError
 from ..export.frozen import CODES_FILE, FrozenModel
@@ -54,7 +54,7 @@ def quantize(options: Options, *, resume: bool = False, plan: Plan | None = None
         GuardError, Interrupted: training was stopped; the last good checkpoint is kept.
         VerifyError: an exported file differs from the frozen model.
     """
-    with parallel.joined():
+    with processes.joined():
         return Run(options, resume=resume, plan=plan).execute()
 
 
@@ -91,7 +91,7 @@ class Run:
     def _take_folder(self) -> None:
         """Lock the folder, tidy up after a process that was killed, and check what this run would go on from."""
         folder = self.work.folder
-        if parallel.first():  # of several processes of one run, the first holds it for all
+        if processes.first():  # of several processes of one run, the first holds it for all
             self._held.enter_context(locked(folder))
             self._check_folder()  # again: someone may have been here meanwhile
             require_inside(folder)
@@ -111,8 +111,8 @@ class Run:
         plan = plan_run(work, self.given_plan, plan)
         frozen = self._frozen(plan)
         scores = score_run(work, plan, self.reference)
-        first = parallel.first()
-        parallel.leave()
+        first = processes.first()
+        processes.leave()
         if not first:
             return {}
         exports = [deliver(work, name, frozen) for name in plan.targets]
@@ -126,7 +126,7 @@ class Run:
     def _frozen(self, plan: Plan) -> FrozenModel:
         if not (self.work.resume and (self.work.folder / CODES_FILE).is_file()):
             train_and_freeze(self.work, plan)
-            parallel.barrier()
+            processes.barrier()
         return FrozenModel(self.work.folder)
 
     def _check_folder(self) -> None:
@@ -158,20 +158,20 @@ class Run:
     def _open_folder(self) -> None:
         """The first write: options and tokens, after everything that can be refused has been checked."""
         work = self.work
-        parallel.barrier()  # every process has looked at the folder as it was
-        if parallel.first():
+        processes.barrier()  # every process has looked at the folder as it was
+        if processes.first():
             work.folder.mkdir(parents=True, exist_ok=True)
-        parallel.barrier()
+        processes.barrier()
         if not self._taken:
             self._take_folder()
-        if parallel.first():
+        if processes.first():
             write_text(work.folder / OPTIONS_FILE, work.options.to_yaml())
             keep_inputs(work)
             if not (work.folder / CACHE_FOLDER).is_dir():
                 text, cache = work.text, work.folder / CACHE_FOLDER
                 token_cache.save(cache, text.record["key"], text.train, text.held_out, text.record)
-        work.clock.kept = parallel.first()
-        parallel.barrier()
+        work.clock.kept = processes.first()
+        processes.barrier()
 
 
 def _left_behind(path: Path) -> bool:

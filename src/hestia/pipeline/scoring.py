@@ -7,8 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from .. import loading, nn, recipes
-from ..curvature import parallel
+from .. import loading, nn, processes, recipes
 from ..data import Blocks
 from ..evaluation import Score, model_logits, paired_difference, shared_score
 from ..evaluation.diagnostics import continuations
@@ -38,7 +37,7 @@ def score_run(work: Workspace, plan: Plan, reference: dict[str, Any] | None = No
     frozen: Any = loading.load_model(loading.Source(str(work.folder), str(work.folder / MODEL_FOLDER)))
     frozen.to(work.device)
     of_frozen = _numbers(_score_against(parent, frozen, blocks, "scoring the frozen model"))
-    if not parallel.first():
+    if not processes.first():
         return {}
     ours, theirs = of_frozen["block_nll"], of_rounded["block_nll"]
     interval = paired_difference(ours, theirs).to_json() if len(ours) > 1 else None

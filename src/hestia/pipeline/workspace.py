@@ -7,8 +7,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .. import loading
-from ..curvature import parallel
+from .. import loading, processes
 from ..data import Blocks, TokenizedText
 from ..errors import ConfigError
 from ..files import require_writable
@@ -116,7 +115,7 @@ class Workspace:
         else:
             tokens = count(self.options.tokens, "tokens")
             size = max(1, min(LARGEST_DEFAULT_BATCH, tokens // (300 * self.seq_len)))
-            parts = self.options.accumulation * parallel.world_size()
+            parts = self.options.accumulation * processes.world_size()
             size = max(parts, size - size % parts)
         if size % self.options.accumulation:
             raise ConfigError(f"--accumulation {self.options.accumulation} does not divide --batch-size {size}")

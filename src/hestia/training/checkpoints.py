@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from ..errors import ConfigError, DiskSpaceError
 from ..files import finite, flush, read_json, save_file, sha256, write_json
 from ..progress import announce
+from ..resources import free_disk
 
 SCHEMA = 2
 STATE = "state.json"
@@ -105,8 +106,7 @@ def bytes_of(tensors: Iterable[Tensor]) -> int:
 
 
 def _require_space(folder: Path, needed: int) -> None:
-    place = next(parent for parent in folder.absolute().parents if parent.exists())
-    free = shutil.disk_usage(place).free
+    free = free_disk(folder)
     if free < needed:
         raise DiskSpaceError(
             f"{folder}: a checkpoint needs {needed / 1e6:,.1f} MB, the disk has {free / 1e6:,.1f} MB left; "

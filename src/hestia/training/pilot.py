@@ -17,7 +17,7 @@ import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from ..curvature import parallel
+from .. import processes
 from ..errors import GuardError
 
 FACTOR = 3.0
@@ -79,7 +79,7 @@ def _run(trial: Callable[[float, int], float], rate: float, steps: int, log: Pat
         loss = math.inf
     known = loss if math.isfinite(loss) else None
     row = {"pilot": {"learning_rate": rate, "steps": steps, "held_out_loss": known}}
-    if parallel.first():
+    if processes.first():
         with open(log, "a", encoding="utf-8") as handle:
             handle.write(json.dumps(row) + "\n")
     return math.inf if known is None else known

@@ -21,8 +21,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK,
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import SaveStrategy
 
-from .. import digests
-from ..curvature import parallel
+from .. import digests, processes
 from ..data import Blocks, epoch_order
 from ..errors import ConfigError, nearest
 from ..evaluation import model_logits, shared_score
@@ -249,7 +248,7 @@ class HestiaTrainer(Trainer):
     def _forget_log_after(self, step: int) -> None:
         """Drop the log lines of steps that an interrupted run took and this one takes again."""
         log = self.folder / LOG_FILE
-        if log.is_file() and parallel.first():
+        if log.is_file() and processes.first():
             lines = log.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
             write_text(log, "".join(line for line in lines if _step_of(line) <= step))
 
@@ -330,7 +329,7 @@ class HestiaTrainer(Trainer):
         self._input_ids = inputs["input_ids"]
         result = super().compute_loss(model, inputs, *args, **kwargs)  # type: ignore[misc]
         loss = result[0] if isinstance(result, tuple) else result
-        if parallel.world_size() == 1:  # of several, one alone must not stop: the shared gradients tell all at once
+        if processes.world_size() == 1:  # of several, one alone must not stop: the shared gradients tell all at once
             check_loss(loss.detach(), model, self.state.global_step + 1, self._last_checkpoint_name())
         return result
 
@@ -524,7 +523,7 @@ class _StopCallback(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Ask the Trainer to save and stop, all processes after the same step."""
-        requested = parallel.largest(self.signals.requested or 0)
+        requested = processes.largest(self.signals.requested or 0)
         if requested:
             self.signals.requested = requested
             control.should_save = args.save_strategy != SaveStrategy.NO  # a pilot's state is nobody's checkpoint
@@ -575,10 +574,10 @@ def _blocks_a_process(config: TrainConfig) -> int:
     Raises:
         ConfigError: they cannot be shared out evenly.
     """
-    parts = config.accumulation * parallel.world_size()
+    parts = config.accumulation * processes.world_size()
     if config.batch_size % parts:
         raise ConfigError(
-            f"--batch-size {config.batch_size} cannot be shared out evenly between {parallel.world_size()} processes "
+            f"--batch-size {config.batch_size} cannot be shared out evenly between {processes.world_size()} processes "
             f"in {config.accumulation} micro-batches; choose a multiple of {parts}"
         )
     return config.batch_size // parts

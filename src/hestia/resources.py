@@ -1,0 +1,40 @@
+"""Free memory and disk, as the system and the control group of a container say."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+
+def available_memory() -> int | None:
+    """Bytes of main memory that a new process could use, within the control group; None where nobody says."""
+    found = [n for n in (_meminfo(), _control_group()) if n is not None]
+    return min(found) if found else None
+
+
+def place_of(folder: Path) -> Path:
+    """``folder``, or the nearest folder above it that exists."""
+    return next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+
+
+def free_disk(folder: Path) -> int:
+    """Bytes free where ``folder`` is, or would be made."""
+    return shutil.disk_usage(place_of(folder)).free
+
+
+def _meminfo() -> int | None:
+    try:
+        for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except (OSError, ValueError, IndexError):
+        pass
+    return None
+
+
+def _control_group() -> int | None:
+    root = Path("/sys/fs/cgroup")
+    try:
+        return int((root / "memory.max").read_text()) - int((root / "memory.current").read_text())
+    except (OSError, ValueError):  # no version 2 control group, or "max": no limit
+        return None
