@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -173,20 +173,28 @@ def scale(found: Mapping[str, tuple[float, Damages]], truth: Damages) -> dict[st
     }
 
 
-def main() -> None:
-    """Measure what has no result yet."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--models", type=Path, required=True)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--only", default="")
-    arguments = parser.parse_args()
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """The command line of all benchmarks that take models and texts."""
+    found = argparse.ArgumentParser(description=description)
+    found.add_argument("--models", type=Path, required=True)
+    found.add_argument("--data", type=Path, required=True)
+    found.add_argument("--only", default="", help="models with this in their name")
+    return found
+
+
+def missing(kind: str, arguments: argparse.Namespace) -> Iterator[tuple[str, Path, Bench]]:
+    """Name, result file and bench of every model that has no result of this kind; one thread."""
     enable()
     torch.set_num_threads(1)
     for name, (calibration, held_out) in texts(arguments.data).items():
-        path = RESULTS / f"metrics-{name}.json"
-        if path.exists() or arguments.only not in name:
-            continue
-        bench = Bench(arguments.models / name, calibration, held_out)
+        path = RESULTS / f"{kind}-{name}.json"
+        if arguments.only in name and not path.exists():
+            yield name, path, Bench(arguments.models / name, calibration, held_out)
+
+
+def main() -> None:
+    """Measure what has no result yet."""
+    for name, path, bench in missing("metrics", parser(__doc__).parse_args()):
         truth_table = bench.truth()
         truth = {label: truth_table.means(f"kl:{label}") for label in LABELS}
         found = metrics(bench)

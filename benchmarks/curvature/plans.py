@@ -16,21 +16,19 @@ interval.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
-from metrics import CALIBRATION, HESSIAN, RESULTS, Bench, texts
+from metrics import CALIBRATION, HESSIAN, Bench, missing, parser
 
 from hestia.curvature.allocation import Allocation, Problem, optimum, positional, random_widths, uniform
 from hestia.curvature.inputs import input_moments
 from hestia.curvature.intervals import mean_interval
 from hestia.curvature.scores import Evidence, Score
 from hestia.files import write_json
-from hestia.progress import announce, enable
+from hestia.progress import announce
 from hestia.provenance import machine, versions
 from hestia.recipes import GRIDS
 
@@ -184,18 +182,7 @@ def compare(bench: Bench, stored: dict[str, dict[float, int]], scores: dict[str,
 
 def main() -> None:
     """Measure what has no result yet."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--models", type=Path, required=True)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--only", default="")
-    arguments = parser.parse_args()
-    enable()
-    torch.set_num_threads(1)
-    for name, (calibration, held_out) in texts(arguments.data).items():
-        path = RESULTS / f"plans-{name}.json"
-        if path.exists() or arguments.only not in name:
-            continue
-        bench = Bench(arguments.models / name, calibration, held_out)
+    for name, path, bench in missing("plans", parser(__doc__).parse_args()):
         record = {
             "schema": 1,
             "name": name,

@@ -10,7 +10,6 @@ interrupted call takes up where it stopped.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import tempfile
 import time
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from metrics import RESULTS, SEQ_LEN, Bench, texts
+from metrics import RESULTS, SEQ_LEN, Bench, parser, texts
 from plans import CALIBRATION, WINNER, by_width, stored_bytes
 
 import hestia
@@ -105,12 +104,9 @@ def same_plan(rows: list[dict[str, Any]], seed: int, found: Allocation) -> dict[
 
 def main() -> None:
     """Measure what has no result yet."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--models", type=Path, required=True)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--only", default="")
-    parser.add_argument("--budget-minutes", type=float, default=float("inf"))
-    arguments = parser.parse_args()
+    line = parser(__doc__)
+    line.add_argument("--budget-minutes", type=float, default=float("inf"))
+    arguments = line.parse_args()
     enable()
     torch.set_num_threads(1)
     end = time.monotonic() + 60 * arguments.budget_minutes
