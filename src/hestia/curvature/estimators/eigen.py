@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ...errors import ConfigError, nearest
 from .base import CurvatureEstimator, Problem, Row
-from .hvp import Curvature, Product, generator, refuse_unless_twice_differentiable
+from .hvp import Product, blocks, refuse_unless_twice_differentiable
 
 MATRICES = ("hessian", "gauss_newton")
 
@@ -64,16 +64,10 @@ class Eigen(CurvatureEstimator):
         refuse_unless_twice_differentiable(problem, self.name)
 
     def sample(self, problem: Problem, ids: Tensor) -> Row:
-        curvature = Curvature(problem, ids)
-        block = curvature.hessian if self.matrix == "hessian" else curvature.gauss_newton
-        row: Row = {}
-        for path, weight in problem.weights.items():
-            product = block(weight)
-            if product is not None:
-                draws = generator(ids, problem.seed, path)
-                value = top_eigenvalue(product, weight.detach(), self.iterations, self.tolerance, draws)
-                row[path] = {"eigenvalue": value}
-        return row
+        return {
+            path: {"eigenvalue": top_eigenvalue(product, weight, self.iterations, self.tolerance, draws)}
+            for path, product, weight, draws in blocks(problem, ids, self.matrix)
+        }
 
 
 @torch.no_grad()

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ...errors import ConfigError
 from .base import CurvatureEstimator, Problem, Row
-from .hvp import Curvature, Product, generator, rademacher, refuse_unless_twice_differentiable
+from .hvp import Product, blocks, rademacher, refuse_unless_twice_differentiable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,14 +55,10 @@ class HutchPlusPlus(CurvatureEstimator):
         refuse_unless_twice_differentiable(problem, self.name)
 
     def sample(self, problem: Problem, ids: Tensor) -> Row:
-        curvature = Curvature(problem, ids)
-        row: Row = {}
-        for path, weight in problem.weights.items():
-            product = curvature.hessian(weight)
-            if product is not None:
-                draws = generator(ids, problem.seed, path)
-                row[path] = {"trace": hutchpp(product, weight.detach(), self.rank, self.probes, draws)}
-        return row
+        return {
+            path: {"trace": hutchpp(product, weight, self.rank, self.probes, draws)}
+            for path, product, weight, draws in blocks(problem, ids)
+        }
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ cross terms are in its block.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 
 import torch
@@ -146,6 +146,24 @@ def _differentiate(
         raise CalibrationError(
             f"part of the model has no second derivative ({error}); use a first-order estimator (gnb, fisher, kl)"
         ) from None
+
+
+def blocks(
+    problem: Problem, ids: Tensor, matrix: str = "hessian"
+) -> Iterator[tuple[str, Product, Tensor, torch.Generator]]:
+    """(path, v -> A v of its block, the weight, its random numbers) of every tensor that the loss depends on.
+
+    Args:
+        problem: model, weights, seed.
+        ids: one sequence [T].
+        matrix: ``hessian`` or ``gauss_newton``.
+    """
+    curvature = Curvature(problem, ids)
+    block = curvature.hessian if matrix == "hessian" else curvature.gauss_newton
+    for path, weight in problem.weights.items():
+        product = block(weight)
+        if product is not None:
+            yield path, product, weight.detach(), generator(ids, problem.seed, path)
 
 
 def generator(ids: Tensor, seed: int, path: str) -> torch.Generator:

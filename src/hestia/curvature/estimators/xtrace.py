@@ -29,7 +29,7 @@ from torch import Tensor
 
 from ...errors import ConfigError
 from .base import CurvatureEstimator, Problem, Row
-from .hvp import Curvature, Product, generator, rademacher, refuse_unless_twice_differentiable
+from .hvp import Product, blocks, rademacher, refuse_unless_twice_differentiable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,13 +56,10 @@ class XTrace(CurvatureEstimator):
         refuse_unless_twice_differentiable(problem, self.name)
 
     def sample(self, problem: Problem, ids: Tensor) -> Row:
-        curvature = Curvature(problem, ids)
         row: Row = {}
-        for path, weight in problem.weights.items():
-            product = curvature.hessian(weight)
-            if product is not None:
-                trace, error = xtrace(product, weight.detach(), self.vectors, generator(ids, problem.seed, path))
-                row[path] = {"trace": trace, "trace_error": error}
+        for path, product, weight, draws in blocks(problem, ids):
+            trace, error = xtrace(product, weight, self.vectors, draws)
+            row[path] = {"trace": trace, "trace_error": error}
         return row
 
 
