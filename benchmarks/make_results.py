@@ -268,7 +268,7 @@ def main() -> int:
             "## Configurations of real models",
             "",
             "`python benchmarks/configurations.py`: memory and hours are `hestia estimate` for one GPU of 80 GB at 400",
-            "TFLOP/s and 2 TB/s, **not measured**; the last column is the whole job on random weights of the real widths,",
+            "TFLOP/s and 2 TB/s, **not measured**; the last column is the job on random weights of the real widths,",
             "cut to two layers, every file read back and compared.",
             "",
             configurations(),
