@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -146,6 +147,22 @@ def test_the_page_holds_what_the_issue_asks_for(full: str) -> None:
         "6 of 12 tensors",
     ):
         assert words in text, words
+
+
+def test_what_the_watch_saw_is_told_once_each(tmp_path: Path) -> None:
+    lines = [
+        {"step": 30, "loss_spike": 9.25, "highest_before": 4.5},
+        {"step": 40, "collapsed": {EVIL: "all zero"}},
+        {"step": 30, "loss_spike": 9.25, "highest_before": 4.5},  # a resumed run says it again
+        {"step": 60, "collapsed": {EVIL: None}},
+        {"step": 70, "loss_spike": None, "collapsed": 3},
+    ]
+    run = make_run(tmp_path / "run", log_text="\n".join(map(json.dumps, lines)))
+    assert [step for step, _ in RunRecord.load(run).log.events] == [30, 40, 60]
+    text = write_report(run).read_text()
+    assert Page(text).text.count("step 30: the loss jumped to 9.250, from at most 4.500") == 1
+    assert "codes collapsed, all zero" in text and "codes use both signs again" in text
+    assert "<script>" not in text
 
 
 def test_light_dark_phone_and_paper_have_rules(full: str) -> None:

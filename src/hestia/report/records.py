@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -195,12 +195,14 @@ class TrainingLog:
             the held-out blocks of the report, which no decision of a run may see).
         pilots: (learning rate, steps, held-out loss) of the pilot runs; the loss is None where the pilot diverged, the
             steps where an older log does not say.
+        events: (step, what happened): losses that jumped, tensors whose codes collapsed or came back.
         skipped: lines that could not be read.
     """
 
     rows: tuple[TrainingRow, ...] = ()
     hard: tuple[tuple[int, float], ...] = ()
     pilots: tuple[tuple[float, int | None, float | None], ...] = ()
+    events: tuple[tuple[int, str], ...] = ()
     skipped: int = 0
 
 
@@ -556,6 +558,7 @@ def _log(path: Path) -> TrainingLog:
     rows: dict[int, TrainingRow] = {}
     hard: dict[int, float] = {}
     pilots: list[tuple[float, int | None, float | None]] = []
+    events: set[tuple[int, str]] = set()
     skipped = 0
     for line in filter(str.strip, lines):
         try:
@@ -580,8 +583,17 @@ def _log(path: Path) -> TrainingLog:
             hard[int(step)] = loss
         if "loss" in entry:
             rows[int(step)] = _training_row(int(step), entry)
+        events |= {(int(step), text) for text in _events(entry)}
     ordered = tuple(rows[step] for step in sorted(rows))
-    return TrainingLog(ordered, tuple(sorted(hard.items())), tuple(pilots), skipped)
+    return TrainingLog(ordered, tuple(sorted(hard.items())), tuple(pilots), tuple(sorted(events)), skipped)
+
+
+def _events(entry: dict[str, Any]) -> Iterator[str]:
+    spike, before = number(entry.get("loss_spike")), number(entry.get("highest_before"))
+    if spike is not None and before is not None:
+        yield f"the loss jumped to {spike:.3f}, from at most {before:.3f} in the steps before"
+    for path, how in _mapping(entry.get("collapsed")).items():
+        yield f"{path}: codes {'use both signs again' if how is None else f'collapsed, {how}'}"
 
 
 def _training_row(step: int, entry: dict[str, Any]) -> TrainingRow:
