@@ -127,6 +127,7 @@ def run(folder: Path, stage: str, scratch: Path) -> None:
     from hestia.export.frozen import MODEL_FOLDER, FrozenModel
     from hestia.export.verify import require_ok, verify
     from hestia.options import Options
+    from hestia.pipeline.delivery import probe_shape
     from hestia.training import HestiaTrainer, TrainConfig
 
     scratch.mkdir(exist_ok=True)
@@ -136,7 +137,10 @@ def run(folder: Path, stage: str, scratch: Path) -> None:
         kept = FrozenModel(scratch.parent.parent / f"frozen-{folder.name}")
         out = scratch / "file"
         export_model(kept, "hf", out)
-        require_ok(verify(out, kept.run, target="hf"))
+        words = int(config.vocab_size)
+        rows, tokens = probe_shape(TOKENS, words)
+        text = (torch.arange(rows * tokens) % words).reshape(rows, tokens)
+        require_ok(verify(out, kept.run, target="hf", token_ids=text))
         return
     ids = torch.randint(0, 4096, (16, TOKENS), generator=torch.Generator().manual_seed(0))
     blocks = Blocks(ids.int(), torch.ones_like(ids, dtype=torch.bool))

@@ -4,8 +4,8 @@
     train       4 P weights + 8 P_t AdamW + gradients and activations of a micro-batch (+ 4 P teacher), or, where that
                 is more, an evaluation in the middle of the run: 12 P and the logits of eight blocks
     score       two models, and the logits of both for eight blocks
-    export      4 P + 4 Q: the packed file loaded and unpacked, to be compared with the frozen model (hf; other files
-                need less)
+    export      4 P + Q: the packed file loaded and unpacked, and the logits of the frozen model, to which its own are
+                compared (hf; a .gguf file needs about as much where llama.cpp is installed, else less)
 
 P parameters, P_t trainable ones, Q quantized ones. What a step holds beside weights and moments is pretended
 (``pretend``), and so is exact up to what kernels allocate inside. ``ALLOCATOR`` is measured: the C library keeps freed
@@ -24,10 +24,10 @@ from ..options import Options
 from ..plans import Plan
 from .pretend import Step, Work, pretend
 
-ALLOCATOR = {"calibrate": 1.12, "train": 1.2, "score": 1.0, "export": 1.0}
+ALLOCATOR = {"calibrate": 1.12, "train": 1.2, "score": 1.0, "export": 1.05}
 """Resident memory over live bytes on a CPU, by stage, measured."""
 
-CONSTANT = {"calibrate": 12 << 20, "train": 40 << 20, "score": 0, "export": 4 << 20}
+CONSTANT = {"calibrate": 12 << 20, "train": 40 << 20, "score": 0, "export": 20 << 20}
 """Bytes of kernels, their workspaces and Python objects, whatever the model, by stage, measured."""
 
 EVALUATED_BLOCKS = 8
@@ -39,8 +39,9 @@ SCORED_ELEMENTS = 1 << 22
 SCORE_BUFFERS = 26
 """Bytes an element of such a piece, measured: of model and parent, their difference, probability, product, copies."""
 
-UNPACKED_BYTES = 4
-"""Bytes a quantized weight that compressed-tensors holds beside the fp32 weights when a packed folder is loaded."""
+UNPACKED_BYTES = 1
+"""Bytes a quantized weight that compressed-tensors holds beside the fp32 weights when a packed folder is loaded: its
+code."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,7 @@ class Sizes:
         outside: parameters outside the blocks (embeddings, last norm, head).
         vocabulary: of the head.
         logits: numbers of the logits of ``EVALUATED_BLOCKS`` blocks.
+        compared: numbers of the logits on which an exported file is compared.
         teacher: parameters of the teacher; 0: none.
     """
 
@@ -91,6 +93,7 @@ class Sizes:
     outside: int
     vocabulary: int
     logits: int
+    compared: int
     teacher: int = 0
 
 
@@ -201,4 +204,5 @@ def _scoring(sizes: Sizes, work: Work) -> Stage:
 
 
 def _export(sizes: Sizes) -> Stage:
-    return _stage("export", {"weights": 4 * sizes.parameters, "unpacking": UNPACKED_BYTES * sizes.quantized})
+    unpacking = UNPACKED_BYTES * sizes.quantized
+    return _stage("export", {"weights": 4 * sizes.parameters, "unpacking": unpacking, "logits": 8 * sizes.compared})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from ..errors import ConfigError
 from ..jobs import LARGEST_DEFAULT_BATCH, choose_device, longest_block
 from ..nn.select import EMBEDDING, HEAD
 from ..options import Options, count
+from ..pipeline.delivery import probe_shape
 from ..planner import plan as make_plan
 from ..plans import Plan
 from ..resources import free_disk
@@ -286,6 +288,7 @@ def _sizes(empty: Any, plan: Plan, options: Options, vocabulary: int, tokens: in
         outside=total - sum(blocks.values()),
         vocabulary=vocabulary,
         logits=EVALUATED_BLOCKS * tokens * vocabulary,
+        compared=math.prod(probe_shape(tokens, vocabulary)) * vocabulary,
         teacher=_teacher(options, total),
     )
 

@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..errors import ExportError, VerifyError
 from ..targets import target as target_named
@@ -36,6 +37,10 @@ from .huggingface import load, logits
 LOGIT_TOLERANCE = 1e-5  # equal weights and kernels give 0; this leaves room for another thread count
 F32_TOLERANCE = 1e-4
 MLX_TOLERANCE = 1e-4  # fp32 sums in another order
+
+
+ROWS = 16
+"""Positions whose distributions are held in fp64 at once."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +83,7 @@ def compare_logits(reference: Tensor, other: Tensor) -> tuple[float, float]:
     if reference.shape != other.shape:
         raise VerifyError(f"logits: the file gives {list(other.shape)}, the frozen model {list(reference.shape)}")
     largest, kl = 0.0, 0.0
-    for a, b in zip(reference.flatten(0, -2).split(64), other.flatten(0, -2).split(64), strict=True):
+    for a, b in zip(reference.flatten(0, -2).split(ROWS), other.flatten(0, -2).split(ROWS), strict=True):
         p, q = (x.double().log_softmax(dim=-1) for x in (a, b))
         largest = max(largest, float((a - b).abs().max())) if torch.isfinite(b).all() else float("nan")
         kl += float((p.exp() * (p - q)).sum())
@@ -86,9 +91,10 @@ def compare_logits(reference: Tensor, other: Tensor) -> tuple[float, float]:
 
 
 def token_nll(logits_: Tensor, token_ids: Tensor) -> Tensor:
-    """Nats of every next token, ``[B, T - 1]``."""
-    p = logits_[:, :-1].double().log_softmax(dim=-1)
-    return -p.gather(-1, token_ids[:, 1:].unsqueeze(-1)).squeeze(-1)
+    """Nats of every next token, ``[B, T - 1]``, in fp64."""
+    rows, targets = logits_[:, :-1].flatten(0, 1).split(ROWS), token_ids[:, 1:].flatten().split(ROWS)
+    nats = [F.cross_entropy(x.double(), y, reduction="none") for x, y in zip(rows, targets, strict=True)]
+    return torch.cat(nats).view(len(token_ids), -1)
 
 
 def _run_hf(path: Path, frozen: FrozenModel, token_ids: Tensor) -> Ran:

@@ -31,6 +31,12 @@ PROBE_LOGITS = 1 << 25
 """Sequences, and logits of all of them together, at most: a large vocabulary gets fewer."""
 
 
+def probe_shape(tokens: int, vocabulary: int) -> tuple[int, int]:
+    """Sequences and tokens of each, cut from blocks of ``tokens``, on which an exported file is run."""
+    tokens = min(PROBE_TOKENS, tokens)
+    return max(1, min(PROBE_ROWS, PROBE_LOGITS // (tokens * vocabulary))), tokens
+
+
 def deliver(work: Workspace, name: str, frozen: FrozenModel) -> dict[str, Any]:
     path = work.folder / EXPORTS_FOLDER / name.replace(":", "-")
     if name.startswith("gguf"):
@@ -114,8 +120,7 @@ def _verification_text(work: Workspace) -> Tensor:
     if kept is not None:
         return kept
     vocabulary = int(getattr(work.config.get_text_config(), "vocab_size", 1 << 17))
-    tokens = min(PROBE_TOKENS, work.scored.input_ids.shape[1])
-    rows = max(1, min(PROBE_ROWS, PROBE_LOGITS // (tokens * vocabulary)))
+    rows, tokens = probe_shape(work.scored.input_ids.shape[1], vocabulary)
     probe = work.scored.input_ids[:rows, :tokens].long()
     write_json(work.folder / PROBE_FILE, {"schema": 1, "input_ids": probe.tolist()})
     return probe
