@@ -145,6 +145,34 @@ def running() -> str:
     return "\n".join(lines)
 
 
+def configurations() -> str:
+    """The files of ``configs/``: what they cost by estimate, and what their run at two layers showed."""
+    rows = read_json(RESULTS / "configurations.json")["rows"]
+    lines = [
+        "| configs/ | parameters | low-bit | tokens | memory | hours | first file | run at two layers |",
+        "|---|--:|--:|--:|--:|--:|--:|---|",
+    ]
+    for name, row in rows.items():
+        found, files = row["estimate"], row["estimate"]["files"]
+        first = next(iter(files))
+        checks = [
+            f"{target} {'equal' if check['codes_equal'] else 'DIFFERS'}"
+            for target, check in row["run"]["exports"].items()
+        ]
+        cells = (
+            f"{name}.yaml",
+            f"{found['parameters'] / 1e6:,.0f}M",
+            f"{found['quantized'] / 1e6:,.0f}M",
+            found["tokens"],
+            f"{found['peak_bytes'] / 1e9:.0f} GB",
+            f"{found['hours']:.1f}",
+            f"{files[first] / 1e6:,.0f} MB {first}",
+            ", ".join(checks),
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def figure(found: dict[str, dict[str, dict[str, Any]]]) -> str:
     """Nats a token of every arm, a row a model, as SVG text."""
     models = [m for m in MODELS if m in found]
@@ -236,6 +264,14 @@ def main() -> int:
             "## Running",
             "",
             running(),
+            "",
+            "## Configurations of real models",
+            "",
+            "`python benchmarks/configurations.py`: memory and hours are `hestia estimate` for one GPU of 80 GB at 400",
+            "TFLOP/s and 2 TB/s, **not measured**; the last column is the job on random weights of the real widths,",
+            "cut to two layers, every file read back and compared.",
+            "",
+            configurations(),
             "",
             "## Curvature",
             "",

@@ -46,6 +46,7 @@ class Arm:
         rates: learning rates of the tuning runs where they differ from the stage's; as many.
         group_size: weights that share a scale, where it differs from the stage's.
         bits: width of the grid.
+        factors: on the learning rate, of ``scale``, ``norm`` and ``embedding``.
         tier: lower tiers run first.
         note: what the arm is there to settle, for people.
     """
@@ -57,6 +58,7 @@ class Arm:
     rates: tuple[float, ...] = ()
     group_size: str | int | None = None
     bits: float = 1.58
+    factors: Mapping[str, float] = field(default_factory=dict)
     tier: int = 1
     note: str = ""
 
@@ -182,6 +184,7 @@ class Job:
             "teacher": dict(arm.teacher),
             "group_size": stage.training.group_size if arm.group_size is None else arm.group_size,
             **({} if arm.bits == 1.58 else {"bits": arm.bits}),  # results made before there was a choice stay valid
+            **({"factors": dict(arm.factors)} if arm.factors else {}),
             "parent": stage.parent,
             "texts": json.loads(json.dumps(asdict(stage.texts))),
             "training": {k: v for k, v in asdict(stage.training).items() if k != "group_size"},

@@ -84,6 +84,8 @@ def check_possible(job: Job) -> None:
     if arm.recipe != CONTROL and arm.recipe not in recipes.names():
         raise NotThereYet(f"recipe {arm.recipe!r} is not there yet")
     _distillation(arm.teacher)
+    if unknown := set(arm.factors) - {"scale", "norm", "embedding"}:
+        raise ConfigError(f"factors: unknown key {min(unknown)!r}; a learning rate has scale, norm and embedding")
     if arm.recipe != CONTROL:
         recipes.get(arm.recipe, **arm.options)
 
@@ -298,6 +300,9 @@ def _train_config(job: Job) -> TrainConfig:
         teacher="parent" if job.arm.teacher else "",
         save_every=job.steps + 1,  # the callback asks for checkpoints by time
         keep=1,
+        scale_rate=job.arm.factors.get("scale", 1.0),
+        norm_rate=job.arm.factors.get("norm", 1.0),
+        embedding_rate=job.arm.factors.get("embedding", 1.0),
     )
 
 

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 
 from hestia import loading
 from hestia.estimate.whole import Layout, estimate
@@ -31,6 +32,21 @@ def test_parameters_are_those_of_the_repository(name: str) -> None:
     source = loading.config_source(str(CONFIGS / f"{name}.json"))
     empty = loading.empty_model(source, loading.load_config(source))
     assert sum(parameter.numel() for parameter in empty.parameters()) == PARAMETERS[name]
+
+
+FILES = sorted((CONFIGS.parents[2] / "configs").glob("*.yaml"))
+
+
+@pytest.mark.slow  # five seconds each
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_a_configuration_file_fits_its_model_its_targets_and_one_gpu(path: Path) -> None:
+    options = Options(**{**yaml.safe_load(path.read_text()), "model": str(CONFIGS / f"{path.stem}.json")})
+    memory = "141G" if path.stem == "llama-3.2-3b" else "80G"
+    found = estimate(options, memory=memory, disk="1T", flops="400T", bandwidth="2e12")
+    assert found.fits_memory and found.fits_disk
+    sizes = {file.target: file.bytes for file in found.files}
+    assert all(sizes[target] for target in options.target), "every file of the configuration can hold the model"
+    assert found.job.steps > 1000 and found.job.batch * found.job.tokens == 1 << 18, "the paper's tokens a step"
 
 
 @pytest.mark.slow  # about ten seconds

@@ -118,7 +118,7 @@ def test_options_choose_the_parts() -> None:
 
 
 def test_without_its_options_it_is_hestia_without_curvature() -> None:
-    plain = recipes.get("hearth", scale="absmean", floor=0.0)
+    plain = recipes.get("hearth", scale="absmean", rho=0.2, temperature=0.3)
     assert plain.spec_for(1.58, "row") == recipes.get("hestia").spec_for(1.58, "row")
     assert plain.spec_for(1.58, "row").scale == AbsMean()
     assert plain.schedule() == recipes.get("hestia").schedule()

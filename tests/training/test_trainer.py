@@ -44,6 +44,20 @@ def test_the_knobs_follow_the_schedule(tmp_path: Path) -> None:
     assert knobs_of(model).values == {"pressure": 1.0, "temperature": 0.0}
 
 
+def test_sharding_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What an FSDP configuration of accelerate leads to: the Trainer finds its plugin and says so."""
+    prepare = Trainer.create_accelerator_and_postprocess
+
+    def sharded(self: Any) -> None:
+        prepare(self)
+        self.is_fsdp_enabled = True
+
+    monkeypatch.setattr(Trainer, "create_accelerator_and_postprocess", sharded)
+    model, plan = converted()
+    with pytest.raises(ConfigError, match=r"does not shard by FSDP.*hestia\.QATCallback"):
+        trainer(tmp_path, model, plan)
+
+
 def test_three_lines_on_a_plain_trainer(tmp_path: Path) -> None:
     """The use that DESIGN promises: any Trainer, one callback."""
     model = toy_models.llama()

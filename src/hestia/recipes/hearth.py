@@ -1,8 +1,8 @@
-"""Hearth: hestia's soft start, with a scale that is fitted to what the layer computes, and gradients that do not die.
+"""Hearth: hestia's soft rounding, begun cold, around the scale that rounds best.
 
     w_hat = (1 - lambda(t)) w + lambda(t) level Q_tau(w / step)        Q_tau: mean of pi(q|z) ~ exp(-(z - q)^2 / tau)
 
-    step  = mean|w| + eps (``scale`` absmean or least_squares), or 1.5 mean|w| + eps (twn)
+    step  = 1.5 mean|w| + eps (``scale`` twn), or mean|w| + eps (absmean and least_squares)
     level = step (absmean), or sum(q w) / sum(q^2) over the group with q = Q_tau(w / step), soft while tau is (``soft``)
             or the hard codes (not ``soft``); at tau = 0 both are the least-squares level that is frozen
             (``scale`` saliency: threshold and level of the least importance-weighted error, see quasar)
@@ -13,16 +13,19 @@
                   = (1 - lambda) + lambda (level / step) (gain of ``tail``: 1 for ste)                       tau = 0
     after the optimizer's step, for t > pull_start:   w <- w - lr pull (t - pull_start) / (1 - pull_start) (w - w_hat)
 
-Sources: Wang et al. 2026 (Hestia, arXiv:2601.20745) for the relaxation and its schedule; the level refitted to the soft
-value, the floor and their composition are this toolkit's; the pull is CAGE's (arXiv:2510.18784), the weighted scale
-QUASAR's (arXiv:2608.13966), the tails QuEST's (arXiv:2502.05003) and StableQAT's (arXiv:2601.19320). A teacher is no
-part of a recipe: ``--teacher parent --distill forward_kl`` adds it to this one as to any other.
+Sources: Wang et al. 2026 (Hestia, arXiv:2601.20745) for the relaxation and its schedule; Li et al. 2016 (TWN,
+arXiv:1605.04711) for the step; the level refitted to the soft value, the bounds on the gain and the composition are
+this toolkit's; the pull is CAGE's (arXiv:2510.18784), the weighted scale QUASAR's (arXiv:2608.13966), the tails
+QuEST's (arXiv:2502.05003) and StableQAT's (arXiv:2601.19320). A teacher is no part of a recipe: ``--teacher parent
+--distill forward_kl`` adds it to this one as to any other.
 Ports: correction (``pull`` > 0), importance (``scale`` saliency).
 
-Why the level follows the soft value: the hard least-squares level (1.34 steps for a Gaussian) times a soft value
-overshoots every weight between two levels while tau is high; refitted, w_hat is the best multiple of Q_tau at any tau.
-Why a floor: at tau = 0.05 the gain is below 0.1 for 82 % of Gaussian weights; they would keep their codes whatever the
-loss says.
+Why this scale: rounding starts 0.5 nats nearer to the parent than with absmean (docs/log.md, 2026-11-25). Why cold:
+every step that the forward pass is far from the rounded weights trains another model; of 0.3, 0.1 and 0.05 the
+coldest won, and a pressure phase of a twentieth over one of a fifth. Why the level follows the soft value: the hard
+least-squares level times a soft value overshoots every weight between two levels; refitted, w_hat is the best
+multiple of Q_tau at any tau. What made no difference, and so is off: bounds on the gain (AdamW divides them away),
+the pull.
 """
 
 from __future__ import annotations
@@ -49,7 +52,7 @@ from .base import Recipe
 
 @dataclass(frozen=True, kw_only=True)
 class Hearth(Recipe):
-    """A composition of measured parts; its defaults are priors until the experiments have set them.
+    """A composition of measured parts; its defaults are what won at 0.5M tokens on a small model.
 
     Attributes:
         rho: share of the run over which pressure rises.
@@ -68,13 +71,13 @@ class Hearth(Recipe):
 
     name: ClassVar[str] = "hearth"
     widths: ClassVar[tuple[float, ...]] = (1.0, 1.58, 2.0)
-    rho: float = 0.2
-    temperature: float = 0.3
+    rho: float = 0.05
+    temperature: float = 0.05
     hard_from: float | None = None
     tail: Literal["ste", "clipped_ste", "trust", "damped_fourier"] = "ste"
-    scale: Literal["absmean", "least_squares", "twn", "saliency"] = "least_squares"
+    scale: Literal["absmean", "least_squares", "twn", "saliency"] = "twn"
     soft: bool = True
-    floor: float = 0.1
+    floor: float = 0.0
     ceiling: float | None = None
     pull: float = 0.0
     pull_start: float = 0.8
