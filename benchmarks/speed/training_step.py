@@ -91,13 +91,15 @@ def parent() -> Any:
     return loading.load_model(loading.resolve(str(model_path()))).train()
 
 
-def step(model: nn.Module, ids: torch.Tensor) -> Callable[[], None]:
-    """One optimizer step as a function."""
+def step(
+    model: nn.Module, ids: torch.Tensor, loss_of: Callable[[nn.Module], torch.Tensor] | None = None
+) -> Callable[[], None]:
+    """One optimizer step as a function; the loss is the model's cross entropy on ``ids`` unless given."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
 
     def run() -> None:
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            loss = model(input_ids=ids, labels=ids).loss
+            loss = model(input_ids=ids, labels=ids).loss if loss_of is None else loss_of(model)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -5,7 +5,7 @@
                 is more, an evaluation in the middle of the run: 12 P and the logits of eight blocks
     score       two models, and the logits of both for eight blocks
     export      4 P + Q: the packed file loaded and unpacked, and the logits of the frozen model, to which its own are
-                compared (hf; a .gguf file needs about as much where llama.cpp is installed, else less)
+                compared (measured for hf; what llama.cpp itself takes to run a .gguf file is not counted)
 
 P parameters, P_t trainable ones, Q quantized ones. What a step holds beside weights and moments is pretended
 (``pretend``), and so is exact up to what kernels allocate inside. ``ALLOCATOR`` is measured: the C library keeps freed

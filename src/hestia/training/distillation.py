@@ -31,7 +31,7 @@ DIVERGENCES: tuple[str, ...] = get_args(Divergence)
 HEAD_SHARE = 0.5
 HEAD_TOKENS = 256
 CACHED = 1 << 17
-"""Logits whose fp32 numbers a processor keeps in its cache: twice as fast as fetching fresh memory for more."""
+"""Logits whose fp32 numbers a processor keeps in its cache; with more, fresh memory takes longer than the sums."""
 
 
 @dataclass(frozen=True, kw_only=True)
