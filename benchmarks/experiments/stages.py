@@ -108,6 +108,21 @@ class Phase:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Question:
+    """What a stage is there to settle: one arm against others, Holm-corrected over those.
+
+    Attributes:
+        title: in words.
+        arm: whose NLL stands first in the difference.
+        against: the other arms.
+    """
+
+    title: str
+    arm: str
+    against: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Stage:
     """The whole YAML file."""
 
@@ -121,6 +136,7 @@ class Stage:
     tuning: Phase
     final: Phase
     arms: tuple[Arm, ...]
+    questions: tuple[Question, ...] = ()
     sensitivity_sequences: int = 256
 
     @property
@@ -227,7 +243,8 @@ def load(name: str | Path) -> Stage:
     for arm_name in names:
         if names.count(arm_name) > 1:
             raise ConfigError(f"{path.name}: two arms are called {arm_name!r}")
-    for role, chosen in (("baseline", stage.baseline), ("control", stage.control)):
+    asked = [("a question", name) for question in stage.questions for name in (question.arm, *question.against)]
+    for role, chosen in (("baseline", stage.baseline), ("control", stage.control), *asked):
         if chosen not in names:
             raise ConfigError(f"{path.name}: {role} {chosen!r} is no arm: {nearest(chosen, names)}")
     for arm in stage.arms:

@@ -27,7 +27,7 @@ from hestia.evaluation import PairedDifference, gap_closed, holm, paired_differe
 from hestia.files import read_json
 
 from . import stages
-from .stages import Stage
+from .stages import Question, Stage
 
 SEEDS_TO_CLAIM = 3
 GREY, DARK, EMBER, SLATE, SAND = "#b8becb", "#6b7280", "#c2410c", "#475569", "#c98a4b"
@@ -62,11 +62,7 @@ class Row:
     @property
     def verdict(self) -> str:
         """win, loss, tie, or why there is none."""
-        if self.adjusted_p is None or self.difference is None:
-            return f"{len(self.nll)} of {SEEDS_TO_CLAIM} seeds" if len(self.nll) < SEEDS_TO_CLAIM else "-"
-        if self.adjusted_p < 0.05 and self.difference.excludes_zero:
-            return "**win**" if self.difference.mean < 0 else "loss"
-        return "tie"
+        return _verdict(len(self.nll), self.difference, self.adjusted_p)
 
 
 def final_records(stage: Stage, folder: Path) -> dict[str, Records]:
@@ -114,6 +110,67 @@ def rows(stage: Stage, records: Records) -> list[Row]:
     adjusted = dict(zip(p_values, holm(list(p_values.values())), strict=True))
     made = [Row(**{**vars(row), "adjusted_p": adjusted.get(row.name)}) for row in made]
     return sorted(made, key=lambda row: median(row.nll))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """One arm minus one other at one budget, over the seeds that both have.
+
+    Attributes:
+        other: the arm that is subtracted.
+        seeds: how many.
+        difference: of the mean over the texts.
+        texts: of every test file.
+        adjusted_p: Holm's over the arms of the question that have enough seeds.
+    """
+
+    other: str
+    seeds: int
+    difference: PairedDifference
+    texts: Mapping[str, PairedDifference]
+    adjusted_p: float | None
+
+    @property
+    def verdict(self) -> str:
+        """win, loss, tie, or how many seeds are there."""
+        return _verdict(self.seeds, self.difference, self.adjusted_p)
+
+
+def answers(question: Question, records: Records) -> list[Answer]:
+    """What the final runs say to a question; arms with fewer than two common seeds are left out."""
+    ours = records.get(question.arm, {})
+    made: list[Answer] = []
+    p_values: dict[str, float] = {}
+    for other in question.against:
+        theirs = records.get(other, {})
+        shared = [seed for seed in sorted(ours) if seed in theirs]
+        if len(shared) < 2:
+            continue
+        mean = _nlls(ours, shared), _nlls(theirs, shared)
+        if len(shared) >= SEEDS_TO_CLAIM:
+            p_values[other] = paired_p_value(*mean)
+        texts = {
+            file: paired_difference(_nlls(ours, shared, file), _nlls(theirs, shared, file))
+            for file in ours[shared[0]]["test"]
+        }
+        made.append(
+            Answer(other=other, seeds=len(shared), difference=paired_difference(*mean), texts=texts, adjusted_p=None)
+        )
+    adjusted = dict(zip(p_values, holm(list(p_values.values())), strict=True))
+    return [Answer(**{**vars(answer), "adjusted_p": adjusted.get(answer.other)}) for answer in made]
+
+
+def _nlls(runs: Mapping[int, Any], seeds: Sequence[int], file: str | None = None) -> list[float]:
+    """NLL of each seed, of one test file or of their mean."""
+    return [runs[seed]["nll"] if file is None else runs[seed]["test"][file]["nll"] for seed in seeds]
+
+
+def _verdict(seeds: int, difference: PairedDifference | None, adjusted_p: float | None) -> str:
+    if adjusted_p is None or difference is None:
+        return f"{seeds} of {SEEDS_TO_CLAIM} seeds" if seeds < SEEDS_TO_CLAIM else "-"
+    if adjusted_p < 0.05 and difference.excludes_zero:
+        return "**win**" if difference.mean < 0 else "loss"
+    return "tie"
 
 
 def _gap(
@@ -178,6 +235,22 @@ def budget_table(made: Sequence[Row], baseline: str) -> str:
     return "\n".join(lines)
 
 
+def question_table(question: Question, found: Sequence[Answer]) -> str:
+    """One arm against others: the difference of the mean, what Holm leaves of it, and that of every text."""
+    files = list(found[0].texts)
+    lines = [
+        f"*{question.title}*",
+        "",
+        f"| {question.arm} minus | seeds | nats a token | Holm p | | {' | '.join(files)} |",
+        "|---|--:|--:|--:|---|" + "--:|" * len(files),
+    ]
+    for answer in found:
+        p = "-" if answer.adjusted_p is None else f"{answer.adjusted_p:.2g}"
+        cells = [answer.other, str(answer.seeds), interval(answer.difference, 4), p, answer.verdict]
+        lines.append(f"| {' | '.join([*cells, *(interval(answer.texts[file], 4) for file in files)])} |")
+    return "\n".join(lines)
+
+
 def text_table(made: Sequence[Row], parent: Mapping[str, Any]) -> str:
     """Mean NLL on every test text; parent and rounding first."""
     files = list(parent["parent"]["test"])
@@ -235,6 +308,9 @@ def section(stage: Stage, folder: Path | None = None) -> str:
         if records:
             made = rows(stage, records)
             lines += [f"**{tokens} tokens**", "", budget_table(made, stage.baseline), "", text_table(made, parent), ""]
+            for question in stage.questions:
+                if found := answers(question, records):
+                    lines += [question_table(question, found), ""]
     lines += ["Tuning:", "", tuning_table(stage, folder), ""]
     there = {name for records in everything.values() for name in records}
     missing = [arm.name for arm in stage.arms if arm.name not in there]

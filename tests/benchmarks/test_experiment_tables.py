@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
+from hestia.errors import ConfigError
 from hestia.evaluation import holm, paired_p_value
 from hestia.files import write_json
 
@@ -33,6 +34,7 @@ STAGE: dict[str, Any] = {
         {"name": "young", "recipe": "hestia"},
         {"name": "unbuilt", "recipe": "not_built"},
     ],
+    "questions": [{"title": "Is it better?", "arm": "better", "against": ["same", "young", "ste", "unbuilt"]}],
 }
 LOSSES = {
     "control": (2.00, 2.10, 2.20),
@@ -108,6 +110,27 @@ def test_the_section_says_what_there_is(stage: stages.Stage, tmp_path: Path) -> 
     assert "| *round_to_nearest* | 2.0000 | 3.0000 |" in text
     assert "Without a final run so far: unbuilt." in text
     assert tables.section(stage, tmp_path / "nowhere") == ""
+
+
+def test_a_question_is_answered_over_the_seeds_that_both_have(stage: stages.Stage, tmp_path: Path) -> None:
+    records = tables.final_records(stage, tmp_path / "results")["256"]
+    found = {answer.other: answer for answer in tables.answers(stage.questions[0], records)}
+    assert {name: answer.seeds for name, answer in found.items()} == {"same": 3, "young": 2, "ste": 3}
+    p = [paired_p_value(LOSSES["better"], LOSSES[name]) for name in ("same", "ste")]
+    assert [found[name].adjusted_p for name in ("same", "ste")] == pytest.approx(holm(p))
+    assert found["same"].difference.mean == pytest.approx((-0.51 - 0.47 - 0.53) / 3)
+    assert found["same"].texts["d"] == found["same"].difference  # by construction: both texts shift alike
+    assert {name: answer.verdict for name, answer in found.items()} == {
+        "same": "**win**", "young": "2 of 3 seeds", "ste": "**win**",
+    }  # fmt: skip
+    assert "| better minus | seeds |" in tables.section(stage, tmp_path / "results")
+
+
+def test_a_question_about_no_arm_is_refused(tmp_path: Path) -> None:
+    asked = {**STAGE, "questions": [{"title": "?", "arm": "better", "against": ["worse"]}]}
+    (tmp_path / "toy.yaml").write_text(yaml.safe_dump(asked), encoding="utf-8")
+    with pytest.raises(ConfigError, match="a question 'worse' is no arm"):
+        stages.load(tmp_path / "toy.yaml")
 
 
 def test_a_diverged_run_is_no_result(stage: stages.Stage, tmp_path: Path) -> None:
