@@ -1,6 +1,6 @@
 """Run a stage of the comparison: whatever has no result yet, one job after another, until the time is up.
 
-    python benchmarks/experiments/run.py STAGE --data DIR [--models DIR] [--only PATTERN] [--budget-minutes M] [--list]
+    python benchmarks/experiments/run.py STAGE --data DIR [--models DIR] [--only PATTERNS] [--budget-minutes M] [--list]
 
 ``STAGE`` is a letter (a.yaml beside this file) or a YAML file. ``--data`` holds the text files that it names; the
 parent is looked for in ``parents/`` beside this file, then in ``--models``. A job that is interrupted, killed or out of
@@ -55,7 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("stage")
     parser.add_argument("--data", type=Path, default=Path("data"), help="folder of the text files")
     parser.add_argument("--models", type=Path, default=Path("models"), help="folder of parents that are not bundled")
-    parser.add_argument("--only", default="*", help="shell pattern of arms")
+    parser.add_argument("--only", default="*", help="shell patterns of arms, with commas between")
     parser.add_argument("--budget-minutes", type=float, default=None, help="stop after so many minutes")
     parser.add_argument("--work", type=Path, default=Path("runs/experiments"), help="checkpoints and cached tokens")
     parser.add_argument("--results", type=Path, default=None, help="another folder for the results")

@@ -318,8 +318,13 @@ def ordered_jobs(stage: Stage, only: str = "*", folder: Path | None = None) -> I
     """Every job in running order: tier by tier, tuning runs arm by arm, then final runs seed by seed.
 
     It is lazy: a final job's rate is looked up when its turn comes. An arm whose rates all diverged has no final jobs.
+
+    Args:
+        stage: whose jobs.
+        only: shell patterns of arms, with commas between.
+        folder: of the results.
     """
-    chosen = [arm for arm in stage.arms if fnmatchcase(arm.name, only)]
+    chosen = [arm for arm in stage.arms if any(fnmatchcase(arm.name, pattern) for pattern in only.split(","))]
     if not chosen:
         raise ConfigError(f"--only {only!r}: no arm of that name: {nearest(only, [a.name for a in stage.arms])}")
     for tier in sorted({arm.tier for arm in chosen}):
