@@ -29,7 +29,7 @@ KEPT = (
 
 
 def inputs(models: Path, data: Path, runs: Path) -> dict[str, Options]:
-    """Name -> options of every run."""
+    """Name -> options of every run: the defaults, and two recipes as they were published, without a teacher."""
     stories = {
         "model": str(models / "stories260K"),
         "data": (str(data / "tinystories" / "train.txt"),),
@@ -48,10 +48,10 @@ def inputs(models: Path, data: Path, runs: Path) -> dict[str, Options]:
         "target": ("gguf:tq2_0", "gguf:q2_0", "gguf:tq1_0", "hf"),
     }
     chosen = {}
-    for recipe in ("hestia", "bitnet_ste"):
+    for recipe, teacher in (("hearth", "parent"), ("hestia", "none"), ("bitnet_ste", "none")):
         for name, base in (("stories260K", stories), ("books-6m", books)):
             label = f"{name}-{recipe}"
-            chosen[label] = Options(**base, recipe=recipe, out=str(runs / label), threads=1)
+            chosen[label] = Options(**base, recipe=recipe, teacher=teacher, out=str(runs / label), threads=1)
     return chosen
 
 

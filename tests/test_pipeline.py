@@ -19,7 +19,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from toy_runs import QUICK, Invoke, make_parent
+from toy_runs import CALIBRATED, QUICK, Invoke, make_parent
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, TrainerCallback
 
 from hestia import loading, pipeline
@@ -58,7 +58,7 @@ def job(toy_parent: Path, toy_text: Path, toy_held_out: Path, tmp_path: Path) ->
 
     def arguments(*more: str | Path, out: str = "run", model: Path = toy_parent) -> list[str | Path]:
         text = ("--data", toy_text, "--eval-data", toy_held_out)
-        return ["quantize", model, *text, "--out", tmp_path / out, *QUICK, *more]
+        return ["quantize", model, *text, "--out", tmp_path / out, *QUICK, *CALIBRATED, *more]
 
     return arguments
 
@@ -223,6 +223,20 @@ def test_ports_go_through_the_main_job_with_a_teacher(invoke: Invoke, job: Job, 
     last = [row["hard_loss"] for row in rows(tmp_path / "run") if "hard_loss" in row][-1]
     assert last < 7.0
     assert invoke(*job("--recipe", recipe, *teacher[:4], "--distill-weight", "0.6", *targets, "--resume"))[0] == 2
+
+
+def test_by_default_the_parent_teaches_hearth(invoke: Invoke, toy_run: Path, job: Job, tmp_path: Path) -> None:
+    status, out, err = invoke(*[word for word in job() if word not in CALIBRATED])
+    assert status == 0, err
+    assert "hearth + teacher" in out
+    run = tmp_path / "run"
+    report = read(run / "report.json")
+    assert (report["recipe"], read(toy_run / "report.json")["teacher"]) == ("hearth", None)
+    assert report["teacher"] == {"model": "parent", "divergence": "forward_kl", "weight": 1.0}
+    assert report["scores"]["quantized"]["kl_to_parent"] < report["scores"]["round_to_nearest"]["kl_to_parent"]
+    assert "hearth + teacher" in (run / "report.html").read_text(encoding="utf-8")
+    assert "taught by the parent" in (run / "README.md").read_text(encoding="utf-8")
+    assert not (run / "sensitivity.json").exists()
 
 
 def test_auto_runs_the_pilot_and_takes_its_best_rate(invoke: Invoke, job: Job, tmp_path: Path, lean: None) -> None:

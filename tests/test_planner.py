@@ -61,7 +61,7 @@ def test_the_plan_accounts_for_every_parameter_once(name: str) -> None:
     assert plan.quantized_weights + plan.kept_weights == total
     for path, layer in plan.layers.items():
         assert layer.shape == tuple(model.get_parameter(f"{path}.weight").shape)
-        assert plan.recipe["name"] == "hestia" and layer.temperature_factor == 1.0
+        assert plan.recipe["name"] == "hearth" and layer.temperature_factor == 1.0
     assert all(kept.reason for kept in plan.kept.values())
 
 
@@ -197,7 +197,7 @@ def test_unknown_names_get_the_nearest() -> None:
     with pytest.raises(ConfigError, match=r"unknown target 'gguf:tq2': did you mean 'gguf:tq2_0'"):
         hestia.plan(qwen2(), target="gguf:tq2")
     with pytest.raises(ConfigError, match=r"has no option 'alpa': did you mean 'alpha'"):
-        hestia.plan(qwen2(), options={"alpa": 1.0})
+        hestia.plan(qwen2(), "hestia", options={"alpa": 1.0})
 
 
 # --- coverage ------------------------------------------------------------------------------------------------------
@@ -233,17 +233,17 @@ def test_a_sensitivity_heats_the_sensitive_and_alpha_s_sign_turns_it_round() -> 
     table = measured(hestia.plan(model))
     scores = hestia_scores(table.values)
     for alpha in (0.4, -0.4, 0.0):
-        plan = hestia.plan(model, sensitivity=table, options={"alpha": alpha})
+        plan = hestia.plan(model, "hestia", sensitivity=table, options={"alpha": alpha})
         for path, layer in plan.layers.items():
             assert layer.temperature_factor == pytest.approx(math.exp(alpha * scores[path]), rel=1e-12)
-    factors = [layer.temperature_factor for layer in hestia.plan(model, sensitivity=table).layers.values()]
+    factors = [layer.temperature_factor for layer in hestia.plan(model, "hestia", sensitivity=table).layers.values()]
     assert factors == sorted(factors) and factors[0] < factors[-1], "traces grow from tensor to tensor"
 
 
 def test_centred_factors_have_geometric_mean_one() -> None:
     model = qwen2()
     table = measured(hestia.plan(model))
-    plan = hestia.plan(model, sensitivity=table, options={"centred": True})
+    plan = hestia.plan(model, "hestia", sensitivity=table, options={"centred": True})
     logs = [math.log(layer.temperature_factor) for layer in plan.layers.values()]
     assert sum(logs) == pytest.approx(0.0, abs=1e-12) and max(logs) > 0.05
     assert plan.recipe == {**recipes.get("hestia").to_json(), "centred": True}
@@ -254,10 +254,10 @@ def test_a_sensitivity_may_be_a_file_an_object_or_numbers(tmp_path: Path) -> Non
     table = measured(hestia.plan(model))
     table.save(tmp_path / "sensitivity.json")
     plans = [
-        hestia.plan(model, sensitivity=given)
+        hestia.plan(model, "hestia", sensitivity=given)
         for given in (tmp_path / "sensitivity.json", str(tmp_path / "sensitivity.json"), table, table.values)
     ]
-    assert all(plan == plans[0] for plan in plans[1:]) and plans[0] != hestia.plan(model)
+    assert all(plan == plans[0] for plan in plans[1:]) and plans[0] != hestia.plan(model, "hestia")
 
 
 def test_a_recipe_without_temperatures_ignores_curvature() -> None:
@@ -269,9 +269,9 @@ def test_a_recipe_without_temperatures_ignores_curvature() -> None:
 def test_a_skipped_tensor_may_have_been_measured_and_does_not_count() -> None:
     model = qwen2()
     table = measured(hestia.plan(model))
-    plan = hestia.plan(model, sensitivity=table, skip=["*.v_proj"])
+    plan = hestia.plan(model, "hestia", sensitivity=table, skip=["*.v_proj"])
     left = {path: trace for path, trace in table.values.items() if path in plan.layers}
-    assert len(left) == 12 and plan == hestia.plan(model, sensitivity=left, skip=["*.v_proj"])
+    assert len(left) == 12 and plan == hestia.plan(model, "hestia", sensitivity=left, skip=["*.v_proj"])
 
 
 @pytest.mark.parametrize(
@@ -290,7 +290,7 @@ def test_a_skipped_tensor_may_have_been_measured_and_does_not_count() -> None:
 )
 def test_the_sensitivity_of_another_model_is_refused(other: Callable[[], PreTrainedModel], message: str) -> None:
     with pytest.raises(PlanError, match=message + r".*: was it calibrated on another model\?"):
-        hestia.plan(qwen2(), sensitivity=measured(hestia.plan(other())))
+        hestia.plan(qwen2(), "hestia", sensitivity=measured(hestia.plan(other())))
 
 
 def test_a_sensitivity_that_is_not_positive_is_refused() -> None:
@@ -298,9 +298,9 @@ def test_a_sensitivity_that_is_not_positive_is_refused() -> None:
     traces = dict.fromkeys(hestia.plan(model).layers, 1.0)
     path = list(traces)[5]
     with pytest.raises(CalibrationError, match=re.escape(path)):
-        hestia.plan(model, sensitivity={**traces, path: 0.0})
+        hestia.plan(model, "hestia", sensitivity={**traces, path: 0.0})
     with pytest.raises(ConfigError, match=r"no\.json"):
-        hestia.plan(model, sensitivity="no.json")
+        hestia.plan(model, "hestia", sensitivity="no.json")
 
 
 def test_factors_of_a_plan_can_be_replaced() -> None:
@@ -344,7 +344,7 @@ def test_a_number_of_bits_that_is_no_width_is_a_budget_spent_where_it_hurts() ->
     for path, layer in plan.layers.items():
         width = next(w for w, grid in recipes.GRIDS.items() if grid == layer.spec.grid)
         assert layer.damage == pytest.approx(0.5 * table.means(f"quadratic:{layer.spec.grid.name}")[path])
-        assert layer.spec == recipes.get("hestia").mixed_spec(width, "row")
+        assert layer.spec == recipes.get("hearth").mixed_spec(width, "row")
         narrow = TARGETS["gguf:mixed"].storage(layer.spec.grid, "row", layer.shape, fallback=False)
         assert layer.stored == {"gguf:mixed": narrow.name}
     assert len({layer.spec.grid.name for layer in plan.layers.values()}) > 1

@@ -16,7 +16,7 @@ from typing import Any
 
 import forks
 import pytest
-from toy_runs import QUICK, Invoke, write_stories
+from toy_runs import CALIBRATED, QUICK, Invoke, write_stories
 
 import hestia
 from hestia.files import read_json, require_inside, sweep, write_json
@@ -33,7 +33,19 @@ def job(toy_parent: Path, tmp_path: Path) -> Job:
     text = write_stories(tmp_path / "train.txt", 120, seed=1)
 
     def arguments(*more: str | Path, model: Path = toy_parent) -> list[str | Path]:
-        return ["quantize", model, "--data", text, "--out", tmp_path / "run", *QUICK, "--save-every", "2", *more]
+        return [
+            "quantize",
+            model,
+            "--data",
+            text,
+            "--out",
+            tmp_path / "run",
+            *QUICK,
+            *CALIBRATED,
+            "--save-every",
+            "2",
+            *more,
+        ]
 
     return arguments
 

@@ -21,6 +21,9 @@ from hestia.cli.main import main
 QUICK = ("--steps", "8", "--seq-len", "32", "--batch-size", "4", "--lr", "3e-3", "--calibrate", "2", "--threads", "1")
 """A whole run in about a second and a half: 8 steps of 4 blocks of 32 tokens."""
 
+CALIBRATED = ("--recipe", "hestia", "--teacher", "none")
+"""The recipe that calibrates, taught by the text: the toy's parent is random, and could teach nothing."""
+
 Invoke = Callable[..., tuple[int, str, str]]
 """``invoke("plan", model, ...) -> (exit status, standard output, standard error)``."""
 
@@ -109,7 +112,7 @@ def toy_run(toy_parent: Path, toy_text: Path, toy_held_out: Path, tmp_path_facto
     """A finished ``hestia quantize`` of the toy, exported as hf and gguf:q4_0. Read it; never write into it."""
     out = tmp_path_factory.mktemp("toy") / "run"
     arguments = ["quantize", str(toy_parent), "--data", str(toy_text), "--eval-data", str(toy_held_out)]
-    status = main([*arguments, "--target", "hf", "gguf:q4_0", "--out", str(out), *QUICK])
+    status = main([*arguments, "--target", "hf", "gguf:q4_0", "--out", str(out), *QUICK, *CALIBRATED])
     assert status == 0
     return out
 

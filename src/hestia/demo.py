@@ -18,7 +18,7 @@ LEARNING_RATE = "2e-3"
 
 
 def demo(out: Path, *, tokens: str = "120k", threads: int | None = None) -> dict[str, Any]:
-    """Train the bundled model by ``bitnet_ste`` and by ``hestia`` on the same blocks and report them side by side.
+    """Train the bundled model by plain ``bitnet_ste`` and by the defaults on the same blocks; report both side by side.
 
     Returns:
         The record of report.json of the second run, the first one among its baselines.
@@ -27,29 +27,29 @@ def demo(out: Path, *, tokens: str = "120k", threads: int | None = None) -> dict
         ConfigError: ``out`` holds something already.
     """
 
-    def options(recipe: str, target: tuple[str, ...], calibrate: int) -> Options:
+    def options(recipe: str, teacher: str, target: tuple[str, ...]) -> Options:
         return Options(
             model=str(model_path()),
             data=(str(text_path("train")),),
             eval_data=(str(text_path("held_out")),),
             out=str(out / recipe),
             recipe=recipe,
+            teacher=teacher,
             target=target,
             tokens=tokens,
             seq_len=256,
             batch_size=8,
             lr=LEARNING_RATE,
-            calibrate=calibrate,
             eval_tokens="16k",
             threads=threads,
         )
 
-    first, second = options("bitnet_ste", ("hf",), 0), options("hestia", ("hf", "gguf:tq2_0"), 16)
+    first, second = options("bitnet_ste", "none", ("hf",)), options("hearth", "parent", ("hf", "gguf:tq2_0"))
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} exists already; choose another --out, or delete it to start the demo again")
-    announce("1 of 2: bitnet_ste, hard rounding from the first step")
+    announce("1 of 2: bitnet_ste, hard rounding from the first step, taught by the text alone")
     plain = quantize(first)
-    announce("2 of 2: hestia, softened rounding paced by curvature")
+    announce("2 of 2: hearth, rounding that hardens as it trains, taught by the parent")
     run = Run(second)
     run.reference = read_json(out / "bitnet_ste" / SCORES_FILE)
     run.baselines.append(

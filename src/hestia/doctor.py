@@ -256,7 +256,7 @@ def _trainer() -> str:
     model: Any = transformers.LlamaForCausalLM(config)
     ids = 3 + (torch.arange(16)[:, None] + torch.arange(32)) % 61
     blocks = Blocks(ids, torch.ones_like(ids, dtype=torch.bool))
-    plan = make_plan(model, "hestia")
+    plan = make_plan(model)
     apply(model, plan)
     before = score(model_logits(model), blocks, description="").nll
     with tempfile.TemporaryDirectory() as scratch:

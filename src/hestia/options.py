@@ -39,7 +39,7 @@ class Options:
     eval_data: tuple[str, ...] = _option((), "held-out text; without it a part of --data is held out")
     out: str = _option("", "the run's folder")
     target: tuple[str, ...] = _option(("hf",), "file format (repeatable); the first is the one the plan is made for")
-    recipe: str = _option("hestia", "how to quantize; see `hestia recipes`")
+    recipe: str = _option("hearth", "how to quantize; see `hestia recipes`")
     options: Mapping[str, Any] = field(
         default_factory=dict, metadata={"help": "option of the recipe as KEY=VALUE (repeatable)"}
     )
@@ -68,9 +68,11 @@ class Options:
     second_factor: float = _option(0.5, "the second stage's rate, as a share of the peak")
     weight_decay: float = _option(0.01, "AdamW's weight decay on matrices")
     clip: float = _option(1.0, "gradient norm limit")
-    teacher: str | None = _option(None, "distil from parent (the model itself) or from another model folder or hub id")
+    teacher: str | None = _option(
+        "parent", "distil from the parent itself, from another model folder or hub id, or from none"
+    )
     distill: str = _option("forward_kl", "what --teacher gives: forward_kl, reverse_kl or akl")
-    distill_weight: float = _option(0.5, "the teacher's share in the loss; the rest is cross entropy")
+    distill_weight: float = _option(1.0, "the teacher's share in the loss; the rest is cross entropy")
     scale_rate: float = _option(1.0, "factor on the learning rate of learned scales")
     norm_rate: float = _option(1.0, "factor on the learning rate of norms and biases")
     embedding_rate: float = _option(1.0, "factor on the learning rate of embeddings")
@@ -96,6 +98,8 @@ class Options:
     def __post_init__(self) -> None:
         for item in fields(self):
             object.__setattr__(self, item.name, _coerce(item.name, getattr(self, item.name), _HINTS[item.name]))
+        if self.teacher == "none":
+            object.__setattr__(self, "teacher", None)
         _choice("embeddings", self.embeddings, ("train", "freeze"))
         _choice("precision", self.precision, ("auto", "bf16", "fp32"))
         _choice("head", self.head, ("auto", "f32", "f16", "bf16", "q8_0"))

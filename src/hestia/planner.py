@@ -27,7 +27,7 @@ SMALLEST_COVERAGE = 0.5
 
 def plan(
     model: nn.Module,
-    recipe: str | Recipe = "hestia",
+    recipe: str | Recipe = "hearth",
     target: str | Sequence[str] = "hf",
     sensitivity: str | Path | Sensitivity | Mapping[str, float] | None = None,
     *,

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from toy_runs import QUICK, Invoke, make_tokenizer
+from toy_runs import CALIBRATED, QUICK, Invoke, make_tokenizer
 
 Refuse = Callable[..., str]
 
@@ -46,7 +46,7 @@ def job(toy_parent: Path, toy_text: Path, tmp_path: Path) -> Callable[..., list[
     """The arguments of a good quantize of the toy; keywords replace the model and the data."""
 
     def arguments(*more: str | Path, model: Path = toy_parent, data: Path = toy_text) -> list[str | Path]:
-        return ["quantize", model, "--data", data, "--out", tmp_path / "run", *QUICK, *more]
+        return ["quantize", model, "--data", data, "--out", tmp_path / "run", *QUICK, *CALIBRATED, *more]
 
     return arguments
 
@@ -210,6 +210,8 @@ def test_known_architectures_ignore_code_in_the_folder(invoke: Invoke, parent_co
         (("--option", "alpha"), "KEY=VALUE"),
         (("--option", "alpha=hot"), "alpha"),
         (("--option", "rho=2"), "rho"),
+        (("--estimator", "gmb"), "did you mean 'gnb'?"),
+        (("--teacher", "/nothing"), "/nothing"),
         (("--target", "gguf:tq2"), "did you mean 'gguf:tq2_0'?"),
         (("--group-size", "48"), "48"),
         (("--group-size", "zero"), "--group-size"),
@@ -285,11 +287,17 @@ def test_a_parent_of_the_run_that_cannot_be_made(refuse: Refuse, job: Job, tmp_p
     assert str(tmp_path / "file") in refuse(*job("--out", tmp_path / "file" / "run"))
 
 
+def test_a_teacher_with_other_tokens(refuse: Refuse, job: Job, parent_copy: Path) -> None:
+    config = json.loads((parent_copy / "config.json").read_text(encoding="utf-8"))
+    (parent_copy / "config.json").write_text(json.dumps({**config, "vocab_size": 999}), encoding="utf-8")
+    assert "has a vocabulary of 999, the parent one of 320" in refuse(*job("--teacher", parent_copy))
+
+
 def test_a_different_run_and_the_same_run_twice(
     refuse: Refuse, toy_run: Path, toy_parent: Path, toy_text: Path, toy_held_out: Path
 ) -> None:
     same = ["quantize", toy_parent, "--data", toy_text, "--eval-data", toy_held_out, "--out", toy_run, *QUICK]
-    same += ["--target", "hf", "gguf:q4_0"]
+    same += ["--target", "hf", "gguf:q4_0", *CALIBRATED]
     before = snapshot(toy_run)
     assert "already holds this run; continue it with --resume" in refuse(*same)
     for more in ((), ("--resume",)):

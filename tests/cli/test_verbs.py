@@ -37,7 +37,7 @@ def test_calibrate_writes_what_plan_reads(
     assert one_object(text) == json.loads(out.read_text(encoding="utf-8"))
 
     plan = tmp_path / "plan.json"
-    words = ("plan", toy_parent, "--sensitivity", out, "--option", "alpha=0.8", "--out", plan)
+    words = ("plan", toy_parent, "--sensitivity", out, "--recipe", "hestia", "--option", "alpha=0.8", "--out", plan)
     status, text, _ = invoke(*words)
     assert status == 0
     assert "14 x" not in text

@@ -20,4 +20,4 @@ def command(out: str, tokens: str, threads: int | None, as_json: bool) -> None:
     from ..demo import demo
 
     record = demo(Path(out), tokens=tokens, threads=threads)
-    show(record, as_json, summary(Path(out) / "hestia"))
+    show(record, as_json, summary(Path(out) / "hearth"))

@@ -129,7 +129,7 @@ def scored_run(name: str, report: dict[str, Any], scores: dict[str, Any]) -> Sco
     Raises:
         ConfigError: they lack what a comparison needs.
     """
-    settings = ("recipe", "recipe_options", "target", "tokens", "batch_size", "seq_len", "learning_rate")
+    settings = ("recipe", "recipe_options", "teacher", "target", "tokens", "batch_size", "seq_len", "learning_rate")
     try:
         quantized, parent = scores["quantized"], scores["parent"]
         return ScoredRun(

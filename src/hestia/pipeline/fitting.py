@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from .. import loading, nn, processes
+from ..errors import ConfigError
 from ..evaluation import model_logits, shared_score
 from ..evaluation.diagnostics import histograms
 from ..export.frozen import CODES_FILE, MODEL_FOLDER, save_codes
@@ -116,6 +117,21 @@ def _trainer(work: Workspace, model: Any, plan: Plan, config: TrainConfig, descr
         description=description,
         teacher=_teacher(work),
     )
+
+
+def check_teacher(work: Workspace) -> None:
+    """Refuse a teacher that is not there, or whose tokens are not the parent's.
+
+    Raises:
+        ConfigError: it is so.
+    """
+    name = work.options.teacher
+    if name in (None, "parent"):
+        return
+    config = loading.load_config(loading.resolve(name))
+    theirs, ours = (int(c.get_text_config().vocab_size) for c in (config, work.config))
+    if theirs != ours:
+        raise ConfigError(f"--teacher {name} has a vocabulary of {theirs:,}, the parent one of {ours:,}; take another")
 
 
 def _teacher(work: Workspace) -> Any:

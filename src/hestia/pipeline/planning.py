@@ -19,6 +19,7 @@ from .workspace import Workspace
 
 def plan_without_curvature(work: Workspace, given: Plan | None) -> Plan:
     """The plan before calibration: refuses at once what could not be exported at the end."""
+    curvature.CurvatureEstimator.make(work.options.estimator)  # an unknown name is one even where nothing is measured
     if given is not None:
         nn.apply(work.empty_model(), given)  # refuses a plan of another model
         return given

@@ -27,6 +27,7 @@ def record_of(
         "schema": 1,
         "recipe": plan.recipe["name"],
         "recipe_options": {k: v for k, v in plan.recipe.items() if k != "name"},
+        "teacher": _teacher(work) if plan.trains else None,
         "target": plan.targets[0],
         "seed": work.options.seed,
         "tokens": tokens,
@@ -64,6 +65,11 @@ def record_of(
         "machine": machine(work.device),
         "started": started.isoformat(timespec="seconds"),
     }
+
+
+def _teacher(work: Workspace) -> dict[str, Any] | None:
+    o = work.options
+    return None if o.teacher is None else {"model": o.teacher, "divergence": o.distill, "weight": o.distill_weight}
 
 
 def publish(run: Path, record: dict[str, Any]) -> None:

@@ -27,7 +27,7 @@ from ..plans import Plan
 from ..progress import announce as say
 from .artefacts import CACHE_FOLDER, EXPORTS_FOLDER, OPTIONS_FILE
 from .delivery import deliver
-from .fitting import train_and_freeze
+from .fitting import check_teacher, train_and_freeze
 from .inputs import check_inputs, keep_inputs
 from .planning import plan_run, plan_without_curvature
 from .record import publish, record_of
@@ -149,9 +149,10 @@ class Run:
             raise ConfigError(f"{folder} exists and is not a run of hestia; choose another --out")
 
     def _check_inputs(self) -> None:
-        """Refuse what only a later stage would stumble over: too little text, an odd batch, damaged weights."""
+        """Refuse what only a later stage would stumble over: too little text, another's teacher, damaged weights."""
         self.work.tuning_count()
         _ = self.work.batch_size
+        check_teacher(self.work)
         if not (self.work.folder / OPTIONS_FILE).is_file():
             self.work.load_model()
 

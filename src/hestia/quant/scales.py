@@ -180,7 +180,8 @@ class Gaussian(ScaleRule):
 
     sqrt(pi/2) mean|w| is the standard deviation of normal weights; it neither overflows nor hangs on a few large ones.
     Where absmean is far too coarse from 4 bits on (0.8 sigma against 0.34), this suits every width.
-    Source: the MSE-optimal clipping of QuEST (arXiv:2502.05003), here with a refitted level.
+    Source: the MSE-optimal clipping of QuEST (arXiv:2502.05003), here with a refitted level; ``soft`` as in
+    ``LeastSquares``.
 
     Raises:
         ConfigError: a grid whose c(C) is not in ``NORMAL_STEPS``.
@@ -188,6 +189,11 @@ class Gaussian(ScaleRule):
 
     name: ClassVar[str] = "gaussian"
     eps: float = 1e-5
+    soft: bool = False
+
+    @property
+    def refits(self) -> bool:
+        return self.soft
 
     def __call__(self, w_RGN: Tensor, grid: Grid) -> Scales:
         if grid.values not in NORMAL_STEPS:

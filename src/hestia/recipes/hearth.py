@@ -2,7 +2,8 @@
 
     w_hat = (1 - lambda(t)) w + lambda(t) level Q_tau(w / step)        Q_tau: mean of pi(q|z) ~ exp(-(z - q)^2 / tau)
 
-    step  = 1.5 mean|w| + eps (``scale`` twn), or mean|w| + eps (absmean and least_squares)
+    step  = 1.5 mean|w| + eps (``scale`` twn; from 2 bits on that of the rule ``gaussian``, which is 1.53 mean|w| on
+            {-1, 0, 1}), or mean|w| + eps (absmean and least_squares)
     level = step (absmean), or sum(q w) / sum(q^2) over the group with q = Q_tau(w / step), soft while tau is (``soft``)
             or the hard codes (not ``soft``); at tau = 0 both are the least-squares level that is frozen
             (``scale`` saliency: threshold and level of the least importance-weighted error, see quasar)
@@ -37,6 +38,7 @@ from ..quant import (
     TWN,
     AbsMean,
     Correction,
+    Gaussian,
     Grid,
     GroupSize,
     LeastSquares,
@@ -70,7 +72,7 @@ class Hearth(Recipe):
     """
 
     name: ClassVar[str] = "hearth"
-    widths: ClassVar[tuple[float, ...]] = (1.0, 1.58, 2.0)
+    widths: ClassVar[tuple[float, ...]] = (1.0, 1.58, 2.0, 3.0, 4.0)
     rho: float = 0.05
     temperature: float = 0.05
     hard_from: float | None = None
@@ -88,7 +90,7 @@ class Hearth(Recipe):
         rules: dict[str, ScaleRule] = {
             "absmean": AbsMean(),
             "least_squares": LeastSquares(soft=self.soft),
-            "twn": TWN(soft=self.soft),
+            "twn": TWN(soft=self.soft) if len(grid.levels) <= 3 else Gaussian(soft=self.soft),
             "saliency": Saliency(every=self.every)
             if self.search
             else Saliency(lowest=0.75, candidates=1, every=self.every),

@@ -77,6 +77,7 @@ def render(record: RunRecord) -> str:
                 ],
             ),
             ("Recipe", flat(record.recipe_options)),
+            ("Teacher", flat(record.teacher)),
             ("Machine", flat(record.machine)),
             ("Versions", flat(record.versions)),
             ("Data", flat(record.data)),

@@ -215,6 +215,7 @@ class RunRecord:
         bits_quantized, bits_whole: stored bits a weight, counted from the bytes of the file.
         nll_intervals: paired differences by name, ``quantized_minus_round_to_nearest``.
         data, versions, machine, options: as recorded; shown, never interpreted.
+        teacher: model, divergence and weight; empty where the text alone taught.
         plan: plan.json as it is, or None.
     """
 
@@ -252,6 +253,7 @@ class RunRecord:
     machine: Mapping[str, Any] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
     recipe_options: Mapping[str, Any] = field(default_factory=dict)
+    teacher: Mapping[str, Any] = field(default_factory=dict)
     plan: Mapping[str, Any] | None = None
     sensitivity: Sensitivity | None = None
     log: TrainingLog = TrainingLog()
@@ -263,6 +265,11 @@ class RunRecord:
     def name(self) -> str:
         """What to call the run: the name of its folder."""
         return text(self.run.resolve().name)
+
+    @property
+    def method(self) -> str:
+        """The recipe, and that it had a teacher: ``hearth + teacher``."""
+        return f"{self.recipe} + teacher" if self.teacher else self.recipe
 
     @property
     def layers(self) -> Mapping[str, Any]:
@@ -330,6 +337,7 @@ class RunRecord:
             machine=_mapping(report.raw.get("machine")),
             options=_options(run / "run.yaml"),
             recipe_options=_mapping(report.raw.get("recipe_options")),
+            teacher=_mapping(report.raw.get("teacher")),
             plan=None if plan is None else plan.raw,
             sensitivity=_sensitivity(_optional(run / "sensitivity.json", SENSITIVITY_SCHEMA)),
             log=_log(run / "log.jsonl"),

@@ -84,7 +84,7 @@ def headline_rows(record: RunRecord) -> list[Row]:
         # The demo lists every recipe, ours too; another run of our recipe (other options) stays.
         if b.recipe not in ("parent", "round_to_nearest") and (b.recipe, b.nll) != (record.recipe, record.nll_quantized)
     )
-    rows.append(_ours(record, record.recipe))
+    rows.append(_ours(record, record.method))
     return rows
 
 
@@ -108,7 +108,7 @@ def compare(records: Sequence[RunRecord]) -> str:
         row = _ours(record, record.name)
         over = None if row.nll is None or record.nll_parent is None else row.nll - record.nll_parent
         seed = UNKNOWN if record.seed is None else str(record.seed)
-        about = [record.name, record.recipe, ", ".join(record.targets), whole(record.tokens)]
+        about = [record.name, record.method, ", ".join(record.targets), whole(record.tokens)]
         about += [rate(record.learning_rate), seed]
         result = [fixed(row.nll), fixed(over), fixed(row.kl), percent(row.top1), bits(row.bits), size(row.bytes)]
         lines.append([*about, *result, duration(record.seconds_total)])

@@ -136,7 +136,7 @@ class Verdict:
 def verdict(record: RunRecord) -> Verdict:
     """The honest summary of a run."""
     model = record.model or record.name
-    subject = f"{model}, made {grid_name(record)} by {record.recipe},"
+    subject = f"{model}, made {grid_name(record)} by {record.method},"
     parent, rounded, ours = record.nll_parent, record.nll_round_to_nearest, record.nll_quantized
     cautions: list[str] = []
     if parent is None or ours is None:
