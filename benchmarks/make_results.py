@@ -30,7 +30,7 @@ MODELS = {
     "stories260K": "stories260K (0.26M), TinyStories test",
     "books-6m": "books-6m (5.8M), Gutenberg + OpenStax test",
 }
-ARMS = ("parent", "round_to_nearest", "bitnet_ste", "hestia")
+ARMS = ("parent", "round_to_nearest", "bitnet_ste", "hestia", "hearth")
 
 
 def load() -> dict[str, dict[str, dict[str, Any]]]:
@@ -52,6 +52,11 @@ def arms(runs: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     return {name: rows[name] for name in ARMS if name in rows}
 
 
+def _method(name: str, row: dict[str, Any]) -> str:
+    """The recipe, and that it had a teacher."""
+    return f"{name} + teacher" if row.get("run", {}).get("teacher") else name
+
+
 def table(found: dict[str, dict[str, dict[str, Any]]]) -> str:
     """The honest table in Markdown."""
     lines = [
@@ -64,7 +69,7 @@ def table(found: dict[str, dict[str, dict[str, Any]]]) -> str:
             kl = f"{row['kl_to_parent']:.3f}" if row.get("kl_to_parent") is not None else "-"
             top = f"{100 * row['top1_agreement']:.1f} %" if row.get("top1_agreement") is not None else "-"
             rate, tokens = (f"{run['learning_rate']:g}", f"{run['tokens']:,}") if run else ("-", "-")
-            lines.append(f"| {title} | {name} | {row['nll']:.3f} | {kl} | {top} | {rate} | {tokens} |")
+            lines.append(f"| {title} | {_method(name, row)} | {row['nll']:.3f} | {kl} | {top} | {rate} | {tokens} |")
     return "\n".join(lines)
 
 
@@ -179,14 +184,14 @@ def figure(found: dict[str, dict[str, dict[str, Any]]]) -> str:
     plt.rcParams.update(
         {"svg.hashsalt": "hestia", "svg.fonttype": "none", "font.size": 10, "font.family": "sans-serif"}
     )
-    drawing, axes = plt.subplots(len(models), 1, figsize=(7.2, 1.55 * len(models)), squeeze=False)
-    colours = {"parent": "#6b7280", "round_to_nearest": "#b8becb", "bitnet_ste": "#c98a4b", "hestia": "#c2410c"}
+    drawing, axes = plt.subplots(len(models), 1, figsize=(7.2, 1.8 * len(models)), squeeze=False)
+    colours = dict(zip(ARMS, ("#6b7280", "#b8becb", "#c98a4b", "#8f5a3c", "#c2410c"), strict=True))
     for axis, model in zip(axes[:, 0], models, strict=True):
         rows = arms(found[model])
         for place, (name, row) in enumerate(rows.items()):
             axis.barh(place, row["nll"], height=0.66, color=colours[name])
             axis.text(row["nll"], place, f" {row['nll']:.2f}", va="center", color="#6b7280")
-        axis.set_yticks(range(len(rows)), list(rows))
+        axis.set_yticks(range(len(rows)), [_method(name, row) for name, row in rows.items()])
         axis.invert_yaxis()
         axis.set_title(MODELS[model], loc="left", fontsize=10, color="#6b7280")
         axis.spines[:].set_visible(False)

@@ -22,9 +22,9 @@ from hestia.pipeline import quantize
 
 RESULTS = Path(__file__).parent / "results" / "real_inputs"
 KEPT = (
-    "recipe", "recipe_options", "target", "seed", "tokens", "steps", "batch_size", "seq_len", "learning_rate", "nll",
-    "kl_to_parent", "top1_agreement", "bits_per_weight", "weights", "seconds", "tokens_per_second", "nll_interval",
-    "model", "parent_dtype", "scores", "versions", "machine", "started",
+    "recipe", "recipe_options", "teacher", "target", "seed", "tokens", "steps", "batch_size", "seq_len",
+    "learning_rate", "nll", "kl_to_parent", "top1_agreement", "bits_per_weight", "weights", "seconds",
+    "tokens_per_second", "nll_interval", "model", "parent_dtype", "scores", "versions", "machine", "started",
 )  # fmt: skip
 
 
