@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from processes import environment, free_port
 from safetensors.torch import load_file
-from toy_runs import QUICK
+from toy_runs import CALIBRATED, QUICK
 
 
 @pytest.mark.slow
@@ -20,7 +20,7 @@ def test_the_main_job_by_two_processes(
     out = tmp_path / "run"
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port())]
     job = ["-m", "hestia", "quantize", str(toy_parent), "--data", str(toy_text), "--eval-data", str(toy_held_out)]
-    more = ["--target", "hf", "--target", "gguf:q4_0", "--out", str(out), "--json", *QUICK]
+    more = ["--target", "hf", "--target", "gguf:q4_0", "--out", str(out), "--json", *QUICK, *CALIBRATED]
     done = subprocess.run(
         [*launch, *job, *more], env=environment(), capture_output=True, text=True, timeout=300, check=False
     )

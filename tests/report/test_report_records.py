@@ -10,6 +10,8 @@ import pytest
 from report_runs import PATHS, make_run, report
 
 from hestia.errors import ConfigError
+from hestia.report.html import write_report
+from hestia.report.model_card import write_model_card
 from hestia.report.records import RunRecord
 
 
@@ -72,6 +74,21 @@ def test_only_report_json_is_needed(tmp_path: Path) -> None:
     (run / "run.yaml").unlink()
     record = RunRecord.load(run)
     assert record.plan is None and record.sensitivity is None and not record.histograms and not record.log.rows
+
+
+def test_a_teacher_is_named_whatever_else_the_record_says_of_it(tmp_path: Path) -> None:
+    for teacher, read in (
+        (None, {}),
+        ("parent", {}),
+        ({"model": "<b>", "weight": "all"}, {"model": "<b>", "divergence": "", "weight": None}),
+    ):
+        folder = make_run(tmp_path / str(teacher)[:4], report={**report(), "teacher": teacher})
+        record = RunRecord.load(folder)
+        assert record.teacher == read
+        assert record.method == report()["recipe"] + (" + teacher" if read else "")
+        write_report(folder)
+        write_model_card(folder)
+        assert "<b>" not in (folder / "report.html").read_text(encoding="utf-8")
 
 
 def test_an_unfinished_run_says_so(tmp_path: Path) -> None:

@@ -129,16 +129,17 @@ def _shrink(record: RunRecord) -> float | None:
 
 
 def _figures(record: RunRecord) -> dict[str, Any]:
-    log = record.log
+    log, taught = record.log, bool(record.teacher)
     small = [
+        ("Training loss, to the teacher", plots.taught_loss(log, name="taught") if taught else None),
         ("Pressure and temperature", plots.knobs(log, name="knobs")),
         ("Saturated weights", plots.saturated(log, name="saturated")),
         ("Learning rate", plots.learning_rate(log, name="rate")),
         ("Gradient norm, before clipping", plots.gradient_norm(log, name="gradient")),
     ]
     return {
-        "loss": _svg(plots.loss(log, parent=record.nll_parent, name="loss")),
-        "loss_narrow": _svg(plots.loss(log, parent=record.nll_parent, name="loss-narrow", width=400)),
+        "loss": _svg(plots.loss(log, parent=record.nll_parent, name="loss", taught=taught)),
+        "loss_narrow": _svg(plots.loss(log, parent=record.nll_parent, name="loss-narrow", width=400, taught=taught)),
         "small": [(title, _svg(drawing)) for title, drawing in small if drawing],
     }
 

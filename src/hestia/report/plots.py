@@ -63,12 +63,13 @@ Series = list[tuple[int, float]]
 T = TypeVar("T")
 
 
-def loss(log: TrainingLog, *, parent: float | None, name: str, width: int = 900) -> str | None:
+def loss(log: TrainingLog, *, parent: float | None, name: str, width: int = 900, taught: bool = False) -> str | None:
     """Soft training loss and hard loss on unseen text over steps, nats per token, with the parent's line.
 
-    ``width`` is the natural width in CSS pixels. Returns None where the log holds neither loss.
+    ``width`` is the natural width in CSS pixels. The training loss of a run that was ``taught`` holds a divergence and
+    has a figure of its own. Returns None where the log holds neither loss.
     """
-    soft = _series((row.step, row.loss) for row in log.rows)
+    soft = [] if taught else _series((row.step, row.loss) for row in log.rows)
     hard = list(log.hard)
     if not soft and not hard:
         return None
@@ -94,7 +95,14 @@ def loss(log: TrainingLog, *, parent: float | None, name: str, width: int = 900)
         axes.set_xlim(first, last if last > first else first + 1)
         _label_ends(axes, labels, _TALL)
         axes.set_xlabel("step")
-        return _svg(figure, name, "Soft training loss and hard loss on unseen text over steps, in nats per token")
+        what = "Hard loss" if taught else "Soft training loss and hard loss"
+        return _svg(figure, name, f"{what} on unseen text over steps, in nats per token")
+
+
+def taught_loss(log: TrainingLog, *, name: str, width: int = 420) -> str | None:
+    """Training loss of a run with a teacher over steps; None where it was not logged."""
+    series = _series((row.step, row.loss) for row in log.rows)
+    return _single(series, name, width, "Training loss with a teacher over steps, in nats per token")
 
 
 def knobs(log: TrainingLog, *, name: str, width: int = 420) -> str | None:

@@ -337,7 +337,7 @@ class RunRecord:
             machine=_mapping(report.raw.get("machine")),
             options=_options(run / "run.yaml"),
             recipe_options=_mapping(report.raw.get("recipe_options")),
-            teacher=_mapping(report.raw.get("teacher")),
+            teacher=_teacher(_mapping(report.raw.get("teacher"))),
             plan=None if plan is None else plan.raw,
             sensitivity=_sensitivity(_optional(run / "sensitivity.json", SENSITIVITY_SCHEMA)),
             log=_log(run / "log.jsonl"),
@@ -345,6 +345,11 @@ class RunRecord:
             codes=_codes(diagnostics),
             samples=_samples(diagnostics),
         )
+
+
+def _teacher(raw: Mapping[str, Any]) -> Mapping[str, Any]:
+    keys = {"model": text, "divergence": text, "weight": number}
+    return {key: read(raw.get(key)) for key, read in keys.items()} if raw else {}
 
 
 def text(value: Any) -> str:
