@@ -80,7 +80,7 @@ def test_a_teacher_is_named_whatever_else_the_record_says_of_it(tmp_path: Path) 
     for teacher, read in (
         (None, {}),
         ("parent", {}),
-        ({"model": "<b>", "weight": "all"}, {"model": "<b>", "divergence": "", "weight": None}),
+        ({"model": "<blink>", "weight": "all"}, {"model": "<blink>", "divergence": "", "weight": None}),
     ):
         folder = make_run(tmp_path / str(teacher)[:4], report={**report(), "teacher": teacher})
         record = RunRecord.load(folder)
@@ -88,7 +88,7 @@ def test_a_teacher_is_named_whatever_else_the_record_says_of_it(tmp_path: Path) 
         assert record.method == report()["recipe"] + (" + teacher" if read else "")
         write_report(folder)
         write_model_card(folder)
-        assert "<b>" not in (folder / "report.html").read_text(encoding="utf-8")
+        assert "<blink>" not in (folder / "report.html").read_text(encoding="utf-8")
 
 
 def test_an_unfinished_run_says_so(tmp_path: Path) -> None:
