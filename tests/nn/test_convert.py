@@ -165,7 +165,7 @@ def test_there_is_nothing_to_freeze_before_apply_and_after_freeze() -> None:
 def test_fake_quantize_is_what_the_layer_runs() -> None:
     model = qwen2().train()
     traces = {path: 2.0**k for k, path in enumerate(hestia.plan(model).layers)}
-    plan = hestia.plan(model, sensitivity=traces)
+    plan = hestia.plan(model, "hestia", sensitivity=traces)
     hestia.apply(model, plan)
     hestia.nn.knobs_of(model).set(pressure=0.625, temperature=0.25)
     for path, layer in quantized_modules(model):
@@ -180,7 +180,7 @@ def test_fake_quantize_is_what_the_layer_runs() -> None:
 
 def test_the_layer_shows_what_it_does() -> None:
     model = qwen2()
-    hestia.apply(model, hestia.plan(model, group_size=16))
+    hestia.apply(model, hestia.plan(model, "hestia", group_size=16))
     layer = model.get_submodule("model.layers.0.self_attn.q_proj")
     assert isinstance(layer, QuantLinear)
     assert "in_features=32, out_features=32, bias=True, grid=ternary, group_size=16, scale=absmean" in repr(layer)
