@@ -226,7 +226,8 @@ def test_ports_go_through_the_main_job_with_a_teacher(invoke: Invoke, job: Job, 
 
 
 def test_by_default_the_parent_teaches_hearth(invoke: Invoke, toy_run: Path, job: Job, tmp_path: Path) -> None:
-    status, out, err = invoke(*[word for word in job() if word not in CALIBRATED])
+    words = [word for word in job() if word not in CALIBRATED]
+    status, out, err = invoke(*words)
     assert status == 0, err
     assert "hearth + teacher" in out
     run = tmp_path / "run"
@@ -239,6 +240,26 @@ def test_by_default_the_parent_teaches_hearth(invoke: Invoke, toy_run: Path, job
     assert (">soft</span>" in page, ">soft</span>" in other) == (False, True), "a divergence is no loss on the text"
     assert "taught by the parent" in (run / "README.md").read_text(encoding="utf-8")
     assert not (run / "sensitivity.json").exists()
+    work = pipeline.Workspace(Options(**load_config(run / "run.yaml")), resume=True)
+    parent = score(model_logits(work.load_model()), work.tuning[:8], description="").nll
+    assert report["parent_hard_loss"] == pytest.approx(parent, rel=1e-6)
+
+
+def test_a_run_with_a_teacher_that_crashed_ends_where_the_uninterrupted_run_did(
+    invoke: Invoke, job: Job, tmp_path: Path, lean: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def words(out: str) -> list[str | Path]:
+        return [word for word in job("--save-every", "4", out=out) if word not in CALIBRATED]
+
+    assert invoke(*words("whole"))[0] == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(fitting, "HestiaTrainer", lambda *a, **k: HestiaTrainer(*a, **k, callbacks=[CrashAt(6)]))
+        with pytest.raises(CrashError):
+            invoke(*words("run"))
+    status, _, err = invoke(*words("run"), "--resume")
+    assert status == 0, err
+    assert same_codes(tmp_path / "whole", tmp_path / "run")
+    assert read(tmp_path / "run" / "report.json")["nll"] == read(tmp_path / "whole" / "report.json")["nll"]
 
 
 def test_auto_runs_the_pilot_and_takes_its_best_rate(invoke: Invoke, job: Job, tmp_path: Path, lean: None) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
@@ -108,7 +108,7 @@ def rows(stage: Stage, records: Records) -> list[Row]:
             )
         )
     adjusted = dict(zip(p_values, holm(list(p_values.values())), strict=True))
-    made = [Row(**{**vars(row), "adjusted_p": adjusted.get(row.name)}) for row in made]
+    made = [replace(row, adjusted_p=adjusted.get(row.name)) for row in made]
     return sorted(made, key=lambda row: median(row.nll))
 
 
@@ -157,7 +157,7 @@ def answers(question: Question, records: Records) -> list[Answer]:
             Answer(other=other, seeds=len(shared), difference=paired_difference(*mean), texts=texts, adjusted_p=None)
         )
     adjusted = dict(zip(p_values, holm(list(p_values.values())), strict=True))
-    return [Answer(**{**vars(answer), "adjusted_p": adjusted.get(answer.other)}) for answer in made]
+    return [replace(answer, adjusted_p=adjusted.get(answer.other)) for answer in made]
 
 
 def _nlls(runs: Mapping[int, Any], seeds: Sequence[int], file: str | None = None) -> list[float]:

@@ -53,12 +53,16 @@ def trial(work: Workspace, plan: Plan, rate: float, steps: int) -> float:
 def _train_config(work: Workspace, plan: Plan) -> TrainConfig:
     o, path = work.options, work.folder / TRAINING_FILE
     if work.resume and path.is_file():
-        rate = float(read_json(path)["learning_rate"])
-    else:
-        rate = o.learning_rate() or _pilot(work, plan)
-        if processes.first():
-            write_json(path, {"learning_rate": rate, "steps": work.steps, "batch_size": work.batch_size})
-    return _config_for(work, rate, work.steps, save=True)
+        return _config_for(work, float(read_json(path)["learning_rate"]), work.steps, save=True)
+    rate = o.learning_rate() or _pilot(work, plan)
+    config = _config_for(work, rate, work.steps, save=True)
+    parent: Any = work.load_model()
+    parent.to(work.device)
+    unseen = shared_score(model_logits(parent), work.tuning[: config.eval_blocks], description="scoring the parent").nll
+    if processes.first():
+        settings = {"learning_rate": rate, "steps": work.steps, "batch_size": work.batch_size}
+        write_json(path, {**settings, "parent_hard_loss": unseen})
+    return config
 
 
 def _pilot(work: Workspace, plan: Plan) -> float:

@@ -32,6 +32,7 @@ def record_of(
         "seed": work.options.seed,
         "tokens": tokens,
         "learning_rate": training.get("learning_rate"),
+        "parent_hard_loss": training.get("parent_hard_loss"),
         "nll": {kind: scores[kind]["nll"] for kind in ("parent", "round_to_nearest", "quantized")},
         "kl_to_parent": scores["quantized"]["kl_to_parent"],
         "top1_agreement": scores["quantized"]["top1_agreement"],

@@ -149,7 +149,7 @@ class Run:
             raise ConfigError(f"{folder} exists and is not a run of hestia; choose another --out")
 
     def _check_inputs(self) -> None:
-        """Refuse what only a later stage would stumble over: too little text, another's teacher, damaged weights."""
+        """Refuse what stops a later stage: too little text, an odd batch, a wrong teacher, damaged weights."""
         self.work.tuning_count()
         _ = self.work.batch_size
         check_teacher(self.work)

@@ -138,8 +138,10 @@ def _figures(record: RunRecord) -> dict[str, Any]:
         ("Gradient norm, before clipping", plots.gradient_norm(log, name="gradient")),
     ]
     return {
-        "loss": _svg(plots.loss(log, parent=record.nll_parent, name="loss", taught=taught)),
-        "loss_narrow": _svg(plots.loss(log, parent=record.nll_parent, name="loss-narrow", width=400, taught=taught)),
+        "loss": _svg(plots.loss(log, parent=record.parent_hard_loss, name="loss", taught=taught)),
+        "loss_narrow": _svg(
+            plots.loss(log, parent=record.parent_hard_loss, name="loss-narrow", width=400, taught=taught)
+        ),
         "small": [(title, _svg(drawing)) for title, drawing in small if drawing],
     }
 

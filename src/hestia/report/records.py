@@ -216,6 +216,7 @@ class RunRecord:
         nll_intervals: paired differences by name, ``quantized_minus_round_to_nearest``.
         data, versions, machine, options: as recorded; shown, never interpreted.
         teacher: model, divergence and weight; empty where the text alone taught.
+        parent_hard_loss: the parent on the text of the logged hard losses; None in runs that did not measure it.
         plan: plan.json as it is, or None.
     """
 
@@ -254,6 +255,7 @@ class RunRecord:
     options: Mapping[str, Any] = field(default_factory=dict)
     recipe_options: Mapping[str, Any] = field(default_factory=dict)
     teacher: Mapping[str, Any] = field(default_factory=dict)
+    parent_hard_loss: float | None = None
     plan: Mapping[str, Any] | None = None
     sensitivity: Sensitivity | None = None
     log: TrainingLog = TrainingLog()
@@ -338,6 +340,7 @@ class RunRecord:
             options=_options(run / "run.yaml"),
             recipe_options=_mapping(report.raw.get("recipe_options")),
             teacher=_teacher(_mapping(report.raw.get("teacher"))),
+            parent_hard_loss=number(report.raw.get("parent_hard_loss")),
             plan=None if plan is None else plan.raw,
             sensitivity=_sensitivity(_optional(run / "sensitivity.json", SENSITIVITY_SCHEMA)),
             log=_log(run / "log.jsonl"),

@@ -11,10 +11,15 @@ from ..progress import Lines, bar
 
 
 class ProgressBar(TrainerCallback):
-    """One bar for the whole run, written to standard error; its note is what was last logged."""
+    """One bar for the whole run, written to standard error; its note is what was last logged.
 
-    def __init__(self, description: str) -> None:
-        self.description = description
+    Args:
+        description: text of the bar.
+        loss: what the training loss is called; with a teacher it is not comparable with the hard loss.
+    """
+
+    def __init__(self, description: str, loss: str = "loss") -> None:
+        self.description, self.loss = description, loss
         self._bar: Progress | None = None
         self._task: Any = None
         self._lines = Lines(description, None)
@@ -48,7 +53,7 @@ class ProgressBar(TrainerCallback):
             return
         parts = []
         if "loss" in logs:
-            parts.append(f"loss {logs['loss']:.3f}")
+            parts.append(f"{self.loss} {logs['loss']:.3f}")
         if "hard_loss" in logs:
             parts.append(f"hard loss {logs['hard_loss']:.3f}")
         if "temperature_mean" in logs:

@@ -156,7 +156,7 @@ class HestiaTrainer(Trainer):
         self._spikes, self._step_loss = SpikeWatch(), 0.0
         self._collapsed: dict[str, str] = {}
         self._signals = StopSignals()
-        self._bar = ProgressBar(description)
+        self._bar = ProgressBar(description, "loss" if config.distill is None else "loss to the teacher")
         self._started: tuple[float, int] | None = None
         self.last_checkpoint: Path | None = None
         self._evaluated = -1
