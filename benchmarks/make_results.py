@@ -223,7 +223,11 @@ def comparison_figures() -> dict[Path, str]:
     """Path -> SVG text of the figures that the results allow."""
     found: dict[Path, str] = {}
     for stage in experiments.all_stages():
-        for kind, draw in (("tokens", experiments.tokens_figure), ("ranking", experiments.ranking_figure)):
+        for kind, draw in (
+            ("tokens", experiments.tokens_figure),
+            ("ranking", experiments.ranking_figure),
+            ("bits", experiments.bits_figure),
+        ):
             if (text := draw(stage)) is not None:
                 found[FIGURE.with_name(f"stage_{stage.name}_{kind}.svg")] = text
     return found

@@ -45,7 +45,8 @@ class Arm:
         teacher: how the parent teaches, as the training understands it; empty: cross entropy alone.
         rates: learning rates of the tuning runs where they differ from the stage's; as many.
         group_size: weights that share a scale, where it differs from the stage's.
-        bits: width of the grid.
+        bits: width of the grid, or a budget of stored bits a weight that is spent by predicted damage.
+        target: the format that must hold the result exactly; it decides what a weight costs.
         factors: on the learning rate, of ``scale``, ``norm`` and ``embedding``.
         tier: lower tiers run first.
         note: what the arm is there to settle, for people.
@@ -58,6 +59,7 @@ class Arm:
     rates: tuple[float, ...] = ()
     group_size: str | int | None = None
     bits: float = 1.58
+    target: str = "hf"
     factors: Mapping[str, float] = field(default_factory=dict)
     tier: int = 1
     note: str = ""
@@ -200,6 +202,7 @@ class Job:
             "teacher": dict(arm.teacher),
             "group_size": stage.training.group_size if arm.group_size is None else arm.group_size,
             **({} if arm.bits == 1.58 else {"bits": arm.bits}),  # results made before there was a choice stay valid
+            **({} if arm.target == "hf" else {"target": arm.target}),
             **({"factors": dict(arm.factors)} if arm.factors else {}),
             "parent": stage.parent,
             "texts": json.loads(json.dumps(asdict(stage.texts))),
