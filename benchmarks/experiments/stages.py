@@ -42,6 +42,8 @@ class Arm:
         name: of the arm, a folder name.
         recipe: a recipe of hestia, or ``full_precision``.
         options: of the recipe.
+        made_with: options that were the recipe's defaults when the arm's results were made and no longer are. They are
+            used, and left out of ``config``, which says what those results say.
         teacher: how the parent teaches, as the training understands it; empty: cross entropy alone.
         rates: learning rates of the tuning runs where they differ from the stage's; as many.
         group_size: weights that share a scale, where it differs from the stage's.
@@ -55,6 +57,7 @@ class Arm:
     name: str
     recipe: str
     options: Mapping[str, Any] = field(default_factory=dict)
+    made_with: Mapping[str, Any] = field(default_factory=dict)
     teacher: Mapping[str, Any] = field(default_factory=dict)
     rates: tuple[float, ...] = ()
     group_size: str | int | None = None
@@ -63,6 +66,11 @@ class Arm:
     factors: Mapping[str, float] = field(default_factory=dict)
     tier: int = 1
     note: str = ""
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Every option that the recipe is made with."""
+        return {**self.made_with, **self.options}
 
 
 @dataclass(frozen=True, kw_only=True)

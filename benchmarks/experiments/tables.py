@@ -239,7 +239,7 @@ def question_table(question: Question, found: Sequence[Answer]) -> str:
     """One arm against others: the difference of the mean, what Holm leaves of it, and that of every text."""
     files = list(found[0].texts)
     lines = [
-        f"*{question.title}*",
+        f"### {question.title}",
         "",
         f"| {question.arm} minus | seeds | nats a token | Holm p | | {' | '.join(files)} |",
         "|---|--:|--:|--:|---|" + "--:|" * len(files),
@@ -293,7 +293,7 @@ def section(stage: Stage, folder: Path | None = None) -> str:
     tests = parent["texts"]["test"]
     blocks = ", ".join(f"{entry['blocks']} blocks of {name}" for name, entry in tests.items())
     lines = [
-        f"### Stage {stage.name.upper() if len(stage.name) == 1 else stage.name}: {stage.title}",
+        f"# Stage {stage.name.upper() if len(stage.name) == 1 else stage.name}: {stage.title}",
         "",
         f"Parent `{stage.parent}`, {parent['parent']['nll']:.4f} nats a token; rounded without training "
         f"{parent['round_to_nearest']['nll']:.4f}. Each arm had {tuned} tuning runs of "
@@ -307,11 +307,11 @@ def section(stage: Stage, folder: Path | None = None) -> str:
     for tokens, records in everything.items():
         if records:
             made = rows(stage, records)
-            lines += [f"**{tokens} tokens**", "", budget_table(made, stage.baseline), "", text_table(made, parent), ""]
+            lines += [f"## {tokens} tokens", "", budget_table(made, stage.baseline), "", text_table(made, parent), ""]
             for question in stage.questions:
                 if found := answers(question, records):
                     lines += [question_table(question, found), ""]
-    lines += ["Tuning:", "", tuning_table(stage, folder), ""]
+    lines += ["## Tuning", "", tuning_table(stage, folder), ""]
     there = {name for records in everything.values() for name in records}
     missing = [arm.name for arm in stage.arms if arm.name not in there]
     if missing:

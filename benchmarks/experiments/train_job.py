@@ -89,7 +89,7 @@ def check_possible(job: Job) -> None:
     if unknown := set(arm.factors) - {"scale", "norm", "embedding"}:
         raise ConfigError(f"factors: unknown key {min(unknown)!r}; a learning rate has scale, norm and embedding")
     if arm.recipe != CONTROL:
-        recipes.get(arm.recipe, **arm.options)
+        recipes.get(arm.recipe, **arm.settings)
 
 
 def device() -> torch.device:
@@ -325,7 +325,7 @@ def _plan(job: Job, model: nn.Module, sensitivity: Sensitivity | None) -> Plan:
     if arm.recipe == CONTROL:
         return make_plan(model, "round_to_nearest", group_size=group)
     curvature_of = sensitivity if needs_curvature(arm) else None
-    recipe = recipes.get(arm.recipe, **arm.options)
+    recipe = recipes.get(arm.recipe, **arm.settings)
     return make_plan(model, recipe, arm.target, curvature_of, bits=arm.bits, group_size=group)
 
 
@@ -333,7 +333,7 @@ def needs_curvature(arm: Arm) -> bool:
     """Whether the plan is made from the parent's curvature: the recipe asks for it, or tensors differ in width."""
     if arm.recipe == CONTROL:
         return False
-    recipe = recipes.get(arm.recipe, **arm.options)
+    recipe = recipes.get(arm.recipe, **arm.settings)
     return recipe.uses_curvature or is_mixed(recipe, arm.bits, None, None)
 
 
