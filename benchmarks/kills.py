@@ -122,9 +122,9 @@ def inputs(folder: Path) -> tuple[Path, Path]:
 def job(parent: Path, text: Path, lr: str) -> list[str]:
     """The command, but for its folder."""
     return [
-        "quantize", str(parent), "--recipe", "hestia", "--data", str(text), "--steps", str(STEPS),
-        "--seq-len", "32", "--batch-size", "4", "--lr", lr, "--calibrate", "8", "--save-every", str(EVERY), "--log-every", "1", "--teacher", "parent",
-        "--target", "hf", "--threads", "1", "--resume",
+        "quantize", str(parent), "--recipe", "hestia", "--data", str(text), "--steps", str(STEPS), "--lr", lr,
+        "--seq-len", "32", "--batch-size", "4", "--calibrate", "8", "--save-every", str(EVERY), "--log-every", "1",
+        "--teacher", "parent", "--target", "hf", "--threads", "1", "--resume",
     ]  # fmt: skip
 
 
