@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from stages import (
-    CONTROL,
     HERE,
     AllDivergedError,
     Job,
@@ -36,13 +35,14 @@ from train_job import (
     Parent,
     Paused,
     check_possible,
+    needs_curvature,
     open_parent,
     parent_scores,
     parent_sensitivity,
     run_job,
 )
 
-from hestia import loading, progress, recipes
+from hestia import loading, progress
 from hestia.curvature import Sensitivity
 from hestia.errors import ConfigError, HestiaError
 from hestia.progress import announce
@@ -170,8 +170,7 @@ def summary(record: dict[str, Any]) -> str:
 
 
 def _sensitivity(job: Job, parent: Parent, texts: StageTexts, results: Path) -> Sensitivity | None:
-    arm = job.arm
-    if arm.recipe == CONTROL or not recipes.get(arm.recipe, **arm.options).uses_curvature:
+    if not needs_curvature(job.arm):
         return None
     return parent_sensitivity(job.stage, parent, texts.train, results / "sensitivity.json")
 

@@ -42,10 +42,13 @@ class Arm:
         name: of the arm, a folder name.
         recipe: a recipe of hestia, or ``full_precision``.
         options: of the recipe.
+        made_with: options that were the recipe's defaults when the arm's results were made and no longer are. They are
+            used, and left out of ``config``, which says what those results say.
         teacher: how the parent teaches, as the training understands it; empty: cross entropy alone.
         rates: learning rates of the tuning runs where they differ from the stage's; as many.
         group_size: weights that share a scale, where it differs from the stage's.
-        bits: width of the grid.
+        bits: width of the grid, or a budget of stored bits a weight that is spent by predicted damage.
+        target: the format that must hold the result exactly; it decides what a weight costs.
         factors: on the learning rate, of ``scale``, ``norm`` and ``embedding``.
         tier: lower tiers run first.
         note: what the arm is there to settle, for people.
@@ -54,13 +57,20 @@ class Arm:
     name: str
     recipe: str
     options: Mapping[str, Any] = field(default_factory=dict)
+    made_with: Mapping[str, Any] = field(default_factory=dict)
     teacher: Mapping[str, Any] = field(default_factory=dict)
     rates: tuple[float, ...] = ()
     group_size: str | int | None = None
     bits: float = 1.58
+    target: str = "hf"
     factors: Mapping[str, float] = field(default_factory=dict)
     tier: int = 1
     note: str = ""
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Every option that the recipe is made with."""
+        return {**self.made_with, **self.options}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,6 +210,7 @@ class Job:
             "teacher": dict(arm.teacher),
             "group_size": stage.training.group_size if arm.group_size is None else arm.group_size,
             **({} if arm.bits == 1.58 else {"bits": arm.bits}),  # results made before there was a choice stay valid
+            **({} if arm.target == "hf" else {"target": arm.target}),
             **({"factors": dict(arm.factors)} if arm.factors else {}),
             "parent": stage.parent,
             "texts": json.loads(json.dumps(asdict(stage.texts))),

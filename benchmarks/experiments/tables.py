@@ -239,7 +239,7 @@ def question_table(question: Question, found: Sequence[Answer]) -> str:
     """One arm against others: the difference of the mean, what Holm leaves of it, and that of every text."""
     files = list(found[0].texts)
     lines = [
-        f"*{question.title}*",
+        f"### {question.title}",
         "",
         f"| {question.arm} minus | seeds | nats a token | Holm p | | {' | '.join(files)} |",
         "|---|--:|--:|--:|---|" + "--:|" * len(files),
@@ -293,7 +293,7 @@ def section(stage: Stage, folder: Path | None = None) -> str:
     tests = parent["texts"]["test"]
     blocks = ", ".join(f"{entry['blocks']} blocks of {name}" for name, entry in tests.items())
     lines = [
-        f"### Stage {stage.name.upper()}: {stage.title}",
+        f"# Stage {stage.name.upper() if len(stage.name) == 1 else stage.name}: {stage.title}",
         "",
         f"Parent `{stage.parent}`, {parent['parent']['nll']:.4f} nats a token; rounded without training "
         f"{parent['round_to_nearest']['nll']:.4f}. Each arm had {tuned} tuning runs of "
@@ -307,11 +307,11 @@ def section(stage: Stage, folder: Path | None = None) -> str:
     for tokens, records in everything.items():
         if records:
             made = rows(stage, records)
-            lines += [f"**{tokens} tokens**", "", budget_table(made, stage.baseline), "", text_table(made, parent), ""]
+            lines += [f"## {tokens} tokens", "", budget_table(made, stage.baseline), "", text_table(made, parent), ""]
             for question in stage.questions:
                 if found := answers(question, records):
                     lines += [question_table(question, found), ""]
-    lines += ["Tuning:", "", tuning_table(stage, folder), ""]
+    lines += ["## Tuning", "", tuning_table(stage, folder), ""]
     there = {name for records in everything.values() for name in records}
     missing = [arm.name for arm in stage.arms if arm.name not in there]
     if missing:
@@ -391,6 +391,35 @@ def ranking_figure(stage: Stage, folder: Path | None = None) -> str | None:
     return _svg(drawing)
 
 
+def bits_figure(stage: Stage, folder: Path | None = None) -> str | None:
+    """NLL against stored bits a weight at the largest budget, 95 % intervals over seeds; SVG text, or None where all
+    arms cost the same. Plans that mix widths are hollow; the dashed line is the control."""
+    everything = [records for records in final_records(stage, folder or stage.folder).values() if records]
+    points: list[tuple[float, float, float, str, bool]] = []
+    for name, runs in (everything[-1] if everything else {}).items():
+        plans = [plan for r in runs.values() if "bits_per_weight" in (plan := r.get("plan") or {})]
+        if plans:
+            bits = fmean(plan["bits_per_weight"] for plan in plans)
+            mixed = any(len(plan["grids"]) > 1 for plan in plans)
+            points.append((bits, *_mean_interval([r["nll"] for r in runs.values()]), name, mixed))
+    if len({round(bits, 2) for bits, *_ in points}) < 3:
+        return None
+    drawing, axis = _drawing(6.4, 3.8)
+    for bits, mean, half, name, mixed in sorted(points):
+        colour = _style(stage, name)["color"]
+        fill = "none" if mixed else colour
+        axis.errorbar(bits, mean, yerr=half, marker="o", capsize=3, color=colour, markerfacecolor=fill)
+        axis.annotate(name, (bits, mean), textcoords="offset points", xytext=(6, 6), fontsize=8, color=DARK)
+    if stage.control in everything[-1]:
+        control = fmean(r["nll"] for r in everything[-1][stage.control].values())
+        axis.axhline(control, color=DARK, linestyle="--", linewidth=1)
+        axis.annotate("trained in full precision", (0.98, control), xycoords=("axes fraction", "data"),
+                      textcoords="offset points", xytext=(0, 4), ha="right", fontsize=8, color=DARK)  # fmt: skip
+    axis.set_xlabel("stored bits a weight, scales included")
+    axis.set_ylabel("nats a token, frozen model")
+    return _svg(drawing)
+
+
 def _mean_interval(values: Sequence[float]) -> tuple[float, float]:
     """Mean and half-width of its 95 % t interval; 0 with one value."""
     if len(values) < 2:
@@ -422,5 +451,5 @@ def _svg(drawing: Any) -> str:
 
 
 def all_stages() -> list[Stage]:
-    """The lettered stages, in order."""
-    return [stages.load(path.stem) for path in sorted(stages.HERE.glob("?.yaml"))]
+    """The lettered stages, in order, and the one that varies the bits."""
+    return [*(stages.load(path.stem) for path in sorted(stages.HERE.glob("?.yaml"))), stages.load("bits")]

@@ -15,13 +15,14 @@ import shutil
 import statistics
 import subprocess
 import time
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from stages import CONTROL, HERE, SCHEMA, Job, Stage
+from stages import CONTROL, HERE, SCHEMA, Arm, Job, Stage
 from texts import StageTexts
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback, set_seed
@@ -33,6 +34,7 @@ from hestia.errors import ConfigError, GuardError
 from hestia.evaluation import Score, model_logits, score
 from hestia.files import read_json, sha256, write_json
 from hestia.jobs import candidate_specs
+from hestia.mixed import is_mixed
 from hestia.nn import apply, freeze, quantized_modules, select
 from hestia.planner import plan as make_plan
 from hestia.plans import Plan
@@ -87,7 +89,7 @@ def check_possible(job: Job) -> None:
     if unknown := set(arm.factors) - {"scale", "norm", "embedding"}:
         raise ConfigError(f"factors: unknown key {min(unknown)!r}; a learning rate has scale, norm and embedding")
     if arm.recipe != CONTROL:
-        recipes.get(arm.recipe, **arm.options)
+        recipes.get(arm.recipe, **arm.settings)
 
 
 def device() -> torch.device:
@@ -322,13 +324,21 @@ def _plan(job: Job, model: nn.Module, sensitivity: Sensitivity | None) -> Plan:
     arm, group = job.arm, job.config()["group_size"]
     if arm.recipe == CONTROL:
         return make_plan(model, "round_to_nearest", group_size=group)
-    recipe = recipes.get(arm.recipe, **arm.options)
-    curvature_of = sensitivity if recipe.uses_curvature else None
-    return make_plan(model, recipe, "hf", curvature_of, bits=arm.bits, group_size=group)
+    curvature_of = sensitivity if needs_curvature(arm) else None
+    recipe = recipes.get(arm.recipe, **arm.settings)
+    return make_plan(model, recipe, arm.target, curvature_of, bits=arm.bits, group_size=group)
+
+
+def needs_curvature(arm: Arm) -> bool:
+    """Whether the plan is made from the parent's curvature: the recipe asks for it, or tensors differ in width."""
+    if arm.recipe == CONTROL:
+        return False
+    recipe = recipes.get(arm.recipe, **arm.settings)
+    return recipe.uses_curvature or is_mixed(recipe, arm.bits, None, None)
 
 
 def plan_record(plan: Plan, sensitivity: Sensitivity | None) -> dict[str, Any]:
-    """What the plan made of recipe and curvature: options in full, temperature factors."""
+    """What the plan made of recipe and curvature: options in full, temperature factors, bits."""
     factors = [layer.temperature_factor for layer in plan.layers.values()]
     curved = None if sensitivity is None else {"estimator": sensitivity.estimator, "sequences": sensitivity.sequences}
     return {
@@ -337,6 +347,9 @@ def plan_record(plan: Plan, sensitivity: Sensitivity | None) -> dict[str, Any]:
         "temperature_factors": {"min": min(factors), "mean": statistics.fmean(factors), "max": max(factors)},
         "geometric_mean_factor": statistics.geometric_mean(factors),
         "layers": len(factors),
+        "target": plan.targets[0],
+        "bits_per_weight": plan.spending.bits if plan.spending else plan.bits_per_weight(plan.targets[0]),
+        "grids": dict(Counter(layer.spec.grid.name for layer in plan.layers.values())),
         "sensitivity": curved,
     }
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
+from hestia import recipes
 from hestia.errors import ConfigError
 from hestia.files import read_json, write_json
 
@@ -218,6 +219,20 @@ def test_committed_stages_load_and_their_recipes_take_the_options(path: Path) ->
             train_job.check_possible(job)
         except train_job.NotThereYet:
             continue
+
+
+STAGES = [*sorted(stages.HERE.glob("?.yaml")), stages.HERE / "bits.yaml"]
+
+
+@pytest.mark.parametrize("path", STAGES, ids=lambda path: path.stem)
+def test_arms_still_are_what_their_results_were_made_with(path: Path) -> None:
+    """A default that changes would else give an arm's missing seeds another recipe than the seeds that are there."""
+    for job in stages.ordered_jobs(stages.load(path)):
+        if job.arm.recipe == stages.CONTROL or not job.result().is_file():
+            continue
+        made = stages.load_result(job)["plan"]["recipe"]
+        now = recipes.get(job.arm.recipe, **job.arm.settings).to_json()
+        assert {key: now[key] for key in made} == made, job.name
 
 
 STAGE_A = stages.load("a")

@@ -23,10 +23,11 @@ Ports: correction (``pull`` > 0), importance (``scale`` saliency).
 
 Why this scale: rounding starts 0.46 nats nearer to the parent than with absmean
 (benchmarks/results/experiments/starts.json). Why cold: every step that the forward pass is far from the rounded
-weights trains another model; of 0.3, 0.1 and 0.05 the coldest won (docs/log.md), and a pressure phase of a twentieth
-over one of a fifth. Why the level follows the soft value: the hard least-squares level times a soft value overshoots
-every weight between two levels; refitted, w_hat is the best multiple of Q_tau at any tau. What made no difference,
-and so is off: bounds on the gain (AdamW divides them away), the pull.
+weights trains another model. Of 0.3, 0.1 and 0.05 the coldest won over 0.5M tokens of text alone, the middle one over
+2M with a teacher; a pressure phase of a twentieth beat one of a fifth each time (docs/log.md). Why the level follows
+the soft value: the hard least-squares level times a soft value overshoots every weight between two levels; refitted,
+w_hat is the best multiple of Q_tau at any tau. What made no difference, and so is off: bounds on the gain (AdamW
+divides them away), the pull.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ from .base import Recipe
 
 @dataclass(frozen=True, kw_only=True)
 class Hearth(Recipe):
-    """A composition of measured parts; its defaults are what won at 0.5M tokens on a small model.
+    """A composition of measured parts; its defaults are what won on a small model.
 
     Attributes:
         rho: share of the run over which pressure rises.
@@ -74,7 +75,7 @@ class Hearth(Recipe):
     name: ClassVar[str] = "hearth"
     widths: ClassVar[tuple[float, ...]] = (1.0, 1.58, 2.0, 3.0, 4.0)
     rho: float = 0.05
-    temperature: float = 0.05
+    temperature: float = 0.1
     hard_from: float | None = None
     tail: Literal["ste", "clipped_ste", "trust", "damped_fourier"] = "ste"
     scale: Literal["absmean", "least_squares", "twn", "saliency"] = "twn"
