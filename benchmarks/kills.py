@@ -122,8 +122,8 @@ def inputs(folder: Path) -> tuple[Path, Path]:
 def job(parent: Path, text: Path, lr: str) -> list[str]:
     """The command, but for its folder."""
     return [
-        "quantize", str(parent), "--data", str(text), "--steps", str(STEPS), "--seq-len", "32", "--batch-size", "4",
-        "--lr", lr, "--calibrate", "8", "--save-every", str(EVERY), "--log-every", "1", "--teacher", "parent",
+        "quantize", str(parent), "--recipe", "hestia", "--data", str(text), "--steps", str(STEPS),
+        "--seq-len", "32", "--batch-size", "4", "--lr", lr, "--calibrate", "8", "--save-every", str(EVERY), "--log-every", "1", "--teacher", "parent",
         "--target", "hf", "--threads", "1", "--resume",
     ]  # fmt: skip
 

@@ -39,10 +39,11 @@ def arms(ids: torch.Tensor) -> dict[str, Any]:
     """Name -> one optimizer step."""
     teacher = Teacher(parent(), bf16=True)
     distill = Distillation(weight=1.0)
+    following = torch.nn.functional.pad(ids[:, 1:], (0, 1), value=-100).flatten()
 
     def distilled(model: Any) -> torch.Tensor:
-        logits = model(input_ids=ids).logits[:, :-1].flatten(0, 1)
-        return distill.loss(logits, ids[:, 1:].flatten(), teacher.answer(ids))
+        logits = model(input_ids=ids).logits.flatten(0, 1)
+        return distill.loss(logits, following, teacher.answer(ids))
 
     found = {}
     for recipe, temperature in KNOBS.items():

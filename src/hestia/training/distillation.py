@@ -10,8 +10,10 @@
 
 Source of akl: Wu et al. 2024, arXiv:2404.02657. Its head is looked for among the 256 largest probabilities.
 
-Memory: the teacher's logits exist for a few positions at a time, and so do the fp32 probabilities of both; what is kept
-for the backward pass is the gradient with respect to the student's logits, in their dtype.
+Memory: where the student's head is a linear layer and nothing else, as in nearly all models, the loss is taken from the
+head's input: logits, probabilities and gradients of both exist for ``positions`` positions at a time, and what is kept
+for the backward pass are the gradients of the head and of its input. For other heads the teacher's logits and the fp32
+probabilities are as short-lived, and the gradient of the student's logits is kept, in their dtype.
 """
 
 from __future__ import annotations
@@ -72,35 +74,72 @@ class Distillation:
             teacher: positions -> the teacher's logits ``[n, V]``, detached.
             count: what the sum is divided by; None means the number of labels.
         """
-        if count is None:
-            count = (labels != -100).sum().clamp_min(1)
-        out = _Distilled.apply(logits, labels, teacher, self)
+        out = _FromLogits.apply(logits, labels, teacher, self, _labelled(labels) if count is None else count)
         assert isinstance(out, Tensor)
-        return out / count
+        return out
+
+    def loss_through_head(
+        self,
+        hidden: Tensor,
+        head: Tensor,
+        labels: Tensor,
+        teacher: Callable[[slice], Tensor],
+        count: Tensor | int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        """The same loss, differentiable in the head's input and weight; never more than ``positions`` rows of logits.
+
+        Args:
+            hidden: the input of the student's head ``[N, H]``.
+            head: its weight ``[V, H]``.
+            labels, teacher, count: as for ``loss``.
+            dtype: of the products and the logits; None: of ``hidden``.
+        """
+        count = _labelled(labels) if count is None else count
+        out = _FromHidden.apply(hidden, head, labels, teacher, self, count, dtype or hidden.dtype)
+        assert isinstance(out, Tensor)
+        return out
+
+    def into_gradient(
+        self, logits: Tensor, teacher: Tensor, labels: Tensor, count: Tensor | int, out: Tensor
+    ) -> Tensor:
+        """The summed loss of a few positions; ``out``, which may be ``logits``, gets its gradient over ``count``."""
+        exact = torch.promote_types(logits.dtype, torch.float32)
+        rows = len(logits) if logits.is_cuda else max(1, CACHED // logits.shape[-1])
+        total = torch.zeros((), dtype=exact, device=logits.device)
+        chunks = (x.split(rows) for x in (logits, teacher, labels, out))
+        for x, t, label, gradient in zip(*chunks, strict=True):
+            loss, g = self.of_chunk(x.to(exact), t.to(exact), label)
+            counts = label != -100
+            total += loss.masked_fill_(~counts, 0.0).sum()
+            gradient.copy_(g.mul_((counts.to(exact) / count).unsqueeze(-1)))
+        return total
 
     def of_chunk(self, logits: Tensor, teacher: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Summed loss and its gradient ``[n, V]``, from fp32 logits ``[n, V]`` and labels ``[n]``.
+        """The loss ``[n]`` and its gradient ``[n, V]``, from fp32 logits ``[n, V]`` and labels ``[n]``.
 
         With f the share of KL(p || q) in D, 1 - f that of KL(q || p), and e the label's unit vector:
 
             d loss / d logits = (1 - weight) (q - e) + weight f (q - p) + weight (1 - f) q (log q/p - KL(q || p))
+
+        With l and t the logits, log p/q = t - l + log sum exp l - log sum exp t: no logarithm of a probability is taken
+        that may have become 0.
         """
-        log_q, log_p = F.log_softmax(logits, dim=-1), F.log_softmax(teacher, dim=-1)
-        q, p = log_q.exp(), log_p.exp()
-        loss, label = torch.zeros_like(logits[:, :1]), labels.clamp_min(0).unsqueeze(-1)
-        if self.weight < 1.0:
-            loss -= (1.0 - self.weight) * log_q.gather(-1, label)
-        ratio, forward = log_q.sub_(log_p), self._forward_share(p, q)
-        loss -= self.weight * forward * (p * ratio).sum(dim=-1, keepdim=True)
-        gradient = q.clone().mul_(1.0 - self.weight + self.weight * forward)
-        gradient.addcmul_(p, forward * -self.weight)
-        if self.divergence != "forward_kl":
-            reverse, share = (q * ratio).sum(dim=-1, keepdim=True), self.weight * (1.0 - forward)
-            loss += share * reverse
-            gradient.addcmul_(ratio.sub_(reverse).mul_(q), share)
-        gradient.scatter_add_(-1, label, torch.full_like(loss, self.weight - 1.0))
-        unlabelled = (labels == -100).unsqueeze(-1)
-        return loss.masked_fill_(unlabelled, 0.0).sum(), gradient.masked_fill_(unlabelled, 0.0)
+        q, p, toward = F.softmax(logits, dim=-1), F.softmax(teacher, dim=-1), teacher - logits
+        log_sum = _log_sum(logits, q)
+        shift = log_sum - _log_sum(teacher, p)
+        forward = self._forward_share(p, q)
+        loss = self.weight * forward * (torch.linalg.vecdot(p, toward).unsqueeze(-1) + shift)
+        if self.weight == 1.0 and self.divergence == "forward_kl":
+            gradient = q.sub_(p)
+        else:
+            label, share = labels.clamp_min(0).unsqueeze(-1), self.weight * (1.0 - forward)
+            reverse = torch.linalg.vecdot(q, toward).unsqueeze(-1)
+            loss += (1.0 - self.weight) * (log_sum - logits.gather(-1, label)) - share * (reverse + shift)
+            gradient = (reverse - toward).mul_(share).add_(1.0 - self.weight + self.weight * forward).mul_(q)
+            gradient.addcmul_(p, forward * -self.weight)
+            gradient.scatter_add_(-1, label, torch.full_like(loss, self.weight - 1.0))
+        return loss.squeeze(-1), gradient
 
     def _forward_share(self, p: Tensor, q: Tensor) -> Tensor:
         if self.divergence == "akl":
@@ -118,32 +157,119 @@ def head_share(p: Tensor, q: Tensor) -> Tensor:
     return torch.where(both > 0, head / both.clamp_min(torch.finfo(both.dtype).tiny), 1.0)
 
 
-class _Distilled(torch.autograd.Function):
-    """The summed loss; every chunk's gradient is computed at once, so that no chunk outlives its turn."""
+def _log_sum(logits: Tensor, softmax: Tensor) -> Tensor:
+    """log sum exp of ``[n, V]`` as ``[n, 1]``: the largest probability is exp(largest logit) over that sum."""
+    return logits.amax(dim=-1, keepdim=True) - softmax.amax(dim=-1, keepdim=True).log_()
+
+
+def _labelled(labels: Tensor) -> Tensor:
+    return (labels != -100).sum().clamp_min(1)
+
+
+class _FromLogits(torch.autograd.Function):
+    """The loss; every chunk's gradient is computed at once, so that no chunk outlives its turn."""
 
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, labels: Tensor, teacher: Callable[[slice], Tensor], options: Distillation
+        ctx: Any,
+        logits: Tensor,
+        labels: Tensor,
+        teacher: Callable[[slice], Tensor],
+        options: Distillation,
+        count: Tensor | int,
     ) -> Tensor:
         gradient = torch.empty_like(logits)
-        exact = torch.promote_types(logits.dtype, torch.float32)
-        total = torch.zeros((), dtype=exact, device=logits.device)
+        total = torch.zeros((), dtype=torch.promote_types(logits.dtype, torch.float32), device=logits.device)
         for start in range(0, len(logits), options.positions):
             part = slice(start, min(len(logits), start + options.positions))
-            answer = teacher(part)
-            rows = len(answer) if logits.is_cuda else max(1, CACHED // answer.shape[-1])
-            chunks = (x.split(rows) for x in (logits[part], answer, labels[part], gradient[part]))
-            for x, t, label, out in zip(*chunks, strict=True):
-                loss, g = options.of_chunk(x.to(exact), t.to(exact), label)
-                total += loss
-                out.copy_(g)
+            total += options.into_gradient(logits[part], teacher(part), labels[part], count, gradient[part])
         ctx.save_for_backward(gradient)
-        return total
+        return total / count
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        (gradient,) = ctx.saved_tensors
-        return gradient.mul_(grad), None, None, None  # nobody else holds it
+        return _times(grad, *ctx.saved_tensors), None, None, None, None
+
+
+class _FromHidden(torch.autograd.Function):
+    """The same from the head's input; the gradient takes the place of the logits, and is gone after two products."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        head: Tensor,
+        labels: Tensor,
+        teacher: Callable[[slice], Tensor],
+        options: Distillation,
+        count: Tensor | int,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        of_hidden = torch.empty_like(hidden)
+        of_head = torch.zeros_like(head) if ctx.needs_input_grad[1] else None
+        weight = head.to(dtype)
+        total = torch.zeros((), dtype=torch.promote_types(dtype, torch.float32), device=hidden.device)
+        for start in range(0, len(hidden), options.positions):
+            part = slice(start, min(len(hidden), start + options.positions))
+            inputs = hidden[part].to(dtype)
+            logits = inputs @ weight.T
+            total += options.into_gradient(logits, teacher(part), labels[part], count, logits)
+            of_hidden[part] = logits @ weight
+            if of_head is not None:
+                of_head += logits.T @ inputs
+        ctx.save_for_backward(of_hidden, *([] if of_head is None else [of_head]))
+        return total / count
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        of_hidden, *of_head = ctx.saved_tensors
+        return _times(grad, of_hidden), *(_times(grad, g) for g in of_head or [None]), None, None, None, None, None
+
+
+def _times(grad: Tensor, kept: Tensor | None) -> Tensor | None:
+    """In place, as nobody else holds it; mostly there is nothing to do, and a pass over all of it to spare."""
+    return kept if kept is None or grad == 1.0 else kept.mul_(grad)
+
+
+class HeadInput:
+    """While it is entered, the model's head sees no position and gives no logits; what it was to see is kept.
+
+    Attributes:
+        kept: the head's last input ``[B, T, H]``.
+    """
+
+    def __init__(self, head: nn.Linear) -> None:
+        self.head = head
+        self.kept: Tensor | None = None
+        self._hook: Any = None
+
+    def __enter__(self) -> HeadInput:
+        self._hook = self.head.register_forward_pre_hook(self._keep)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._hook.remove()
+        self.kept = None
+
+    def _keep(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        self.kept = inputs[0]
+        return (inputs[0][:, :0],)
+
+
+@torch.no_grad()
+def plain_head(model: Any, input_ids: Tensor) -> nn.Module | None:
+    """The output embeddings, where the logits are what they make of the last hidden state and nothing else.
+
+    Args:
+        model: a causal language model in evaluation mode.
+        input_ids: some tokens to try it on, ``[B, T]``.
+    """
+    try:
+        head = model.get_output_embeddings()
+        split = head(model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state)
+    except (AttributeError, TypeError, RuntimeError):
+        return None
+    return head if torch.equal(split, model(input_ids=input_ids, use_cache=False).logits) else None
 
 
 class Teacher:
@@ -165,20 +291,20 @@ class Teacher:
 
     @torch.no_grad()
     def answer(self, input_ids: Tensor) -> Callable[[slice], Tensor]:
-        """positions of the flattened ``input_ids [B, T]`` without the last of each row -> logits ``[n, V]``."""
+        """positions of the flattened ``input_ids [B, T]`` -> logits ``[n, V]``."""
         if self.model.device != input_ids.device:
             self.model.to(input_ids.device)
         if self._plain_head is None:
-            self._plain_head = self._head_is_all(input_ids[:1, :4])
+            self._plain_head = plain_head(self.model, input_ids[:1, :4]) is not None
         if self._plain_head:
-            hidden = self._run(lambda: self._hidden(input_ids))[:, :-1].flatten(0, 1)
+            hidden = self._run(lambda: self._hidden(input_ids)).flatten(0, 1)
             return lambda part: self._run(lambda: self.model.get_output_embeddings()(hidden[part]))
-        steps = input_ids.shape[1] - 1
+        steps = input_ids.shape[1]
 
         def whole_sequences(part: slice) -> Tensor:
             first, last = part.start // steps, -(-part.stop // steps)
             rows = [
-                self._run(lambda ids=ids: self.model(input_ids=ids, use_cache=False).logits)[:, :-1]
+                self._run(lambda ids=ids: self.model(input_ids=ids, use_cache=False).logits)
                 for ids in input_ids[first:last].split(1)
             ]
             return torch.cat(rows).flatten(0, 1)[part.start - first * steps : part.stop - first * steps]
@@ -187,13 +313,6 @@ class Teacher:
 
     def _hidden(self, input_ids: Tensor) -> Tensor:
         return self.model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
-
-    def _head_is_all(self, input_ids: Tensor) -> bool:
-        try:
-            split = self.model.get_output_embeddings()(self._hidden(input_ids))
-        except (AttributeError, TypeError, RuntimeError):
-            return False
-        return torch.equal(split, self.model(input_ids=input_ids, use_cache=False).logits)
 
     @torch.no_grad()
     def _run(self, work: Callable[[], Tensor]) -> Tensor:

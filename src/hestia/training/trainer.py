@@ -9,6 +9,7 @@ import math
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ from ..progress import announce
 from ..schedules import LearningRateSchedule
 from . import checkpoints, fingerprints
 from .callback import QATCallback
-from .distillation import Distillation, Teacher
+from .distillation import Distillation, HeadInput, Teacher, plain_head
 from .guards import Interrupted, StopSignals, check_gradients, check_loss, check_state
 from .progress import ProgressBar
 from .watch import SpikeWatch, collapsed_layers
@@ -161,6 +162,7 @@ class HestiaTrainer(Trainer):
         self.last_checkpoint: Path | None = None
         self._evaluated = -1
         self._teacher = _checked_teacher(teacher, config, model)
+        self._head_input = None if teacher is None else _head_input(model, train)
         self._input_ids: Tensor | None = None
         self._train, self._fingerprint = train, None
         if not config.train_embeddings:
@@ -327,7 +329,8 @@ class HestiaTrainer(Trainer):
     def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """The Trainer's loss, or the teacher's, refused if it is not finite."""
         self._input_ids = inputs["input_ids"]
-        result = super().compute_loss(model, inputs, *args, **kwargs)  # type: ignore[misc]
+        with self._head_input or nullcontext():
+            result = super().compute_loss(model, inputs, *args, **kwargs)  # type: ignore[misc]
         loss = result[0] if isinstance(result, tuple) else result
         if processes.world_size() == 1:  # of several, one alone must not stop: the shared gradients tell all at once
             check_loss(loss.detach(), model, self.state.global_step + 1, self._last_checkpoint_name())
@@ -335,13 +338,15 @@ class HestiaTrainer(Trainer):
 
     def _distilled(self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         assert self._teacher is not None and self.config.distill is not None and self._input_ids is not None
-        logits = outputs["logits"] if isinstance(outputs, dict) else outputs[0]
-        return self.config.distill.loss(
-            logits[:, :-1].flatten(0, 1),
-            labels[:, 1:].flatten().to(logits.device),
-            self._teacher.answer(self._input_ids),
-            num_items_in_batch,
-        )
+        following = nn.functional.pad(labels[:, 1:], (0, 1), value=-100).flatten()  # leaving one out copies the rest
+        distill, answer = self.config.distill, self._teacher.answer(self._input_ids)
+        if self._head_input is None:
+            logits = (outputs["logits"] if isinstance(outputs, dict) else outputs[0]).flatten(0, 1)
+            return distill.loss(logits, following.to(logits.device), answer, num_items_in_batch)
+        assert self._head_input.kept is not None
+        hidden, weight = self._head_input.kept.flatten(0, 1), self._head_input.head.weight
+        dtype = torch.bfloat16 if self.config.bf16 else None
+        return distill.loss_through_head(hidden, weight, following.to(hidden.device), answer, num_items_in_batch, dtype)
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         """Norm, check, clip, in this order: dividing by a bad norm would make every gradient bad."""
@@ -476,6 +481,15 @@ def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, An
         for (matrix, factor), parameters in groups.items()
         if parameters
     ]
+
+
+def _head_input(model: nn.Module, train: Blocks) -> HeadInput | None:
+    """What keeps the input of the model's head, where the head is a linear layer without a bias and nothing else."""
+    device = next(model.parameters()).device
+    was_training = model.training
+    head = plain_head(model.eval(), train.input_ids[:1, :4].long().to(device))
+    model.train(was_training)
+    return HeadInput(head) if type(head) is nn.Linear and head.bias is None else None
 
 
 def _checked_teacher(teacher: nn.Module | None, config: TrainConfig, model: nn.Module) -> Teacher | None:
