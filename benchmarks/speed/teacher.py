@@ -26,7 +26,7 @@ import hestia
 from hestia.files import write_json
 from hestia.nn import knobs_of
 from hestia.provenance import machine, versions
-from hestia.training.distillation import Distillation, Teacher
+from hestia.training.distillation import Distillation, HeadInput, Teacher
 
 KEPT = {
     "MALLOC_MMAP_THRESHOLD_": "8589934592", "MALLOC_TRIM_THRESHOLD_": "17179869184", "MALLOC_TOP_PAD_": "67108864",
@@ -42,8 +42,12 @@ def arms(ids: torch.Tensor) -> dict[str, Any]:
     following = torch.nn.functional.pad(ids[:, 1:], (0, 1), value=-100).flatten()
 
     def distilled(model: Any) -> torch.Tensor:
-        logits = model(input_ids=ids).logits.flatten(0, 1)
-        return distill.loss(logits, following, teacher.answer(ids))
+        with HeadInput(model.get_output_embeddings()) as spared:
+            model(input_ids=ids)
+            assert spared.kept is not None
+            hidden = spared.kept.flatten(0, 1)
+        head = model.get_output_embeddings().weight
+        return distill.loss_through_head(hidden, head, following, teacher.answer(ids), dtype=torch.bfloat16)
 
     found = {}
     for recipe, temperature in KNOBS.items():
