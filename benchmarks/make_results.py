@@ -238,10 +238,6 @@ def comparison_figures() -> dict[Path, str]:
         ):
             if (text := draw(stage)) is not None:
                 found[FIGURE.with_name(f"stage_{stage.name}_{kind}.svg")] = text
-    if (
-        both := experiments.comparison_figure(experiments.stages.load("b"), experiments.stages.load("bits"))
-    ) is not None:
-        found[FIGURE.with_name("comparison.svg")] = both
     return found
 
 

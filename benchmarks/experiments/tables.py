@@ -11,7 +11,7 @@ from ``results/experiments/stage_NAME``.
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean, median
@@ -352,29 +352,10 @@ def interval(value: PairedDifference | float | None, digits: int) -> str:
 
 def tokens_figure(stage: Stage, folder: Path | None = None) -> str | None:
     """NLL against tokens, an arm a line, 95 % intervals over seeds; SVG text, or None without two budgets."""
-    return _one_panel(lambda axis: draw_tokens(axis, stage, folder))
-
-
-def bits_figure(stage: Stage, folder: Path | None = None) -> str | None:
-    """NLL against stored bits a weight at the largest budget, 95 % intervals over seeds; SVG text, or None where the
-    arms cost the same. Plans that mix widths are hollow; the dashed line is the control."""
-    return _one_panel(lambda axis: draw_bits(axis, stage, folder))
-
-
-def comparison_figure(tokens: Stage, bits: Stage) -> str | None:
-    """Both beside one another; SVG text, or None as long as one of them cannot be drawn."""
-    drawing, axes = _drawing(10.0, 4.0, panels=2)
-    if draw_tokens(axes[0], tokens) and draw_bits(axes[1], bits):
-        return _svg(drawing)
-    plt.close(drawing)
-    return None
-
-
-def draw_tokens(axis: Any, stage: Stage, folder: Path | None = None) -> bool:
-    """The lines of ``tokens_figure``; False, and nothing drawn, without two budgets."""
     everything = {k: v for k, v in final_records(stage, folder or stage.folder).items() if v}
     if len(everything) < 2:
-        return False
+        return None
+    drawing, axis = _drawing(6.4, 3.8)
     names = [arm.name for arm in stage.arms if any(arm.name in records for records in everything.values())]
     for name in names:
         points = []
@@ -388,11 +369,12 @@ def draw_tokens(axis: Any, stage: Stage, folder: Path | None = None) -> bool:
     axis.set_xlabel("training tokens")
     axis.set_ylabel("nats a token, frozen model")
     axis.legend(frameon=False, fontsize=8)
-    return True
+    return _svg(drawing)
 
 
-def draw_bits(axis: Any, stage: Stage, folder: Path | None = None) -> bool:
-    """The points of ``bits_figure``; False, and nothing drawn, where the arms cost the same."""
+def bits_figure(stage: Stage, folder: Path | None = None) -> str | None:
+    """NLL against stored bits a weight at the largest budget, 95 % intervals over seeds; SVG text, or None where the
+    arms cost the same. Plans that mix widths are hollow; the dashed line is the control."""
     everything = [records for records in final_records(stage, folder or stage.folder).values() if records]
     points: list[tuple[float, float, float, str, bool]] = []
     for name, runs in (everything[-1] if everything else {}).items():
@@ -402,7 +384,8 @@ def draw_bits(axis: Any, stage: Stage, folder: Path | None = None) -> bool:
             mixed = any(len(plan["grids"]) > 1 for plan in plans)
             points.append((bits, *_mean_interval([r["nll"] for r in runs.values()]), name, mixed))
     if len({round(bits, 2) for bits, *_ in points}) < 3:
-        return False
+        return None
+    drawing, axis = _drawing(6.4, 3.8)
     for bits, mean, half, name, mixed in sorted(points):
         colour = _style(stage, name)["color"]
         fill = "none" if mixed else colour
@@ -415,7 +398,7 @@ def draw_bits(axis: Any, stage: Stage, folder: Path | None = None) -> bool:
                       textcoords="offset points", xytext=(0, 4), ha="right", fontsize=8, color=DARK)  # fmt: skip
     axis.set_xlabel("stored bits a weight, scales included")
     axis.set_ylabel("nats a token, frozen model")
-    return True
+    return _svg(drawing)
 
 
 def ranking_figure(stage: Stage, folder: Path | None = None) -> str | None:
@@ -452,20 +435,11 @@ def _style(stage: Stage, name: str) -> dict[str, Any]:
     return {"color": SAND if name == stage.baseline else EMBER if recipe in ("hestia", "hearth") else SLATE}
 
 
-def _one_panel(draw: Callable[[Any], bool]) -> str | None:
-    drawing, axis = _drawing(6.4, 3.8)
-    if draw(axis):
-        return _svg(drawing)
-    plt.close(drawing)
-    return None
-
-
-def _drawing(width: float, height: float, panels: int = 1) -> tuple[Any, Any]:
+def _drawing(width: float, height: float) -> tuple[Any, Any]:
     plt.rcParams.update({"svg.hashsalt": "hestia", "svg.fonttype": "none", "font.size": 10})
-    drawing, axes = plt.subplots(1, panels, figsize=(width, height), squeeze=False)
-    for axis in axes[0]:
-        axis.spines[["top", "right"]].set_visible(False)
-    return drawing, axes[0] if panels > 1 else axes[0, 0]
+    drawing, axis = plt.subplots(figsize=(width, height))
+    axis.spines[["top", "right"]].set_visible(False)
+    return drawing, axis
 
 
 def _svg(drawing: Any) -> str:

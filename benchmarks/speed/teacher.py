@@ -26,7 +26,8 @@ import hestia
 from hestia.files import write_json
 from hestia.nn import knobs_of
 from hestia.provenance import machine, versions
-from hestia.training.distillation import Distillation, HeadInput, Teacher
+from hestia.training.distillation import Distillation
+from hestia.training.teacher import HeadInput, Teacher
 
 KEPT = {
     "MALLOC_MMAP_THRESHOLD_": "8589934592", "MALLOC_TRIM_THRESHOLD_": "17179869184", "MALLOC_TOP_PAD_": "67108864",

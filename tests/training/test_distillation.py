@@ -12,7 +12,8 @@ from torch import Tensor
 from toy_training import converted, log_rows, trainer
 
 from hestia.errors import ConfigError
-from hestia.training.distillation import DIVERGENCES, Distillation, Teacher, head_share
+from hestia.training.distillation import DIVERGENCES, Distillation, head_share
+from hestia.training.teacher import Teacher
 
 
 def distributions(rows: int = 7, words: int = 11, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:

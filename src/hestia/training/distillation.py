@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from ..errors import ConfigError, nearest
@@ -229,92 +229,3 @@ class _FromHidden(torch.autograd.Function):
 def _times(grad: Tensor, kept: Tensor | None) -> Tensor | None:
     """In place, as nobody else holds it; mostly there is nothing to do, and a pass over all of it to spare."""
     return kept if kept is None or grad == 1.0 else kept.mul_(grad)
-
-
-class HeadInput:
-    """While it is entered, the model's head sees no position and gives no logits; what it was to see is kept.
-
-    Attributes:
-        kept: the head's last input ``[B, T, H]``.
-    """
-
-    def __init__(self, head: nn.Linear) -> None:
-        self.head = head
-        self.kept: Tensor | None = None
-        self._hook: Any = None
-
-    def __enter__(self) -> HeadInput:
-        self._hook = self.head.register_forward_pre_hook(self._keep)
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._hook.remove()
-        self.kept = None
-
-    def _keep(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        self.kept = inputs[0]
-        return (inputs[0][:, :0],)
-
-
-@torch.no_grad()
-def plain_head(model: Any, input_ids: Tensor) -> nn.Module | None:
-    """The output embeddings, where the logits are what they make of the last hidden state and nothing else.
-
-    Args:
-        model: a causal language model in evaluation mode.
-        input_ids: some tokens to try it on, ``[B, T]``.
-    """
-    try:
-        head = model.get_output_embeddings()
-        split = head(model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state)
-    except (AttributeError, TypeError, RuntimeError):
-        return None
-    return head if torch.equal(split, model(input_ids=input_ids, use_cache=False).logits) else None
-
-
-class Teacher:
-    """A frozen model that answers with logits, a few positions at a time.
-
-    Where the head is a linear layer on the hidden states, and nothing else, as in nearly all models, it is applied
-    chunk by chunk; other models (a soft cap, a scale on the logits) answer with whole sequences.
-
-    Args:
-        model: a causal language model; it is put in evaluation mode and gets no gradients.
-        bf16: whether to run it in bf16 autocast, as the student runs.
-    """
-
-    def __init__(self, model: nn.Module, *, bf16: bool = False) -> None:
-        self.model: Any = model.eval().requires_grad_(False)
-        self.bf16 = bf16
-        self.vocabulary = int(self.model.get_output_embeddings().weight.shape[0])
-        self._plain_head: bool | None = None
-
-    @torch.no_grad()
-    def answer(self, input_ids: Tensor) -> Callable[[slice], Tensor]:
-        """positions of the flattened ``input_ids [B, T]`` -> logits ``[n, V]``."""
-        if self.model.device != input_ids.device:
-            self.model.to(input_ids.device)
-        if self._plain_head is None:
-            self._plain_head = plain_head(self.model, input_ids[:1, :4]) is not None
-        if self._plain_head:
-            hidden = self._run(lambda: self._hidden(input_ids)).flatten(0, 1)
-            return lambda part: self._run(lambda: self.model.get_output_embeddings()(hidden[part]))
-        steps = input_ids.shape[1]
-
-        def whole_sequences(part: slice) -> Tensor:
-            first, last = part.start // steps, -(-part.stop // steps)
-            rows = [
-                self._run(lambda ids=ids: self.model(input_ids=ids, use_cache=False).logits)
-                for ids in input_ids[first:last].split(1)
-            ]
-            return torch.cat(rows).flatten(0, 1)[part.start - first * steps : part.stop - first * steps]
-
-        return whole_sequences
-
-    def _hidden(self, input_ids: Tensor) -> Tensor:
-        return self.model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
-
-    @torch.no_grad()
-    def _run(self, work: Callable[[], Tensor]) -> Tensor:
-        with torch.autocast(self.model.device.type, dtype=torch.bfloat16, enabled=self.bf16):
-            return work()

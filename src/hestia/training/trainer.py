@@ -34,9 +34,10 @@ from ..progress import announce
 from ..schedules import LearningRateSchedule
 from . import checkpoints, fingerprints
 from .callback import QATCallback
-from .distillation import Distillation, HeadInput, Teacher, plain_head
+from .distillation import Distillation
 from .guards import Interrupted, StopSignals, check_gradients, check_loss, check_state
 from .progress import ProgressBar
+from .teacher import HeadInput, Teacher, plain_head
 from .watch import SpikeWatch, collapsed_layers
 
 LOG_FILE = "log.jsonl"
