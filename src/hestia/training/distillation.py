@@ -105,7 +105,7 @@ class Distillation:
     ) -> Tensor:
         """The summed loss of a few positions; ``out``, which may be ``logits``, gets its gradient over ``count``."""
         exact = torch.promote_types(logits.dtype, torch.float32)
-        rows = len(logits) if logits.is_cuda else max(1, CACHED // logits.shape[-1])
+        rows = piece(logits.shape[-1], logits.device, len(logits))
         total = torch.zeros((), dtype=exact, device=logits.device)
         chunks = (x.split(rows) for x in (logits, teacher, labels, out))
         for x, t, label, gradient in zip(*chunks, strict=True):
@@ -145,6 +145,11 @@ class Distillation:
         if self.divergence == "akl":
             return head_share(p, q).unsqueeze(-1)
         return p.new_full((1, 1), float(self.divergence == "forward_kl"))
+
+
+def piece(vocabulary: int, device: torch.device, positions: int) -> int:
+    """How many of ``positions`` rows of logits have fp32 numbers beside them at once on ``device``."""
+    return max(1, CACHED // vocabulary) if device.type == "cpu" else positions
 
 
 def head_share(p: Tensor, q: Tensor) -> Tensor:
