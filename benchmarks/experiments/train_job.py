@@ -222,7 +222,7 @@ def run_job(
     try:
         trainer.fit(checkpoints.newest(work / CHECKPOINTS))
         if times.paused:
-            raise Paused(job.name)
+            raise Paused(f"the time is up; {job.name} goes on at the next call")
         record |= {"diverged": None, **_measure(job, parent, texts, model, before)}
     except GuardError as error:
         record |= {"diverged": str(error).partition(". ")[0], "valid_nll": None}
