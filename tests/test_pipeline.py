@@ -210,7 +210,8 @@ def test_round_to_nearest_does_not_train(invoke: Invoke, job: Job, tmp_path: Pat
 
 @pytest.mark.parametrize("recipe", ["tequila", "quasar", "paretoq", "sherry"])
 def test_ports_go_through_the_main_job_with_a_teacher(invoke: Invoke, job: Job, tmp_path: Path, recipe: str) -> None:
-    teacher = ("--teacher", "parent", "--distill", "akl", "--distill-weight", "0.7", "--scale-rate", "0.5")
+    teacher = ("--teacher", "parent", "--distill", "akl", "--distill-weight", "0.7", "--distill-noise", "0.2")
+    teacher += ("--scale-rate", "0.5")
     targets = ("--target", "hf", "--target", "gguf:q4_0", "--fallback")
     status, _, err = invoke(*job("--recipe", recipe, *teacher, *targets))
     assert status == 0, err

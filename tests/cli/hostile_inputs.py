@@ -667,6 +667,7 @@ def options() -> Iterator[Case]:
         ("--tokens", "inf"), ("--tokens", "1e400"), ("--warmup", "nan"), ("--clip", "nan"), ("--clip", "inf"),
         ("--weight-decay", "nan"), ("--held-out-share", "nan"), ("--batch-size", str(10**15)), ("--threads", "-1"),
         ("--threads", str(10**9)), ("--seq-len", str(10**15)), ("--separator", "a\nb"), ("--distill-weight", "nan"),
+        ("--distill-noise", "1.1"),
         ("--max-kl", "nan"), ("--second-stage", "nan"), ("--second-factor", "nan"), ("--lr-final", "nan"),
         ("--lr-decay", "nan"), ("--accumulation", str(10**15)), ("--calibrate", "-1"), ("--teacher", "/nothing"),
         ("--report-to", "../x"), ("--recipe", "../x"), ("--recipe", ""), ("--target", "../x"), ("--option", "rho=NaN"),
