@@ -28,6 +28,9 @@ from .pretend import Step, Work, pretend
 ALLOCATOR = {"calibrate": 1.12, "train": 1.2, "score": 1.0, "export": 1.05}
 """Resident memory over live bytes on a CPU, by stage, measured."""
 
+TIGHT = {"train": ("activations",)}
+"""Parts without that share, by stage, measured: every training step asks for the same sizes as the one before."""
+
 CONSTANT = {"calibrate": 12 << 20, "train": 40 << 20, "score": 0, "export": 14 << 20}
 """Bytes of kernels, their workspaces and Python objects, whatever the model, by stage, measured."""
 
@@ -178,7 +181,8 @@ def stages(sizes: Sizes, done: Passes, *, processes: int = 1, sharded: bool = Fa
 
 def _stage(name: str, parts: Mapping[str, int], note: str = "") -> Stage:
     live = {k: round(v) for k, v in parts.items() if v > 0}
-    kept = round((ALLOCATOR[name] - 1.0) * sum(live.values())) + CONSTANT[name]
+    loose = sum(size for part, size in live.items() if part not in TIGHT.get(name, ()))
+    kept = round((ALLOCATOR[name] - 1.0) * loose) + CONSTANT[name]
     return Stage(name, {**live, "allocator": kept} if kept else live, note)
 
 
@@ -196,13 +200,13 @@ def _calibration(sizes: Sizes, work: Work) -> Stage:
 def _training(sizes: Sizes, work: Work, teacher: Work | None, processes: int, sharded: bool) -> Stage:
     share = processes if sharded else 1
     gradients = min(4 * sizes.trained, work.peak)
-    answering = 0 if teacher is None else work.held + teacher.peak
+    answering = 0 if teacher is None else work.held + teacher.peak  # before there are gradients
     parts = {
         "weights": 4 * sizes.parameters / share,
         "optimizer": 8 * sizes.trained / share,
         "gradients": gradients / share,
         # whole gradients come while activations go; sharded ones are small beside what the forward pass leaves
-        "activations": max(answering, *((work.forward, work.head) if sharded else (work.peak - gradients,))),
+        "activations": max(work.forward, work.head, answering) if sharded else max(work.peak, answering) - gradients,
         "teacher": 4 * sizes.teacher,
     }
     note = ""
