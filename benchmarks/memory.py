@@ -1,13 +1,14 @@
 """Does `hestia estimate` tell the truth about memory? Predicted against measured peaks.
 
-    python benchmarks/memory.py [--models 6m 25m ...] [--stages calibrate train score export]
+    python benchmarks/memory.py [--models 6m 25m ...] [--stages calibrate train taught score export]
 
 Random Llama models of 6M to 336M parameters, bf16 checkpoints. Every stage runs in a process of its own, on one thread,
 by the functions that the command line calls: calibration of two sequences of 128 tokens with five candidates; two
-training steps of two blocks of 128 under bf16 autocast, each followed by the hard loss of eight blocks; the scoring of
-eight blocks against the parent; the export to hf, read back and run. Peaks are the growth of RssAnon (anonymous memory:
-mapped files do not count), sampled every two milliseconds, over its value after the same stage of a toy model, which
-imports all that is imported late and whose freed memory is given back. Small models vary by a fifth from process to
+training steps of two blocks of 128 under bf16 autocast, each followed by the hard loss of eight blocks; the same of 16
+blocks with the parent as teacher ("taught"); the scoring of eight blocks against the parent; the export to hf, read
+back and run. Peaks are the growth of RssAnon (anonymous memory: mapped files do not count), sampled every two
+milliseconds, over its value after the same stage of a toy model, which imports all that is imported late and whose
+freed memory is given back. Small models vary by a fifth from process to
 process, as the heap falls; `--rounds` takes the median. Rows that the result file holds already are not measured again.
 """
 
@@ -37,7 +38,8 @@ MODELS: dict[str, dict[str, int]] = {
     "110m": {"hidden": 768, "intermediate": 2048, "layers": 13, "heads": 12, "kv_heads": 4, "vocabulary": 32000},
     "336m": {"hidden": 1024, "intermediate": 2816, "layers": 26, "heads": 16, "kv_heads": 8, "vocabulary": 32000},
 }
-STAGES = ("calibrate", "train", "score", "export")
+STAGES = ("calibrate", "train", "taught", "score", "export")
+TAUGHT_BATCH = 16
 
 
 def make(name: str, folder: Path) -> Path:
@@ -128,7 +130,7 @@ def run(folder: Path, stage: str, scratch: Path) -> None:
     from hestia.export.verify import require_ok, verify
     from hestia.options import Options
     from hestia.pipeline.delivery import probe_shape
-    from hestia.training import HestiaTrainer, TrainConfig
+    from hestia.training import Distillation, HestiaTrainer, TrainConfig
 
     scratch.mkdir(exist_ok=True)
     source = loading.resolve(str(folder))
@@ -142,7 +144,7 @@ def run(folder: Path, stage: str, scratch: Path) -> None:
         text = (torch.arange(rows * tokens) % words).reshape(rows, tokens)
         require_ok(verify(out, kept.run, target="hf", token_ids=text))
         return
-    ids = torch.randint(0, 4096, (16, TOKENS), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(0, 4096, (32, TOKENS), generator=torch.Generator().manual_seed(0))
     blocks = Blocks(ids.int(), torch.ones_like(ids, dtype=torch.bool))
     model: Any = loading.load_model(source)
     if stage == "calibrate":
@@ -155,12 +157,23 @@ def run(folder: Path, stage: str, scratch: Path) -> None:
         rounded = nn.apply(loading.load_model(source), plan)
         score(model_logits(rounded), blocks[:8], parent=model_logits(model), description="")
         return
+    taught = stage == "taught"
     nn.apply(model, plan)
     settings = TrainConfig(
-        steps=2, batch_size=BATCH, learning_rate=1e-4, log_every=0, eval_every=1, eval_blocks=8, save_every=0
+        steps=2,
+        batch_size=TAUGHT_BATCH if taught else BATCH,
+        learning_rate=1e-4,
+        distill=Distillation(weight=1.0) if taught else None,
+        log_every=0,
+        eval_every=1,
+        eval_blocks=8,
+        save_every=0,
     )
-    HestiaTrainer(model, plan=plan, config=settings, train=blocks, held_out=blocks, folder=scratch).fit()
-    if not (scratch.parent.parent / f"frozen-{folder.name}").is_dir():
+    teacher: Any = loading.load_model(source) if taught else None
+    HestiaTrainer(
+        model, plan=plan, config=settings, train=blocks, held_out=blocks, folder=scratch, teacher=teacher
+    ).fit()
+    if stage == "train" and not (scratch.parent.parent / f"frozen-{folder.name}").is_dir():
         freeze(model, source, config, scratch.parent.parent / f"frozen-{folder.name}", MODEL_FOLDER)
 
 
@@ -191,8 +204,14 @@ def predict(model: Path) -> dict[str, int]:
     from hestia.estimate.whole import memory
     from hestia.options import Options
 
-    options = Options(model=str(model), batch_size=BATCH, seq_len=TOKENS, target=("hf",), precision="bf16")
-    return {stage.name: stage.peak for stage in memory(options)}
+    def of(batch: int, teacher: str) -> dict[str, int]:
+        options = Options(
+            model=str(model), recipe="hestia", teacher=teacher, batch_size=batch, seq_len=TOKENS, target=("hf",),
+            precision="bf16", device="cpu",
+        )  # fmt: skip
+        return {stage.name: stage.peak for stage in memory(options)}
+
+    return {**of(BATCH, "none"), "taught": of(TAUGHT_BATCH, "parent")["train"]}
 
 
 def main() -> int:

@@ -5,15 +5,20 @@
 ``STAGE`` is a letter (a.yaml beside this file) or a YAML file. ``--data`` holds the text files that it names; the
 parent is looked for in ``parents/`` beside this file, then in ``--models``. A job that is interrupted, killed or out of
 time goes on from its last checkpoint at the next call; a result that is there is never made again. An arm whose recipe
-has not been built yet is named and passed over. One thread.
+has not been built yet is named and passed over. One thread: to use more processors, or more of a GPU, start the same
+command several times; each process takes the first job that no other is at.
 """
 
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
 import time
 from collections import Counter
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -44,9 +49,16 @@ from train_job import (
 
 from hestia import loading, progress
 from hestia.curvature import Sensitivity
-from hestia.errors import ConfigError, HestiaError
+from hestia.errors import BusyError, ConfigError, HestiaError
+from hestia.lock import locked
 from hestia.progress import announce
 from hestia.training import Interrupted
+
+AGAIN = 5.0
+"""Seconds until a process that finds every job taken looks again."""
+
+TOGETHER = 3600.0
+"""Seconds that a process waits for another one that is reading the texts."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -102,42 +114,97 @@ def overview(stage: Stage, only: str, results: Path) -> list[str]:
 
 def run_stage(stage: Stage, given: Any, results: Path, deadline: float | None) -> int:
     """Every missing job in order; 0 when all that can be run is there, 75 when the time was up before."""
-    parent, texts = open_stage(stage, given)
-    start = parent_scores(stage, parent, texts, results / "parent.json")
+    given.work.mkdir(parents=True, exist_ok=True)
+    with locked(given.work, wait=TOGETHER):
+        parent, texts = open_stage(stage, given)
+        start = parent_scores(stage, parent, texts, results / "parent.json")
     _check_same({**start, "parent": start["model"]}, parent, texts)
-    passed_over: set[str] = set()
-    for job in ordered_jobs(stage, given.only, results):
-        if job.arm.name in passed_over:
-            continue
-        path = job.result(results)
-        if path.is_file():
-            _check_same(load_result(job, results), parent, texts)
-            continue
-        try:
-            check_possible(job)
-        except NotThereYet as error:
-            passed_over.add(job.arm.name)
-            announce(f"{job.arm.name}: {error}")
-            continue
-        if deadline is not None and time.monotonic() >= deadline:
-            announce("the time is up")
-            return 75
-        announce(f"{job.name}: {job.steps} steps at {job.rate:g}")
-        try:
-            record = run_job(
-                job,
-                parent,
-                texts,
-                _sensitivity(job, parent, texts, results),
-                given.work / f"stage_{stage.name}" / f"{job.name}-{job.digest()[:8]}",
-                path,
-                deadline,
-            )
-        except Paused:
-            announce(f"the time is up; {job.name} goes on at the next call")
-            return 75
-        announce(summary(record))
+    worker = Worker(stage, given, results, parent, texts, deadline)
+    try:
+        while (found := worker.run_first()) is not Found.NOTHING:
+            if found is Found.ELSEWHERE:
+                time.sleep(AGAIN)
+    except Paused as paused:
+        announce(str(paused))
+        return 75
     return 0
+
+
+class Found(Enum):
+    """What a process that looks for work has found."""
+
+    JOB = "a job, which it has run"
+    ELSEWHERE = "jobs that other processes are at, or that wait for those"
+    NOTHING = "nothing that is missing"
+
+
+@dataclass
+class Worker:
+    """One of the processes that run a stage; each job is taken by a lock on its folder.
+
+    Attributes:
+        stage, given, results: what is run, the command line, and where results go.
+        parent, texts: of the stage.
+        deadline: ``time.monotonic()`` after which nothing goes on.
+        checked: results that are there and belong to the stage.
+        passed_over: arms that cannot be run.
+    """
+
+    stage: Stage
+    given: Any
+    results: Path
+    parent: Parent
+    texts: StageTexts
+    deadline: float | None
+    checked: set[Path] = field(default_factory=set)
+    passed_over: set[str] = field(default_factory=set)
+
+    def run_first(self) -> Found:
+        """Run the first missing job that nobody is at.
+
+        Raises:
+            Paused: the time is up.
+            ConfigError: a result that is there belongs to another stage, parent or text.
+        """
+        found = Found.NOTHING
+        for job in ordered_jobs(self.stage, self.given.only, self.results):
+            path = job.result(self.results)
+            if job.arm.name in self.passed_over or path in self.checked:
+                continue
+            if path.is_file():
+                _check_same(load_result(job, self.results), self.parent, self.texts)
+                self.checked.add(path)
+                continue
+            try:
+                check_possible(job)
+            except NotThereYet as error:
+                self.passed_over.add(job.arm.name)
+                announce(f"{job.arm.name}: {error}")
+                continue
+            if self.deadline is not None and time.monotonic() >= self.deadline:
+                raise Paused("the time is up")
+            if job.rate is not None and self.run_alone(job, path):
+                return Found.JOB
+            found = Found.ELSEWHERE  # in another process, or the tuning runs that it waits for are
+        return found
+
+    def run_alone(self, job: Job, path: Path) -> bool:
+        """Run a job unless another process is at it; whether its result is there now."""
+        work = self.given.work / f"stage_{self.stage.name}" / f"{job.name}-{job.digest()[:8]}"
+        work.mkdir(parents=True, exist_ok=True)
+        with ExitStack() as held:
+            try:
+                held.enter_context(locked(work))
+            except BusyError:
+                return False
+            if path.is_file():  # made since it was looked for
+                shutil.rmtree(work)
+                return True
+            announce(f"{job.name}: {job.steps} steps at {job.rate:g}")
+            sensitivity = _sensitivity(job, self.parent, self.texts, self.results)
+            record = run_job(job, self.parent, self.texts, sensitivity, work, path, self.deadline)
+        announce(summary(record))
+        return True
 
 
 def open_stage(stage: Stage, given: Any) -> tuple[Parent, StageTexts]:

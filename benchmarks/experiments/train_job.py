@@ -222,7 +222,7 @@ def run_job(
     try:
         trainer.fit(checkpoints.newest(work / CHECKPOINTS))
         if times.paused:
-            raise Paused(job.name)
+            raise Paused(f"the time is up; {job.name} goes on at the next call")
         record |= {"diverged": None, **_measure(job, parent, texts, model, before)}
     except GuardError as error:
         record |= {"diverged": str(error).partition(". ")[0], "valid_nll": None}
@@ -309,14 +309,13 @@ def _train_config(job: Job) -> TrainConfig:
 
 
 def _distillation(teacher: Mapping[str, Any]) -> Distillation | None:
-    """``{loss: forward_kl, weight: 0.5}`` of an arm as the trainer takes it; None for an arm without a teacher."""
+    """``{loss: forward_kl, weight: 1, noise: 0.1}`` of an arm as the trainer takes it; None without a teacher."""
     if not teacher:
         return None
-    unknown = set(teacher) - {"loss", "weight"}
-    if unknown:
-        raise ConfigError(f"teacher: unknown key {min(unknown)!r}; a teacher has loss and weight")
-    options = {"divergence": teacher.get("loss"), "weight": teacher.get("weight")}
-    return Distillation(**{key: value for key, value in options.items() if value is not None})
+    names = {"loss": "divergence", "weight": "weight", "noise": "noise"}
+    if unknown := set(teacher) - set(names):
+        raise ConfigError(f"teacher: unknown key {min(unknown)!r}; a teacher has loss, weight and noise")
+    return Distillation(**{names[key]: value for key, value in teacher.items()})
 
 
 def _plan(job: Job, model: nn.Module, sensitivity: Sensitivity | None) -> Plan:

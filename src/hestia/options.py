@@ -73,6 +73,7 @@ class Options:
     )
     distill: str = _option("forward_kl", "what --teacher gives: forward_kl, reverse_kl or akl")
     distill_weight: float = _option(1.0, "the teacher's share in the loss; the rest is cross entropy")
+    distill_noise: float = _option(0.0, "share of the tokens that teacher and student read replaced by random ones")
     scale_rate: float = _option(1.0, "factor on the learning rate of learned scales")
     norm_rate: float = _option(1.0, "factor on the learning rate of norms and biases")
     embedding_rate: float = _option(1.0, "factor on the learning rate of embeddings")
@@ -106,8 +107,9 @@ class Options:
         _choice("joiner", self.joiner, ("auto", "bos", "eos", "both"))
         _choice("device", self.device, ("auto", "cpu", "cuda"))
         _choice("distill", self.distill, ("forward_kl", "reverse_kl", "akl"))
-        if not 0.0 <= self.distill_weight <= 1.0:
-            raise ConfigError(f"--distill-weight must lie in [0, 1], got {self.distill_weight}")
+        for name in ("distill_weight", "distill_noise"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise ConfigError(f"--{name.replace('_', '-')} must lie in [0, 1], got {getattr(self, name)}")
         for name in ("accumulation", "batch_size", "steps", "seq_len", "threads", "save_every", "log_every"):
             value = getattr(self, name)
             if value is not None and not 1 <= value <= _MOST[name]:

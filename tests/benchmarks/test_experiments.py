@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from hestia import recipes
+from hestia import lock, recipes
 from hestia.errors import ConfigError
 from hestia.files import read_json, write_json
 
@@ -144,6 +144,32 @@ def _given(arguments: list[str]) -> Any:
 def test_no_time_left_starts_nothing(toy_stage: list[str], tmp_path: Path) -> None:
     assert runner.main([*toy_stage, "--budget-minutes", "0"]) == 75
     assert sorted(path.name for path in (tmp_path / "results").rglob("*.json")) == ["parent.json"]
+
+
+def test_processes_share_a_stage(
+    toy_stage: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A job that another process is at is passed over, and so is what waits for it; then the rest is done."""
+    stage = stages.load(tmp_path / "toy.yaml")
+    results, taken = tmp_path / "results", stages.tuning_jobs(stage, stage.arms[0])[0]
+    work = tmp_path / "work" / "stage_toy" / f"{taken.name}-{taken.digest()[:8]}"
+    work.mkdir(parents=True)
+    elsewhere = lock.locked(work)
+    elsewhere.__enter__()
+    waited: list[list[str]] = []
+
+    def wait(seconds: float) -> None:
+        if not waited:
+            waited.append(sorted(path.stem for path in (results / "bitnet_ste").rglob("*.json")))
+            elsewhere.__exit__(None, None, None)
+
+    monkeypatch.setattr(runner.time, "sleep", wait)
+    assert runner.main([*toy_stage, "--only", "bitnet_ste,control"]) == 0
+    assert waited == [["tune-128-0.001-seed0"]], "the final runs wait for the rate"
+    order = [line.partition(":")[0] for line in capsys.readouterr().err.splitlines() if " steps at " in line]
+    assert order.index("control/final-256-seed1") < order.index(taken.name) < order.index("bitnet_ste/final-256-seed1")
+    assert len(order) == len(set(order)) == 8
+    assert not list((tmp_path / "work").rglob(lock.LOCK_FILE))[1:], "but for the one of the texts"
 
 
 def test_a_result_made_otherwise_is_refused(toy_stage: list[str], tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from toy_runs import Invoke
-from transformers import LlamaConfig
+from transformers import AutoModelForCausalLM, Gemma2Config, GraniteConfig, LlamaConfig, LlamaForCausalLM
 
 import hestia
 from hestia import loading
@@ -24,6 +25,8 @@ from hestia.estimate.whole import Layout, estimate
 from hestia.options import Options
 from hestia.plans import Plan
 from hestia.targets import target
+from hestia.training import Distillation
+from hestia.training.teacher import HeadInput, Teacher, plain_head
 
 GIVEN = ("--memory", "1G", "--disk", "1G", "--flops", "1T", "--bandwidth", "10G")
 
@@ -64,8 +67,10 @@ def test_a_training_step_holds_what_its_equation_says() -> None:
         assert live.peak - base == 4 * 64 * 32 + 2 * 4, "the output died in the sum; loss and its gradient are a number"
 
 
-@pytest.mark.parametrize("step", [{"training": True}, {"calibrating": True}, {}])
-def test_two_short_models_tell_of_a_long_one(step: dict[str, bool], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "step", [{"training": True}, {"training": True, "teacher": config(2)}, {"calibrating": True}, {}]
+)
+def test_two_short_models_tell_of_a_long_one(step: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     long = config(9)
     plan = hestia.plan(loading.empty_model(loading.Source("toy", "toy"), long), "hestia")
     asked = Step(batch=2, tokens=16, plan=None if step.get("calibrating") else plan, **step)
@@ -82,6 +87,57 @@ def test_checkpointing_and_frozen_embeddings_hold_less() -> None:
 
     assert peak(checkpointing=True) < 0.9 * peak()
     assert peak(train_embeddings=False) < peak()
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_a_step_with_a_teacher_holds_what_a_real_one_does(bf16: bool) -> None:
+    """The same bytes counted on real tensors, in the real loss with all its pieces; 2,048 tokens, 4,096 words."""
+    shape, words = (32, 64), 4096
+    given = config(2)
+    given.vocab_size = words
+    model, teacher = LlamaForCausalLM(given), Teacher(LlamaForCausalLM(given), bf16=bf16)
+    ids = torch.zeros(shape, dtype=torch.long)
+    teacher.answer(ids[:1, :4])  # whether its head is plain is tried once
+    head: Any = model.get_output_embeddings()
+    dtype = torch.bfloat16 if bf16 else None
+    with LiveBytes() as live:
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16), HeadInput(head) as spared:
+            model(input_ids=ids, use_cache=False)
+            kept = spared.kept
+        assert kept is not None
+        answer = teacher.answer(ids)
+        answering = live.restart()
+        loss = Distillation(weight=1.0).loss_through_head(
+            kept.flatten(0, 1), head.weight, ids.flatten(), answer, dtype=dtype
+        )
+        del kept
+        loss.backward()
+    asked = Step(batch=shape[0], tokens=shape[1], bf16=bf16)
+    step = pretend(given, dataclasses.replace(asked, training=True, teacher=given))
+    assert step.peak == pytest.approx(live.peak, rel=0.02)
+    assert step.peak < 4 * 32 * 64 * words, "the logits alone, in fp32"
+    teaching = pretend(given, dataclasses.replace(asked, teaching=True))
+    masks = 2 * 4 * 32 * 64 * 64  # transformers makes the causal mask where it cannot ask whether it is needed
+    assert max(step.forward, step.held + teaching.peak) == pytest.approx(answering + masks, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        config(2),
+        Gemma2Config(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+                     num_key_value_heads=1, head_dim=16),
+        GraniteConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+                      num_key_value_heads=1, logits_scaling=2.0),
+    ],
+    ids=["llama", "gemma2: a soft cap", "granite: a scale"],
+)  # fmt: skip
+def test_heads_are_spared_as_in_training(given: Any) -> None:
+    model = AutoModelForCausalLM.from_config(given).eval()
+    tried = plain_head(model, torch.arange(4)[None])
+    assert module.spares_head(model) is (tried is not None) is (given.model_type == "llama")
+    asked = Step(batch=8, tokens=16, training=True, teacher=given)
+    assert pretend(given, asked).peak > 0
 
 
 def test_files_of_a_real_run(toy_run: Path, toy_parent: Path) -> None:

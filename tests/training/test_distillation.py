@@ -9,11 +9,12 @@ import pytest
 import torch
 import toy_models
 from torch import Tensor
-from toy_training import converted, log_rows, trainer
+from toy_training import blocks, converted, log_rows, trainer
 
 from hestia.errors import ConfigError
 from hestia.training.distillation import DIVERGENCES, Distillation, head_share
 from hestia.training.teacher import Teacher
+from hestia.training.trainer import BlockStream
 
 
 def distributions(rows: int = 7, words: int = 11, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -175,12 +176,56 @@ def test_a_resumed_run_needs_the_same_distillation(tmp_path: Path) -> None:
     half = Distillation(weight=0.5)
     run = trainer(tmp_path / "a", model, plan, save_every=3, distill=half, teacher=toy_models.llama())
     run.fit()
-    for other in (Distillation(weight=0.6), Distillation(weight=0.5, divergence="akl"), None):
+    others = (Distillation(weight=0.6), Distillation(weight=0.5, divergence="akl"), Distillation(noise=0.1), None)
+    for other in others:
         again, plan = converted()
         teacher = None if other is None else toy_models.llama()
         resumed = trainer(tmp_path / "a", again, plan, save_every=3, distill=other, teacher=teacher)
         with pytest.raises(ConfigError, match="another config"):
             resumed.fit(tmp_path / "a" / "checkpoints" / "step-000003")
+
+
+def test_teacher_and_student_read_the_same_noisy_tokens(tmp_path: Path) -> None:
+    """Of the same blocks in the same order; the cross entropy is still that of the text."""
+    read: dict[str, list[Tensor]] = {"student": [], "teacher": []}
+    model, plan = converted()
+    teacher = toy_models.llama()
+    data, noise = blocks(), 0.3
+
+    def note(who: str) -> Any:
+        return lambda module, inputs, kwargs: read[who].append(kwargs["input_ids"])
+
+    model.model.register_forward_pre_hook(note("student"), with_kwargs=True)
+    teacher.model.register_forward_pre_hook(note("teacher"), with_kwargs=True)
+    run = trainer(
+        tmp_path, model, plan, train=data, distill=Distillation(weight=0.5, noise=noise), teacher=teacher, eval_every=0
+    )
+    batch, examples = run.config.batch_size, run.config.steps * run.config.batch_size
+    run.fit()
+    student = torch.cat([ids for ids in read["student"] if ids.shape == (batch, data.input_ids.shape[1])])
+    taught = torch.cat([ids for ids in read["teacher"] if ids.shape == (batch, data.input_ids.shape[1])])
+    assert torch.equal(student, taught) and len(student) == examples
+    clean, noisy = BlockStream(data, examples, run.config.seed), run.train_dataset
+    changed = 0.0
+    for index in range(examples):
+        ids = clean[index]["input_ids"]
+        assert torch.equal(noisy[index]["input_ids"], student[index])
+        assert torch.equal(noisy[index]["labels"], clean[index]["labels"])
+        changed += float((student[index] != ids).float().mean()) / examples
+    assert changed == pytest.approx(noise * (1 - 1 / 64), abs=0.05), "one in 64 is drawn as it was"
+
+
+def test_a_noisy_run_that_was_interrupted_ends_the_same(tmp_path: Path) -> None:
+    noisy = Distillation(weight=1.0, noise=0.3)
+
+    def run(folder: str, resume: Path | None = None) -> dict[str, Tensor]:
+        model, plan = converted()
+        trainer(tmp_path / folder, model, plan, save_every=3, distill=noisy, teacher=toy_models.llama()).fit(resume)
+        return model.state_dict()
+
+    whole = run("a")
+    resumed = run("b", tmp_path / "a" / "checkpoints" / "step-000003")
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
 def test_bad_distillations_are_refused(tmp_path: Path) -> None:
@@ -189,6 +234,8 @@ def test_bad_distillations_are_refused(tmp_path: Path) -> None:
         Distillation(divergence="forward")
     with pytest.raises(ConfigError, match=r"--distill-weight must lie in \[0, 1\], got 1.5"):
         Distillation(weight=1.5)
+    with pytest.raises(ConfigError, match=r"--distill-noise must lie in \[0, 1\], got nan"):
+        Distillation(noise=float("nan"))
     with pytest.raises(ConfigError, match="belong together"):
         trainer(tmp_path / "b", model, plan, distill=Distillation())
     with pytest.raises(ConfigError, match="vocabulary of 65, the student one of 64"):

@@ -20,9 +20,14 @@ _GOLDEN = 0x9E3779B97F4A7C15
 
 def permutation(count: int, seed: int, stream: int) -> NDArray[np.int64]:
     """A permutation of 0..count-1, int64 [count], fixed by (seed, stream)."""
+    return np.argsort(keys(count, seed, stream), kind="stable").astype(np.int64)
+
+
+def keys(count: int, seed: int, stream: int) -> NDArray[np.uint64]:
+    """64 random bits for each of 0..count-1, uint64 [count], fixed by (seed, stream)."""
     start = _mix_int(_mix_int(seed & _WORD) ^ (stream & _WORD))
     steps = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(_GOLDEN)
-    return np.argsort(_mix(steps + np.uint64(start)), kind="stable").astype(np.int64)
+    return _mix(steps + np.uint64(start))
 
 
 def epoch_order(blocks: int, seed: int, epoch: int) -> Tensor:

@@ -1,8 +1,9 @@
 """Memory of every stage, from the configuration alone.
 
     calibrate   4 P + candidates + forward and backward of one sequence, one gradient at a time
-    train       4 P weights + 8 P_t AdamW + gradients and activations of a micro-batch (+ 4 P teacher), or, where that
-                is more, an evaluation in the middle of the run: 12 P and the logits of eight blocks
+    train       4 P weights + 8 P_t AdamW + gradients and activations of a micro-batch (with a teacher 4 P more, and its
+                forward pass beside what the student's has left), or, where that is more, an evaluation in the middle
+                of the run: 12 P and the logits of eight blocks
     score       two models, and the logits of both for eight blocks
     export      4 P + Q: the packed file loaded and unpacked, and the logits of the frozen model, to which its own are
                 compared (measured for hf; what llama.cpp itself takes to run a .gguf file is not counted)
@@ -104,14 +105,36 @@ class Passes:
     calibrate: Work | None
     train: Work | None
     evaluate: Work = field(repr=False)
+    teacher: Work | None = None
 
 
-def passes(config: Any, plan: Plan, options: Options, *, tokens: int, batch: int, bf16: bool) -> Passes:
-    """Pretend every stage once: ``batch`` blocks of ``tokens`` a process and micro-batch."""
+def passes(
+    config: Any,
+    plan: Plan,
+    options: Options,
+    *,
+    tokens: int,
+    batch: int,
+    bf16: bool,
+    teacher: Any = None,
+    device: str = "cpu",
+) -> Passes:
+    """Pretend every stage once: ``batch`` blocks of ``tokens`` a process and micro-batch.
+
+    Args:
+        config: of the model.
+        plan: its plan.
+        options: of the run.
+        tokens, batch: shape of a step.
+        bf16: whether training runs under bf16 autocast.
+        teacher: configuration of the teacher, if there is one.
+        device: the kind of device that trains.
+    """
     remote = options.trust_remote_code
+    taught = plan.trains and teacher is not None
 
-    def run(**step: Any) -> Work:
-        return pretend(config, Step(tokens=tokens, **step), trust_remote_code=remote)
+    def run(of: Any = config, **step: Any) -> Work:
+        return pretend(of, Step(tokens=tokens, **step), trust_remote_code=remote)
 
     return Passes(
         calibrate=run(batch=1, calibrating=True) if options.calibrate else None,
@@ -119,6 +142,8 @@ def passes(config: Any, plan: Plan, options: Options, *, tokens: int, batch: int
             batch=batch,
             plan=plan,
             training=True,
+            teacher=teacher,
+            device=device,
             bf16=bf16,
             checkpointing=options.gradient_checkpointing,
             train_embeddings=options.embeddings == "train",
@@ -126,6 +151,7 @@ def passes(config: Any, plan: Plan, options: Options, *, tokens: int, batch: int
         if plan.trains
         else None,
         evaluate=run(batch=EVALUATED_BLOCKS, plan=plan),
+        teacher=run(teacher, batch=batch, teaching=True, bf16=bf16) if taught else None,
     )
 
 
@@ -142,7 +168,7 @@ def stages(sizes: Sizes, done: Passes, *, processes: int = 1, sharded: bool = Fa
     if done.calibrate is not None:
         out.append(_calibration(sizes, done.calibrate))
     if done.train is not None:
-        step = _training(sizes, done.train, processes, sharded)
+        step = _training(sizes, done.train, done.teacher, processes, sharded)
         halfway = _halfway(sizes, done.evaluate)
         out.append(max(step, halfway, key=lambda stage: stage.peak) if processes == 1 else step)
     out.append(_scoring(sizes, done.evaluate))
@@ -167,15 +193,16 @@ def _calibration(sizes: Sizes, work: Work) -> Stage:
     )
 
 
-def _training(sizes: Sizes, work: Work, processes: int, sharded: bool) -> Stage:
+def _training(sizes: Sizes, work: Work, teacher: Work | None, processes: int, sharded: bool) -> Stage:
     share = processes if sharded else 1
     gradients = min(4 * sizes.trained, work.peak)
+    answering = 0 if teacher is None else work.held + teacher.peak
     parts = {
         "weights": 4 * sizes.parameters / share,
         "optimizer": 8 * sizes.trained / share,
         "gradients": gradients / share,
         # whole gradients come while activations go; sharded ones are small beside what the forward pass leaves
-        "activations": max(work.forward, work.head) if sharded else work.peak - gradients,
+        "activations": max(answering, *((work.forward, work.head) if sharded else (work.peak - gradients,))),
         "teacher": 4 * sizes.teacher,
     }
     note = ""

@@ -3,6 +3,9 @@
 A model of many equal blocks is pretended twice, with few blocks: every number here grows by the same amount with each
 further block, so two points give the line. Peaks are kept in three parts, because their maximum would be no line:
 the forward pass; the head's backward pass; the blocks' backward pass.
+
+With a teacher the real loss runs, and one piece of fp32 numbers stands for all that are alike. The teacher's own
+forward pass is a step of its own: it happens between the student's forward pass and the loss.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +25,8 @@ from transformers import AutoModelForCausalLM
 
 from ..nn import apply
 from ..plans import Plan
+from ..training.distillation import Distillation, piece
+from ..training.teacher import HeadInput
 from .live import LiveBytes
 
 FEW, MORE = 3, 6
@@ -34,6 +40,7 @@ class Work:
     Attributes:
         forward, head, blocks: most bytes alive beside the weights in the forward pass, in the backward pass until the
             first block has a gradient, and after that; gradients included.
+        held: bytes alive beside the weights between forward and backward pass.
         flops: of matrix products and attention.
         moved: bytes read and written.
     """
@@ -41,6 +48,7 @@ class Work:
     forward: int
     head: int
     blocks: int
+    held: int
     flops: int
     moved: int
 
@@ -59,6 +67,9 @@ class Step:
         plan: applied to the model; None runs the parent.
         training: forward, backward and gradients, else a forward pass in evaluation mode.
         calibrating: the backward pass of calibration, which keeps one gradient at a time.
+        teacher: configuration of the model whose logits give the loss.
+        teaching: the forward pass of a teacher, without its head where that can be spared.
+        device: the kind that is reckoned for, where it decides how much is computed at once.
         bf16: under bf16 autocast.
         checkpointing: recompute activations.
         train_embeddings: False freezes them.
@@ -69,6 +80,9 @@ class Step:
     plan: Plan | None = None
     training: bool = False
     calibrating: bool = False
+    teacher: Any = None
+    teaching: bool = False
+    device: str = "cpu"
     bf16: bool = False
     checkpointing: bool = False
     train_embeddings: bool = True
@@ -111,31 +125,109 @@ def _run(config: Any, step: Step, trust_remote_code: bool) -> Work:
                 if isinstance(module, nn.Embedding):
                     module.requires_grad_(False)
         ids = torch.zeros(step.batch, step.tokens, dtype=torch.long)
+        student = None if step.teacher is None else _Student(model, step, live)
+        spared = step.teaching and spares_head(model)
         base, live.moved = live.now, 0
         live.restart()
         with FlopCounterMode(display=False) as counter:
-            forward, head, blocks = (_train if step.training else _calibrate if step.calibrating else _score)(
-                model, ids, step, live
-            )
-        return Work(forward - base, head - base, blocks - base, counter.get_total_flops(), live.moved)
+            if step.training:
+                peaks = _train(model, ids, step, live, student)
+            elif step.calibrating:
+                peaks = _calibrate(model, ids, live)
+            else:
+                peaks = _score(model.base_model if spared else model, ids, step, live)
+        forward, head, blocks, held = (peak - base for peak in peaks)
+        return Work(forward, head, blocks, held, counter.get_total_flops(), live.moved)
 
 
-def _score(model: Any, ids: Tensor, step: Step, live: LiveBytes) -> tuple[int, int, int]:
-    with torch.no_grad():
-        logits = model(input_ids=ids, use_cache=False).logits
-    del logits
+def _score(model: Any, ids: Tensor, step: Step, live: LiveBytes) -> tuple[int, int, int, int]:
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=step.bf16):
+        out = model(input_ids=ids, use_cache=False)[0]
+    held = live.now
+    del out
     peak = live.restart()
-    return peak, peak, peak
+    return peak, peak, peak, held
 
 
-def _train(model: Any, ids: Tensor, step: Step, live: LiveBytes) -> tuple[int, int, int]:
+def _train(model: Any, ids: Tensor, step: Step, live: LiveBytes, student: _Student | None) -> tuple[int, int, int, int]:
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=step.bf16):
-        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
-    forward = live.restart()
+        out = model(input_ids=ids, labels=ids, use_cache=False)[0] if student is None else student.forward(ids)
+    forward, held = live.restart(), live.now
     head = _head_peak(model, live)
-    loss.backward()
+    loss = out if student is None else student.loss(out, ids)
+    del out
+    loss.backward(
+        torch.tensor(1.0)
+    )  # unlike the ones that it would take itself, it has a value, which the loss asks for
     blocks = live.restart()
-    return forward, head() or blocks, blocks
+    return forward, head() or blocks, blocks, held
+
+
+class _Student:
+    """A training step with a teacher, as ``training.trainer`` takes it; the teacher's hidden states are there."""
+
+    def __init__(self, model: Any, step: Step, live: LiveBytes) -> None:
+        self.model, self.step = model, step
+        self.head = model.get_output_embeddings()
+        self.spared = spares_head(model) and type(self.head) is nn.Linear and self.head.bias is None
+        text = step.teacher.get_text_config()
+        self.answers = nn.Linear(int(text.hidden_size), int(text.vocab_size), bias=False)
+        self.distill = _OnePiece(device=torch.device(step.device), live=live)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """The input of the head, or the logits where it cannot be spared."""
+        with HeadInput(self.head) if self.spared else nullcontext() as head_input:
+            logits = self.model(input_ids=ids, use_cache=False).logits
+            return logits if head_input is None else head_input.kept
+
+    def loss(self, out: Tensor, ids: Tensor) -> Tensor:
+        """The loss of what ``forward`` gave."""
+        dtype = torch.bfloat16 if self.step.bf16 else torch.float32
+        hidden = torch.empty(ids.numel(), self.answers.in_features, dtype=dtype)
+
+        def answer(part: slice) -> Tensor:
+            with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.step.bf16):
+                return self.answers(hidden[part])
+
+        if self.spared:
+            given = out.flatten(0, 1), self.head.weight, ids.flatten(), answer
+            return self.distill.loss_through_head(*given, dtype=dtype)
+        return self.distill.loss(out.float().flatten(0, 1), ids.flatten(), answer)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _OnePiece(Distillation):
+    """The loss with one piece of its fp32 numbers computed for all."""
+
+    device: torch.device
+    live: LiveBytes
+
+    def into_gradient(
+        self, logits: Tensor, teacher: Tensor, labels: Tensor, count: Tensor | int, out: Tensor
+    ) -> Tensor:
+        before, rows = self.live.moved, piece(logits.shape[-1], self.device, len(logits))
+        loss, gradient = self.of_chunk(logits[:rows].float(), teacher[:rows].float(), labels[:rows])
+        out[:rows].copy_(gradient)
+        self.live.moved += round((len(logits) / rows - 1.0) * (self.live.moved - before))
+        return loss.sum()
+
+
+@torch.no_grad()
+def spares_head(model: Any) -> bool:
+    """Whether the logits are the head's output of the last hidden state, which ``training.teacher`` tries with numbers.
+
+    Without numbers it is asked whether they are the same tensors: a soft cap or a scale makes others.
+    """
+    made: list[Tensor] = []
+    hooks = [
+        model.base_model.register_forward_hook(lambda _, inputs, out: made.append(out[0])),
+        model.get_output_embeddings().register_forward_hook(lambda _, inputs, out: made.extend((inputs[0], out))),
+    ]
+    logits = model(input_ids=torch.zeros(1, 4, dtype=torch.long), use_cache=False).logits
+    for hook in hooks:
+        hook.remove()
+    hidden, given, out = made
+    return out is logits and given.untyped_storage() is hidden.untyped_storage()
 
 
 def _head_peak(model: nn.Module, live: LiveBytes) -> Callable[[], int]:
@@ -152,11 +244,11 @@ def _head_peak(model: nn.Module, live: LiveBytes) -> Callable[[], int]:
     return lambda: found[0] if found else 0
 
 
-def _calibrate(model: Any, ids: Tensor, step: Step, live: LiveBytes) -> tuple[int, int, int]:
+def _calibrate(model: Any, ids: Tensor, live: LiveBytes) -> tuple[int, int, int, int]:
     """As ``curvature.estimators.backward``: squares of one gradient at a time, and a view of a zero in its place."""
     weights = [m.weight for m in model.modules() if isinstance(m, nn.Linear) and m is not model.get_output_embeddings()]
     logits = model(input_ids=ids, use_cache=False).logits
-    forward = live.restart()
+    forward, held = live.restart(), live.now
     zero = logits.new_zeros(())
     found: list[int] = []
 
@@ -170,4 +262,4 @@ def _calibrate(model: Any, ids: Tensor, step: Step, live: LiveBytes) -> tuple[in
         weight.register_hook(consume)
     torch.autograd.grad(logits, weights, grad_outputs=torch.zeros_like(logits))
     blocks = live.restart()
-    return forward, found[0], blocks
+    return forward, found[0], blocks, held

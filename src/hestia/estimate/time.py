@@ -79,7 +79,10 @@ def seconds(run: Job, done: Passes, sizes: Sizes, machine: Machine) -> dict[str,
         out["calibrate"] = run.sequences * once / run.processes
     if done.train is not None:
         micro_batches = run.batch / run.micro / run.processes
-        step = micro_batches * cost(done.train.flops, done.train.moved) + cost(0.0, STEP_BYTES * sizes.trained)
+        passes = [work for work in (done.train, done.teacher) if work is not None]
+        step = micro_batches * sum(cost(work.flops, work.moved) for work in passes) + cost(
+            0.0, STEP_BYTES * sizes.trained
+        )
         if run.pilot:
             first, second = pilot.trial_steps(run.steps)
             out["pilot"] = (pilot.ROUNDS[0][0] * first + pilot.ROUNDS[1][0] * second) * step

@@ -122,8 +122,18 @@ class _Model:
         self.bf16 = options.precision == "bf16" or (
             options.precision == "auto" and int(getattr(text, "hidden_size", 1024)) >= 128
         )
-        self.sizes = _sizes(self.empty, self.plan, options, int(text.vocab_size), self.tokens)
-        self.passes = passes(self.config, self.plan, options, tokens=self.tokens, batch=self.micro, bf16=self.bf16)
+        teacher = _teacher(options, self.config)
+        self.sizes = _sizes(self.empty, self.plan, options, int(text.vocab_size), self.tokens, teacher)
+        self.passes = passes(
+            self.config,
+            self.plan,
+            options,
+            tokens=self.tokens,
+            batch=self.micro,
+            bf16=self.bf16,
+            teacher=teacher,
+            device=choose_device(options).type,
+        )
         self.kept = _kept(self.empty, self.plan)
 
     @property
@@ -266,7 +276,7 @@ def _length(options: Options, tokens: int, processes: int) -> tuple[int, int]:
     return batch, options.steps or max(1, total // (batch * tokens))
 
 
-def _sizes(empty: Any, plan: Plan, options: Options, vocabulary: int, tokens: int) -> Sizes:
+def _sizes(empty: Any, plan: Plan, options: Options, vocabulary: int, tokens: int, teacher: Any) -> Sizes:
     counts = {name: parameter.numel() for name, parameter in empty.named_parameters()}
     blocks: dict[str, int] = {}
     for name, n in counts.items():
@@ -289,16 +299,20 @@ def _sizes(empty: Any, plan: Plan, options: Options, vocabulary: int, tokens: in
         vocabulary=vocabulary,
         logits=EVALUATED_BLOCKS * tokens * vocabulary,
         compared=math.prod(probe_shape(tokens, vocabulary)) * vocabulary,
-        teacher=_teacher(options, total),
+        teacher=0 if teacher is None else sum(p.numel() for p in _empty(teacher, options).parameters()),
     )
 
 
-def _teacher(options: Options, parent: int) -> int:
+def _empty(config: Any, options: Options) -> Any:
+    source = loading.config_source(options.model if options.teacher == "parent" else str(options.teacher))
+    return loading.empty_model(source, config, trust_remote_code=options.trust_remote_code)
+
+
+def _teacher(options: Options, parent: Any) -> Any:
+    """The configuration of the teacher, or None."""
     if options.teacher in (None, "parent"):
-        return parent if options.teacher else 0
-    source = loading.config_source(str(options.teacher))
-    config = loading.load_config(source)
-    return sum(p.numel() for p in loading.empty_model(source, config).parameters())
+        return parent if options.teacher else None
+    return loading.load_config(loading.config_source(str(options.teacher)), trust_remote_code=options.trust_remote_code)
 
 
 def _kept(empty: Any, plan: Plan) -> Kept:

@@ -96,7 +96,9 @@ def _config_for(work: Workspace, rate: float, steps: int, *, save: bool) -> Trai
         scale_rate=o.scale_rate,
         norm_rate=o.norm_rate,
         embedding_rate=o.embedding_rate,
-        distill=Distillation(divergence=o.distill, weight=o.distill_weight) if o.teacher is not None else None,
+        distill=None
+        if o.teacher is None
+        else Distillation(divergence=o.distill, weight=o.distill_weight, noise=o.distill_noise),
         teacher=o.teacher or "",
         bf16=work.bf16,
         gradient_checkpointing=o.gradient_checkpointing,

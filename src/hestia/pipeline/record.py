@@ -70,7 +70,9 @@ def record_of(
 
 def _teacher(work: Workspace) -> dict[str, Any] | None:
     o = work.options
-    return None if o.teacher is None else {"model": o.teacher, "divergence": o.distill, "weight": o.distill_weight}
+    if o.teacher is None:
+        return None
+    return {"model": o.teacher, "divergence": o.distill, "weight": o.distill_weight, "noise": o.distill_noise}
 
 
 def publish(run: Path, record: dict[str, Any]) -> None:

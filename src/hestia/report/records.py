@@ -215,7 +215,7 @@ class RunRecord:
         bits_quantized, bits_whole: stored bits a weight, counted from the bytes of the file.
         nll_intervals: paired differences by name, ``quantized_minus_round_to_nearest``.
         data, versions, machine, options: as recorded; shown, never interpreted.
-        teacher: model, divergence and weight; empty where the text alone taught.
+        teacher: model, divergence, weight and noise; empty where the text alone taught.
         parent_hard_loss: the parent on the text of the logged hard losses; None in runs that did not measure it.
         plan: plan.json as it is, or None.
     """
@@ -351,7 +351,7 @@ class RunRecord:
 
 
 def _teacher(raw: Mapping[str, Any]) -> Mapping[str, Any]:
-    keys = {"model": text, "divergence": text, "weight": number}
+    keys = {"model": text, "divergence": text, "weight": number, "noise": number}
     return {key: read(raw.get(key)) for key, read in keys.items()} if raw else {}
 
 

@@ -8,6 +8,9 @@
                  g = sum |p - q| over the head of p (its largest probabilities as long as they sum to at most 1/2, the
                  largest in any case) and over the tail; no gradient through g
 
+noise: both read the text with that share of its tokens replaced by any others (data/noise.py); the labels are those
+of the text.
+
 Source of akl: Wu et al. 2024, arXiv:2404.02657. Its head is looked for among the 256 largest probabilities.
 
 Memory: where the student's head is a linear layer and nothing else, as in nearly all models, the loss is taken from the
@@ -43,14 +46,16 @@ class Distillation:
     Args:
         divergence: "forward_kl", "reverse_kl" or "akl".
         weight: share of the divergence in the loss; the rest is cross entropy.
+        noise: share of the tokens read that are replaced by others.
         positions: tokens whose logits are in memory at once.
 
     Raises:
-        ConfigError: an unknown divergence or a weight outside [0, 1].
+        ConfigError: an unknown divergence, or a weight or a noise outside [0, 1].
     """
 
     divergence: str = "forward_kl"
     weight: float = 0.5
+    noise: float = 0.0
     positions: int = 1024
 
     def __post_init__(self) -> None:
@@ -58,6 +63,8 @@ class Distillation:
             raise ConfigError(f"--distill {self.divergence!r}: {nearest(self.divergence, DIVERGENCES)}")
         if not 0.0 <= self.weight <= 1.0:
             raise ConfigError(f"--distill-weight must lie in [0, 1], got {self.weight}")
+        if not 0.0 <= self.noise <= 1.0:
+            raise ConfigError(f"--distill-noise must lie in [0, 1], got {self.noise}")
 
     def loss(
         self,
@@ -105,7 +112,7 @@ class Distillation:
     ) -> Tensor:
         """The summed loss of a few positions; ``out``, which may be ``logits``, gets its gradient over ``count``."""
         exact = torch.promote_types(logits.dtype, torch.float32)
-        rows = len(logits) if logits.is_cuda else max(1, CACHED // logits.shape[-1])
+        rows = piece(logits.shape[-1], logits.device, len(logits))
         total = torch.zeros((), dtype=exact, device=logits.device)
         chunks = (x.split(rows) for x in (logits, teacher, labels, out))
         for x, t, label, gradient in zip(*chunks, strict=True):
@@ -145,6 +152,11 @@ class Distillation:
         if self.divergence == "akl":
             return head_share(p, q).unsqueeze(-1)
         return p.new_full((1, 1), float(self.divergence == "forward_kl"))
+
+
+def piece(vocabulary: int, device: torch.device, positions: int) -> int:
+    """How many of ``positions`` rows of logits have fp32 numbers beside them at once on ``device``."""
+    return max(1, CACHED // vocabulary) if device.type == "cpu" else positions
 
 
 def head_share(p: Tensor, q: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ from transformers.trainer_utils import SaveStrategy
 
 from .. import digests, processes
 from ..data import Blocks, epoch_order
+from ..data.noise import noisy
 from ..errors import ConfigError, nearest
 from ..evaluation import model_logits, shared_score
 from ..files import read_json, write_text
@@ -103,10 +104,19 @@ class TrainConfig:
 
 
 class BlockStream(Dataset[dict[str, Tensor]]):
-    """Example i of a run: epoch i // n, position i % n of that epoch's order. A pure function of seed and i."""
+    """Example i of a run: epoch i // n, position i % n of that epoch's order. A pure function of seed and i.
 
-    def __init__(self, blocks: Blocks, examples: int, seed: int) -> None:
+    Args:
+        blocks: n blocks.
+        examples: of the run.
+        seed: of the order and the noise.
+        noise: share of the tokens that are replaced; the labels are not.
+        vocabulary: tokens to replace them by.
+    """
+
+    def __init__(self, blocks: Blocks, examples: int, seed: int, *, noise: float = 0.0, vocabulary: int = 0) -> None:
         self.blocks, self.examples, self.seed = blocks, examples, seed
+        self.noise, self.vocabulary = noise, vocabulary
         self._epoch: tuple[int, Tensor] | None = None
 
     def __len__(self) -> int:
@@ -118,7 +128,10 @@ class BlockStream(Dataset[dict[str, Tensor]]):
             self._epoch = (epoch, epoch_order(len(self.blocks), self.seed, epoch))
         row = int(self._epoch[1][position])
         ids = self.blocks.input_ids[row].long()
-        return {"input_ids": ids, "labels": torch.where(self.blocks.loss_mask[row], ids, -100)}
+        labels = torch.where(self.blocks.loss_mask[row], ids, -100)
+        if self.noise:
+            ids = noisy(ids, self.noise, self.vocabulary, self.seed, index)
+        return {"input_ids": ids, "labels": labels}
 
 
 class HestiaTrainer(Trainer):
@@ -174,7 +187,8 @@ class HestiaTrainer(Trainer):
             # transformers renamed it on the way to 6.0
             enable: Any = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
             enable({"use_reentrant": False})
-        stream = BlockStream(train, config.steps * config.batch_size, config.seed)
+        noise = {} if config.distill is None else {"noise": config.distill.noise, "vocabulary": _vocabulary(model)}
+        stream = BlockStream(train, config.steps * config.batch_size, config.seed, **noise)
         super().__init__(
             model=model,
             args=_arguments(config, folder),
@@ -499,10 +513,13 @@ def _checked_teacher(teacher: nn.Module | None, config: TrainConfig, model: nn.M
     if teacher is None:
         return None
     made = Teacher(teacher, bf16=config.bf16)
-    words = int(model.get_output_embeddings().weight.shape[0])  # type: ignore[operator]
-    if made.vocabulary != words:
-        raise ConfigError(f"the teacher has a vocabulary of {made.vocabulary}, the student one of {words}")
+    if made.vocabulary != _vocabulary(model):
+        raise ConfigError(f"the teacher has a vocabulary of {made.vocabulary}, the student one of {_vocabulary(model)}")
     return made
+
+
+def _vocabulary(model: Any) -> int:
+    return int(model.get_output_embeddings().weight.shape[0])
 
 
 @torch.no_grad()
