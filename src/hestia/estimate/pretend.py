@@ -178,7 +178,10 @@ class _Student:
         """The input of the head, or the logits where it cannot be spared."""
         with HeadInput(self.head) if self.spared else nullcontext() as head_input:
             logits = self.model(input_ids=ids, use_cache=False).logits
-            return logits if head_input is None else head_input.kept
+            if head_input is None:
+                return logits
+            assert head_input.kept is not None
+            return head_input.kept
 
     def loss(self, out: Tensor, ids: Tensor) -> Tensor:
         """The loss of what ``forward`` gave."""
