@@ -234,7 +234,7 @@ def test_by_default_the_parent_teaches_hearth(invoke: Invoke, toy_run: Path, job
     run = tmp_path / "run"
     report = read(run / "report.json")
     assert (report["recipe"], read(toy_run / "report.json")["teacher"]) == ("hearth", None)
-    assert report["teacher"] == {"model": "parent", "divergence": "forward_kl", "weight": 1.0}
+    assert report["teacher"] == {"model": "parent", "divergence": "forward_kl", "weight": 1.0, "noise": 0.0}
     assert report["scores"]["quantized"]["kl_to_parent"] < report["scores"]["round_to_nearest"]["kl_to_parent"]
     page, other = ((folder / "report.html").read_text(encoding="utf-8") for folder in (run, toy_run))
     assert "hearth + teacher" in page and "a share of 1.0 in the loss" in page

@@ -80,7 +80,10 @@ def test_a_teacher_is_named_whatever_else_the_record_says_of_it(tmp_path: Path) 
     for teacher, read in (
         (None, {}),
         ("parent", {}),
-        ({"model": "<blink>", "weight": "all"}, {"model": "<blink>", "divergence": "", "weight": None}),
+        (
+            {"model": "<blink>", "weight": "all", "noise": 0.1},
+            {"model": "<blink>", "divergence": "", "weight": None, "noise": 0.1},
+        ),
     ):
         folder = make_run(tmp_path / str(teacher)[:4], report={**report(), "teacher": teacher})
         record = RunRecord.load(folder)

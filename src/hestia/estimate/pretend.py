@@ -156,9 +156,8 @@ def _train(model: Any, ids: Tensor, step: Step, live: LiveBytes, student: _Stude
     head = _head_peak(model, live)
     loss = out if student is None else student.loss(out, ids)
     del out
-    loss.backward(
-        torch.tensor(1.0)
-    )  # unlike the ones that it would take itself, it has a value, which the loss asks for
+    # the ones that it would take by itself have no value; a teacher's loss asks for it
+    loss.backward(torch.tensor(1.0))
     blocks = live.restart()
     return forward, head() or blocks, blocks, held
 
@@ -222,9 +221,12 @@ def spares_head(model: Any) -> bool:
     Without numbers it is asked whether they are the same tensors: a soft cap or a scale makes others.
     """
     made: list[Tensor] = []
+    body, head = model.base_model, model.get_output_embeddings()
+    if head is None or body is model:
+        return False
     hooks = [
-        model.base_model.register_forward_hook(lambda _, inputs, out: made.append(out[0])),
-        model.get_output_embeddings().register_forward_hook(lambda _, inputs, out: made.extend((inputs[0], out))),
+        body.register_forward_hook(lambda _, inputs, out: made.append(out[0])),
+        head.register_forward_hook(lambda _, inputs, out: made.extend((inputs[0], out))),
     ]
     logits = model(input_ids=torch.zeros(1, 4, dtype=torch.long), use_cache=False).logits
     for hook in hooks:
