@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import gc
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -156,6 +157,7 @@ def _train(model: Any, ids: Tensor, step: Step, live: LiveBytes, student: _Stude
     head = _head_peak(model, live)
     loss = out if student is None else student.loss(out, ids)
     del out
+    gc.collect()  # whether what the forward pass left in cycles is gone must not be chance
     # the ones that it would take by itself have no value; a teacher's loss asks for it
     loss.backward(torch.tensor(1.0))
     blocks = live.restart()
