@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -183,6 +184,28 @@ def test_a_resumed_run_needs_the_same_distillation(tmp_path: Path) -> None:
         resumed = trainer(tmp_path / "a", again, plan, save_every=3, distill=other, teacher=teacher)
         with pytest.raises(ConfigError, match="another config"):
             resumed.fit(tmp_path / "a" / "checkpoints" / "step-000003")
+
+
+def test_a_run_of_a_version_without_an_option_goes_on_where_the_option_has_its_default(tmp_path: Path) -> None:
+    folder = tmp_path / "a" / "checkpoints" / "step-000003"
+
+    def run(noise: float, checkpoint: Path | None = None) -> None:
+        model, plan = converted()
+        distill, teacher = Distillation(noise=noise), toy_models.llama()
+        trainer(tmp_path / "a", model, plan, save_every=3, distill=distill, teacher=teacher).fit(checkpoint)
+
+    run(0.0)
+    state = json.loads((folder / "state.json").read_text())
+    config = state["fingerprint"]["config"]
+    del config["distill"]["noise"], config["norm_rate"]
+    (folder / "state.json").write_text(json.dumps(state))
+    run(0.0, folder)
+    with pytest.raises(ConfigError, match=r"config.distill.noise is 0.0 there and 0.1 here\. Choose"):
+        run(0.1, folder)
+    config["retired"] = 1
+    (folder / "state.json").write_text(json.dumps(state))
+    with pytest.raises(ConfigError, match=r"config\.retired is 1 there and null here"):
+        run(0.0, folder)
 
 
 def test_teacher_and_student_read_the_same_noisy_tokens(tmp_path: Path) -> None:

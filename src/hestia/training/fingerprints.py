@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from dataclasses import MISSING, Field, asdict, fields, is_dataclass
 from typing import Any
 
 import torch
@@ -44,6 +45,22 @@ def plain(value: Any) -> Any:
     return json.loads(json.dumps(value))
 
 
+def completed(record: Mapping[str, Any], options: Any) -> dict[str, Any]:
+    """``record``, written from a dataclass, with defaults for the fields that the version which wrote it did not have.
+
+    Args:
+        record: what an earlier version wrote of its ``options``, as JSON.
+        options: the dataclass today; those within it that ``record`` has too are completed likewise.
+    """
+    known = {f.name: _default(f) for f in fields(options) if _default(f) is not MISSING}
+    within = {
+        name: completed(value, getattr(options, name))
+        for name, value in record.items()
+        if isinstance(value, Mapping) and is_dataclass(getattr(options, name, None))
+    }
+    return {**known, **record, **within}
+
+
 def differences(before: Any, now: Any, name: str = "") -> list[str]:
     """What differs between two JSON values, one line a leaf: ``learning_rate is 0.01 there and 0.02 here``."""
     if isinstance(before, Mapping) and isinstance(now, Mapping):
@@ -59,6 +76,12 @@ def summary(lines: list[str]) -> str:
     """The first few differences, and how many more there are."""
     more = f"; and {len(lines) - _SHOWN} more" if len(lines) > _SHOWN else ""
     return "; ".join(lines[:_SHOWN]) + more
+
+
+def _default(field: Field[Any]) -> Any:
+    """A field's default as JSON would give it back, or MISSING."""
+    value = field.default if field.default_factory is MISSING else field.default_factory()
+    return value if value is MISSING else plain(asdict(value) if is_dataclass(value) else value)
 
 
 def _shown(value: Any) -> str:

@@ -252,6 +252,7 @@ class HestiaTrainer(Trainer):
         """The step of a checkpoint; another run's is refused, and what differs is named."""
         record = read_json(checkpoint / checkpoints.STATE, schema=checkpoints.SCHEMA)
         before, now = record["fingerprint"], fingerprints.plain(self.fingerprint())
+        before = {**before, "config": _that_moves(fingerprints.completed(before["config"], self.config))}
         differing = {name: fingerprints.differences(before.get(name), now[name], name) for name in now}
         if any(differing.values()):
             names = " and another ".join(name for name, lines in differing.items() if lines)
@@ -274,7 +275,7 @@ class HestiaTrainer(Trainer):
         if self._fingerprint is None:
             self._fingerprint = {
                 "plan": fingerprints.of_plan(self.plan),
-                "config": {k: v for k, v in asdict(self.config).items() if k not in _BYSTANDERS},
+                "config": _that_moves(asdict(self.config)),
                 "data": fingerprints.of_blocks(self._train),
                 "teacher": None if self._teacher is None else digests.of_tensors(self._teacher.model.state_dict()),
             }
@@ -613,6 +614,11 @@ def _blocks_a_process(config: TrainConfig) -> int:
             f"in {config.accumulation} micro-batches; choose a multiple of {parts}"
         )
     return config.batch_size // parts
+
+
+def _that_moves(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a configuration that moves a weight."""
+    return {name: value for name, value in config.items() if name not in _BYSTANDERS}
 
 
 def _step_of(line: str) -> int:
