@@ -18,6 +18,7 @@ import matplotlib as mpl
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 from curvature import tables as curvature
+from experiments import figures
 from experiments import tables as experiments
 
 from hestia.files import read_json
@@ -216,11 +217,11 @@ def _filled(path: Path, block: str) -> str:
 
 def comparison_pages() -> dict[Path, str]:
     """Path -> text of the full tables of every stage that has results, its figures above them."""
-    figures = comparison_figures()
+    drawings = comparison_figures()
     pages: dict[Path, str] = {}
     for stage in experiments.all_stages():
         if text := experiments.section(stage):
-            drawn = [path for path in figures if path.name.startswith(f"stage_{stage.name}_")]
+            drawn = [path for path in drawings if path.name.startswith(f"stage_{stage.name}_")]
             images = [f"![{stage.title}: {path.stem.split('_')[-1]}](../figures/{path.name})\n" for path in drawn]
             heading, _, rest = text.partition("\n")
             pages[PAGES / f"stage-{stage.name}.md"] = "\n".join([heading, "", GENERATED, "", *images, rest.lstrip()])
@@ -232,9 +233,9 @@ def comparison_figures() -> dict[Path, str]:
     found: dict[Path, str] = {}
     for stage in experiments.all_stages():
         for kind, draw in (
-            ("tokens", experiments.tokens_figure),
-            ("ranking", experiments.ranking_figure),
-            ("bits", experiments.bits_figure),
+            ("tokens", figures.tokens_figure),
+            ("ranking", figures.ranking_figure),
+            ("bits", figures.bits_figure),
         ):
             if (text := draw(stage)) is not None:
                 found[FIGURE.with_name(f"stage_{stage.name}_{kind}.svg")] = text
@@ -321,8 +322,8 @@ def main() -> int:
         print("\n".join(f"stale: {path.relative_to(ROOT)}" for path in stale) or "all generated texts are current")
         return 1 if stale else 0
     plans = curvature.plans_figure()
-    figures = {FIGURE: figure(found), **({PLANS_FIGURE: plans} if plans is not None else {}), **comparison_figures()}
-    for path, text in {**written, **figures}.items():
+    drawings = {FIGURE: figure(found), **({PLANS_FIGURE: plans} if plans is not None else {}), **comparison_figures()}
+    for path, text in {**written, **drawings}.items():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
     return 0

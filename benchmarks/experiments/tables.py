@@ -1,4 +1,4 @@
-"""Tables and figures of the controlled comparison, from its result files and from nothing else.
+"""Tables of the controlled comparison, from its result files and from nothing else.
 
     win    the 95 % t interval of the per-seed paired difference to the baseline excludes zero over three seeds or more,
            and so it does after Holm's correction over all methods compared at that budget
@@ -10,17 +10,11 @@ from ``results/experiments/stage_NAME``.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
-
-import matplotlib as mpl
-
-mpl.use("Agg")
-import matplotlib.pyplot as plt
 
 from hestia.errors import ConfigError
 from hestia.evaluation import PairedDifference, gap_closed, holm, paired_difference, paired_p_value
@@ -30,7 +24,6 @@ from . import stages
 from .stages import Question, Stage
 
 SEEDS_TO_CLAIM = 3
-GREY, DARK, EMBER, SLATE, SAND = "#b8becb", "#6b7280", "#c2410c", "#475569", "#c98a4b"
 Records = dict[str, dict[int, dict[str, Any]]]
 """Arm -> seed -> result, at one token budget."""
 
@@ -345,109 +338,6 @@ def interval(value: PairedDifference | float | None, digits: int) -> str:
         return number(value, digits)
     text = f"{value.mean:+.{digits}f} [{value.low:+.{digits}f}, {value.high:+.{digits}f}]"
     return text.replace("-", "−")
-
-
-# --- figures ------------------------------------------------------------------------------------------------------
-
-
-def tokens_figure(stage: Stage, folder: Path | None = None) -> str | None:
-    """NLL against tokens, an arm a line, 95 % intervals over seeds; SVG text, or None without two budgets."""
-    everything = {k: v for k, v in final_records(stage, folder or stage.folder).items() if v}
-    if len(everything) < 2:
-        return None
-    drawing, axis = _drawing(6.4, 3.8)
-    names = [arm.name for arm in stage.arms if any(arm.name in records for records in everything.values())]
-    for name in names:
-        points = []
-        for records in everything.values():
-            if name in records:
-                runs = records[name].values()
-                points.append((fmean(r["tokens"] for r in runs), *_mean_interval([r["nll"] for r in runs])))
-        x, y, half = zip(*sorted(points), strict=True)
-        axis.errorbar(x, y, yerr=half, marker="o", markersize=4, capsize=3, label=name, **_style(stage, name))
-    axis.set_xscale("log")
-    axis.set_xlabel("training tokens")
-    axis.set_ylabel("nats a token, frozen model")
-    axis.legend(frameon=False, fontsize=8)
-    return _svg(drawing)
-
-
-def bits_figure(stage: Stage, folder: Path | None = None) -> str | None:
-    """NLL against stored bits a weight at the largest budget, 95 % intervals over seeds; SVG text, or None where the
-    arms cost the same. Plans that mix widths are hollow; the dashed line is the control."""
-    everything = [records for records in final_records(stage, folder or stage.folder).values() if records]
-    points: list[tuple[float, float, float, str, bool]] = []
-    for name, runs in (everything[-1] if everything else {}).items():
-        plans = [plan for r in runs.values() if "bits_per_weight" in (plan := r.get("plan") or {})]
-        if plans:
-            bits = fmean(plan["bits_per_weight"] for plan in plans)
-            mixed = any(len(plan["grids"]) > 1 for plan in plans)
-            points.append((bits, *_mean_interval([r["nll"] for r in runs.values()]), name, mixed))
-    if len({round(bits, 2) for bits, *_ in points}) < 3:
-        return None
-    drawing, axis = _drawing(6.4, 3.8)
-    for bits, mean, half, name, mixed in sorted(points):
-        colour = _style(stage, name)["color"]
-        fill = "none" if mixed else colour
-        axis.errorbar(bits, mean, yerr=half, marker="o", capsize=3, color=colour, markerfacecolor=fill)
-        axis.annotate(name, (bits, mean), textcoords="offset points", xytext=(6, 6), fontsize=8, color=DARK)
-    if stage.control in everything[-1]:
-        control = fmean(r["nll"] for r in everything[-1][stage.control].values())
-        axis.axhline(control, color=DARK, linestyle="--", linewidth=1)
-        axis.annotate("trained in full precision", (0.98, control), xycoords=("axes fraction", "data"),
-                      textcoords="offset points", xytext=(0, 4), ha="right", fontsize=8, color=DARK)  # fmt: skip
-    axis.set_xlabel("stored bits a weight, scales included")
-    axis.set_ylabel("nats a token, frozen model")
-    return _svg(drawing)
-
-
-def ranking_figure(stage: Stage, folder: Path | None = None) -> str | None:
-    """Every arm's paired difference to the baseline at the largest budget, with 95 % intervals; SVG text or None."""
-    everything = [records for records in final_records(stage, folder or stage.folder).values() if records]
-    made = [row for row in rows(stage, everything[-1]) if row.difference is not None] if everything else []
-    if not made:
-        return None
-    drawing, axis = _drawing(6.4, 1.1 + 0.3 * len(made))
-    for place, row in enumerate(made):
-        d = row.difference
-        assert d is not None
-        colour = _style(stage, row.name)["color"]
-        axis.errorbar(d.mean, place, xerr=[[d.mean - d.low], [d.high - d.mean]], fmt="o", capsize=3, color=colour)
-    axis.axvline(0.0, color=GREY, linewidth=1)
-    axis.set_yticks(range(len(made)), [row.name for row in made])
-    axis.invert_yaxis()
-    axis.set_xlabel(f"nats a token minus {stage.baseline}, 95 % over seeds; left is better")
-    return _svg(drawing)
-
-
-def _mean_interval(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and half-width of its 95 % t interval; 0 with one value."""
-    if len(values) < 2:
-        return float(values[0]), 0.0
-    around = paired_difference(values, [0.0] * len(values))
-    return around.mean, around.high - around.mean
-
-
-def _style(stage: Stage, name: str) -> dict[str, Any]:
-    recipe = stage.arm(name).recipe
-    if name == stage.control:
-        return {"color": DARK, "linestyle": "--"}
-    return {"color": SAND if name == stage.baseline else EMBER if recipe in ("hestia", "hearth") else SLATE}
-
-
-def _drawing(width: float, height: float) -> tuple[Any, Any]:
-    plt.rcParams.update({"svg.hashsalt": "hestia", "svg.fonttype": "none", "font.size": 10})
-    drawing, axis = plt.subplots(figsize=(width, height))
-    axis.spines[["top", "right"]].set_visible(False)
-    return drawing, axis
-
-
-def _svg(drawing: Any) -> str:
-    drawing.tight_layout()
-    buffer = io.StringIO()
-    drawing.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    plt.close(drawing)
-    return buffer.getvalue()
 
 
 def all_stages() -> list[Stage]:

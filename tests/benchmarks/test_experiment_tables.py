@@ -15,7 +15,7 @@ from hestia.files import write_json
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
-from experiments import stages, tables
+from experiments import figures, stages, tables
 
 STAGE: dict[str, Any] = {
     "title": "toy",
@@ -142,22 +142,25 @@ def test_a_diverged_run_is_no_result(stage: stages.Stage, tmp_path: Path) -> Non
 
 def test_figures_are_the_same_twice_and_need_results(stage: stages.Stage, tmp_path: Path) -> None:
     folder = tmp_path / "results"
-    for draw in (tables.tokens_figure, tables.ranking_figure):
+    for draw in (figures.tokens_figure, figures.ranking_figure):
         text = draw(stage, folder)
         assert text is not None and text == draw(stage, folder)
         assert draw(stage, tmp_path / "nowhere") is None
-    ranking = tables.ranking_figure(stage, folder)
+    tokens = figures.tokens_figure(stage, folder)
+    assert tokens is not None and all(f">{part}<" in tokens for part in ("mean of the texts", "c", "d", "better"))
+    assert ">unbuilt<" not in tokens
+    ranking = figures.ranking_figure(stage, folder)
     assert ranking is not None and ">better<" in ranking and ">ste<" not in ranking
 
 
 def test_bits_are_drawn_where_arms_differ_in_them(stage: stages.Stage, tmp_path: Path) -> None:
     folder = tmp_path / "results"
-    assert tables.bits_figure(stage, folder) is None  # no result says what its weights cost
+    assert figures.bits_figure(stage, folder) is None  # no result says what its weights cost
     for bits, (arm, grids) in enumerate({"ste": 1, "better": 1, "same": 2}.items(), start=1):
         for seed, nll in enumerate(LOSSES[arm], start=1):
             plan = {"bits_per_weight": float(bits), "grids": dict.fromkeys(map(str, range(grids)), 1)}
             write_json(folder / arm / f"final-1k-seed{seed}.json", {**result(nll, seed, 0.001, 1024), "plan": plan})
-    drawn = tables.bits_figure(stage, folder)
+    drawn = figures.bits_figure(stage, folder)
     assert drawn is not None
     assert all(f">{name}<" in drawn for name in ("ste", "better", "same", "trained in full precision"))
     assert ">young<" not in drawn

@@ -1,0 +1,194 @@
+"""Figures of the controlled comparison, SVG text from its result files: against tokens, against bits, and the ranking.
+
+A bar is the 95 % t interval of the mean over seeds; in the ranking, of the paired difference to the baseline.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import matplotlib as mpl
+
+mpl.use("Agg")
+import matplotlib.pyplot as plt
+
+from hestia.evaluation import paired_difference
+
+from .stages import Arm, Stage
+from .tables import SEEDS_TO_CLAIM, Records, final_records, rows
+
+GREY, DARK, EMBER, BROWN, SLATE, SAND = "#b8becb", "#6b7280", "#c2410c", "#8f5a3c", "#475569", "#c98a4b"
+OTHERS = (SLATE, "#3b82a0", "#7a8f3c", "#8b6fa8", "#4f7f6a")
+MARKERS = ("s", "^", "D", "v", "P")
+"""Of recipes that are neither ours, nor baseline or control, where they are told apart."""
+APART = 1.035
+"""Neighbouring arms stand this factor apart in tokens, so that their intervals do not cover each other."""
+
+
+def tokens_figure(stage: Stage, folder: Path | None = None) -> str | None:
+    """NLL against tokens, of the mean over the texts and of each text; None without two budgets.
+
+    Arms with one seed at a budget have no interval and are left out there. Hollow, dotted: without a teacher.
+    """
+    everything = _budgets(stage, folder)
+    if len(everything) < 2:
+        return None
+    some = next(iter(next(iter(everything[-1].values())).values()))
+    panels = [None, *some["test"]]
+    drawing, axes = _drawing(7.2, 6.2, panels=(2, (len(panels) + 1) // 2))
+    shown = [arm for arm in stage.arms if any(len(records.get(arm.name, ())) > 1 for records in everything)]
+    for axis, file in zip(axes.flat, panels, strict=False):
+        for place, arm in enumerate(shown):
+            points = [
+                (fmean(r["tokens"] for r in runs), *_mean_interval([_nll(r, file) for r in runs]))
+                for records in everything
+                if len(runs := list(records.get(arm.name, {}).values())) > 1
+            ]
+            x, y, half = zip(*sorted(points), strict=True)
+            apart = APART ** (place - len(shown) / 2)
+            axis.errorbar([v * apart for v in x], y, yerr=half, label=arm.name, **_line(stage, arm))
+        axis.set_title("mean of the texts" if file is None else file, loc="left", fontsize=10, color=DARK)
+        axis.set_xscale("log")
+        budgets = sorted({next(iter(runs.values()))["tokens"] for records in everything for runs in records.values()})
+        axis.set_xticks(budgets, [f"{round(b / 1e5) / 10:g}M" for b in budgets])
+        axis.minorticks_off()
+        axis.tick_params(labelsize=8)
+    for axis in axes.flat[len(panels) :]:
+        axis.set_visible(False)
+    drawing.supxlabel("training tokens", fontsize=9)
+    drawing.supylabel("nats a token, frozen model", fontsize=9)
+    handles, names = axes.flat[0].get_legend_handles_labels()
+    drawing.legend(handles, names, loc="upper center", ncols=4, frameon=False, fontsize=8)
+    drawing.tight_layout(rect=(0, 0, 1, 0.98 - 0.03 * ((len(names) + 3) // 4)))
+    return _svg(drawing)
+
+
+def bits_figure(stage: Stage, folder: Path | None = None) -> str | None:
+    """NLL against stored bits a weight at the largest budget; None where the arms cost the same.
+
+    Plans that mix widths are hollow; the dashed line is the control.
+    """
+    everything = _budgets(stage, folder)
+    points: list[tuple[float, float, float, str, bool]] = []
+    for name, runs in (everything[-1] if everything else {}).items():
+        plans = [plan for r in runs.values() if "bits_per_weight" in (plan := r.get("plan") or {})]
+        if plans:
+            bits = fmean(plan["bits_per_weight"] for plan in plans)
+            mixed = any(len(plan["grids"]) > 1 for plan in plans)
+            points.append((bits, *_mean_interval([r["nll"] for r in runs.values()]), name, mixed))
+    if len({round(bits, 2) for bits, *_ in points}) < 3:
+        return None
+    drawing, ((axis,),) = _drawing(6.4, 3.8)
+    for bits, mean, half, name, mixed in sorted(points):
+        colour = _colour(stage, stage.arm(name))
+        fill = "none" if mixed else colour
+        axis.errorbar(bits, mean, yerr=half, marker="o", capsize=3, color=colour, markerfacecolor=fill)
+        axis.annotate(name, (bits, mean), textcoords="offset points", xytext=(6, 6), fontsize=8, color=DARK)
+    if stage.control in everything[-1]:
+        control = fmean(r["nll"] for r in everything[-1][stage.control].values())
+        axis.axhline(control, color=DARK, linestyle="--", linewidth=1)
+        axis.annotate("trained in full precision", (0.98, control), xycoords=("axes fraction", "data"),
+                      textcoords="offset points", xytext=(0, 4), ha="right", fontsize=8, color=DARK)  # fmt: skip
+    axis.set_xlabel("stored bits a weight, scales included")
+    axis.set_ylabel("nats a token, frozen model")
+    drawing.tight_layout()
+    return _svg(drawing)
+
+
+def ranking_figure(stage: Stage, folder: Path | None = None) -> str | None:
+    """Every arm's paired difference to the baseline at the largest budget; None where there is none.
+
+    Hollow: too few seeds to claim anything.
+    """
+    everything = _budgets(stage, folder)
+    made = [row for row in rows(stage, everything[-1]) if row.difference is not None] if everything else []
+    if not made:
+        return None
+    drawing, ((axis,),) = _drawing(6.4, 1.1 + 0.3 * len(made))
+    for place, row in enumerate(made):
+        d = row.difference
+        assert d is not None
+        colour = _colour(stage, stage.arm(row.name))
+        fill = colour if len(row.nll) >= SEEDS_TO_CLAIM else "none"
+        around = [[d.mean - d.low], [d.high - d.mean]]
+        axis.errorbar(d.mean, place, xerr=around, fmt="o", capsize=3, color=colour, markerfacecolor=fill)
+    axis.axvline(0.0, color=GREY, linewidth=1)
+    axis.set_yticks(range(len(made)), [row.name for row in made])
+    axis.invert_yaxis()
+    axis.set_xlabel(f"nats a token minus {stage.baseline}, 95 % over seeds; left is better")
+    drawing.tight_layout()
+    return _svg(drawing)
+
+
+def _budgets(stage: Stage, folder: Path | None) -> list[Records]:
+    """The results of each budget that has any, the largest last."""
+    return [records for records in final_records(stage, folder or stage.folder).values() if records]
+
+
+def _nll(run: dict[str, Any], file: str | None) -> float:
+    """Of one test file, or the mean over them."""
+    return run["nll"] if file is None else run["test"][file]["nll"]
+
+
+def _mean_interval(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and half-width of its 95 % t interval; 0 with one value."""
+    if len(values) < 2:
+        return float(values[0]), 0.0
+    around = paired_difference(values, [0.0] * len(values))
+    return around.mean, around.high - around.mean
+
+
+def _other_recipes(stage: Stage) -> list[str]:
+    """Recipes with no colour of their own, in the stage's order."""
+    own = {"hearth", "hestia", stage.arm(stage.baseline).recipe, stage.arm(stage.control).recipe}
+    return list(dict.fromkeys(arm.recipe for arm in stage.arms if arm.recipe not in own))
+
+
+def _colour(stage: Stage, arm: Arm) -> str:
+    """Ours, the baseline, the control, or any other."""
+    if arm.name == stage.control:
+        return DARK
+    if arm.recipe == stage.arm(stage.baseline).recipe:
+        return SAND
+    if arm.recipe in ("hearth", "hestia"):
+        return EMBER if arm.recipe == "hearth" else BROWN
+    return SLATE
+
+
+def _line(stage: Stage, arm: Arm) -> dict[str, Any]:
+    """How an arm is drawn against tokens: colour and marker say the recipe, filling and line the teacher."""
+    others = _other_recipes(stage)
+    style = {
+        "color": _colour(stage, arm),
+        "capsize": 2.5,
+        "markersize": 4.5,
+        "linewidth": 1.2,
+        "elinewidth": 0.9,
+        "marker": "o",
+    }
+    if arm.name == stage.control:
+        return {**style, "linestyle": "--", "marker": "x"}
+    if arm.recipe in others:
+        place = others.index(arm.recipe) % len(OTHERS)
+        style |= {"color": OTHERS[place], "marker": MARKERS[place]}
+    return style if arm.teacher else {**style, "linestyle": ":", "markerfacecolor": "none"}
+
+
+def _drawing(width: float, height: float, panels: tuple[int, int] = (1, 1)) -> tuple[Any, Any]:
+    """A drawing and its axes, a row of them a row."""
+    plt.rcParams.update({"svg.hashsalt": "hestia", "svg.fonttype": "none", "font.size": 10})
+    drawing, axes = plt.subplots(*panels, figsize=(width, height), squeeze=False)
+    for axis in axes.flat:
+        axis.spines[["top", "right"]].set_visible(False)
+    return drawing, axes
+
+
+def _svg(drawing: Any) -> str:
+    buffer = io.StringIO()
+    drawing.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    plt.close(drawing)
+    return buffer.getvalue()
