@@ -317,13 +317,16 @@ def main() -> int:
         guide: _filled(guide, curvature.section()),
         **pages,
     }
+    plans = curvature.plans_figure()
+    written[FIGURE] = figure(found)
+    if plans is not None:
+        written[PLANS_FIGURE] = plans
+    written.update(comparison_figures())
     if check:
         stale = [path for path, text in written.items() if not path.exists() or path.read_text("utf-8") != text]
-        print("\n".join(f"stale: {path.relative_to(ROOT)}" for path in stale) or "all generated texts are current")
+        print("\n".join(f"stale: {path.relative_to(ROOT)}" for path in stale) or "all generated files are current")
         return 1 if stale else 0
-    plans = curvature.plans_figure()
-    drawings = {FIGURE: figure(found), **({PLANS_FIGURE: plans} if plans is not None else {}), **comparison_figures()}
-    for path, text in {**written, **drawings}.items():
+    for path, text in written.items():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
     return 0

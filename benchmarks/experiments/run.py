@@ -32,6 +32,7 @@ from stages import (
     load,
     load_result,
     ordered_jobs,
+    require_same,
     tuning_jobs,
 )
 from texts import SCORED, StageTexts, prepare_texts
@@ -118,7 +119,7 @@ def run_stage(stage: Stage, given: Any, results: Path, deadline: float | None) -
     with locked(given.work, wait=TOGETHER):
         parent, texts = open_stage(stage, given)
         start = parent_scores(stage, parent, texts, results / "parent.json")
-    _check_same({**start, "parent": start["model"]}, parent, texts)
+    require_same({**start, "parent": start["model"]}, parent.record, texts.record)
     worker = Worker(stage, given, results, parent, texts, deadline)
     try:
         while (found := worker.run_first()) is not Found.NOTHING:
@@ -172,7 +173,7 @@ class Worker:
             if job.arm.name in self.passed_over or path in self.checked:
                 continue
             if path.is_file():
-                _check_same(load_result(job, self.results), self.parent, self.texts)
+                require_same(load_result(job, self.results), self.parent.record, self.texts.record)
                 self.checked.add(path)
                 continue
             try:
@@ -216,14 +217,6 @@ def open_stage(stage: Stage, given: Any) -> tuple[Parent, StageTexts]:
     parent = open_parent(folder)
     cache = given.work / "tokens" / f"{stage.parent}-{stage.texts.pool}-{stage.training.seq_len}"
     return parent, prepare_texts(stage, given.data, loading.load_tokenizer(parent.source), cache, given.scored)
-
-
-def _check_same(record: dict[str, Any], parent: Parent, texts: StageTexts) -> None:
-    """Refuse a result of another parent or text: it must not stand beside those of this one."""
-    for what, mine in (("parent", parent.record), ("texts", texts.record)):
-        if record[what] != mine:
-            keys = [key for key in mine if record[what].get(key) != mine[key]]
-            raise ConfigError(f"{record['name']}: its result has another {what} ({', '.join(keys)}); move it away")
 
 
 def summary(record: dict[str, Any]) -> str:

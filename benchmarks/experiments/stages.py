@@ -119,22 +119,29 @@ class Phase:
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
-    """What a stage is there to settle: one arm against others, Holm-corrected over those.
+    """What a stage is there to settle: differences of arms that are Holm-corrected together, run or not.
 
     Attributes:
         title: in words.
-        arm: whose NLL stands first in the difference.
+        arm: whose NLL stands first in the differences to ``against``.
         against: the other arms.
+        pairs: further differences, first minus second.
     """
 
     title: str
-    arm: str
-    against: tuple[str, ...]
+    arm: str = ""
+    against: tuple[str, ...] = ()
+    pairs: tuple[tuple[str, ...], ...] = ()
+
+    @property
+    def differences(self) -> list[tuple[str, str]]:
+        """Every pair of arms that is compared: the family of Holm's correction."""
+        return [*((self.arm, other) for other in self.against), *((first, second) for first, second in self.pairs)]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """The whole YAML file."""
+    """The whole YAML file; ``note`` is printed above its tables."""
 
     name: str
     title: str
@@ -148,6 +155,7 @@ class Stage:
     arms: tuple[Arm, ...]
     questions: tuple[Question, ...] = ()
     sensitivity_sequences: int = 256
+    note: str = ""
 
     @property
     def folder(self) -> Path:
@@ -254,7 +262,10 @@ def load(name: str | Path) -> Stage:
     for arm_name in names:
         if names.count(arm_name) > 1:
             raise ConfigError(f"{path.name}: two arms are called {arm_name!r}")
-    asked = [("a question", name) for question in stage.questions for name in (question.arm, *question.against)]
+    for question in stage.questions:
+        if any(len(pair) != 2 for pair in question.pairs) or not question.differences:
+            raise ConfigError(f"{path.name}: question {question.title!r} needs an arm and others, or pairs of arms")
+    asked = [("a question", name) for q in stage.questions for pair in q.differences for name in pair]
     for role, chosen in (("baseline", stage.baseline), ("control", stage.control), *asked):
         if chosen not in names:
             raise ConfigError(f"{path.name}: {role} {chosen!r} is no arm: {nearest(chosen, names)}")
@@ -323,6 +334,18 @@ def load_result(job: Job, folder: Path | None = None) -> dict[str, Any]:
             "changed: give the arm another name, or move the old file away"
         )
     return record
+
+
+def require_same(record: Mapping[str, Any], parent: Mapping[str, Any], texts: Mapping[str, Any]) -> None:
+    """Refuse a result of another parent or text: it must not stand beside those of this one.
+
+    Raises:
+        ConfigError: it is one.
+    """
+    for what, mine in (("parent", parent), ("texts", texts)):
+        if record[what] != mine:
+            keys = [key for key in mine if record[what].get(key) != mine[key]]
+            raise ConfigError(f"{record['name']}: its result has another {what} ({', '.join(keys)}); move it away")
 
 
 def ordered_jobs(stage: Stage, only: str = "*", folder: Path | None = None) -> Iterator[Job]:

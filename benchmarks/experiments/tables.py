@@ -1,7 +1,8 @@
 """Tables of the controlled comparison, from its result files and from nothing else.
 
-    win    the 95 % t interval of the per-seed paired difference to the baseline excludes zero over three seeds or more,
-           and so it does after Holm's correction over all methods compared at that budget
+    win    the 95 % t interval of the per-seed paired difference excludes zero over three seeds or more, and so it does
+           after Holm's correction over the whole family: every arm of the stage against the baseline, or every
+           difference of a question. A comparison that has not been run stands in it with p = 1
     gap    closed = (NLL_baseline - NLL) / (NLL_baseline - NLL_control), seed by seed
 
 The YAML file of a stage says which arms there are, in which order, and which are baseline and control; every number is
@@ -40,7 +41,8 @@ class Row:
         difference: to the baseline, over common seeds; None with fewer than two.
         adjusted_p: Holm's, where ``difference`` has enough seeds to claim anything.
         cost: processor seconds a token, as a multiple of the baseline's.
-        means: of KL, top-1, zero share, flip rate, and the NLL of every test file; None where a run has none.
+        means: of KL, top-1, zero share and flip rate; None where a run has none.
+        planned: how many seeds the stage asks for.
     """
 
     name: str
@@ -51,40 +53,73 @@ class Row:
     adjusted_p: float | None
     cost: float | None
     means: Mapping[str, float | None]
+    planned: int
 
     @property
     def verdict(self) -> str:
-        """win, loss, tie, or why there is none."""
-        return _verdict(len(self.nll), self.difference, self.adjusted_p)
+        """win, loss, tie, or why there is none yet."""
+        return _verdict(len(self.nll), self.planned, self.difference, self.adjusted_p)
+
+    @property
+    def rank(self) -> tuple[bool, float]:
+        """Where it stands: arms with too few seeds last, then by the difference to the baseline over common seeds."""
+        return len(self.nll) < SEEDS_TO_CLAIM, self.difference.mean if self.difference else 0.0
 
 
 def final_records(stage: Stage, folder: Path) -> dict[str, Records]:
-    """Token budget -> arm -> seed -> result of every final run that is there and did not diverge."""
-    found: dict[str, Records] = {}
-    for tokens in stage.final.tokens:
-        at: Records = found.setdefault(tokens, {})
-        for arm in stage.arms:
-            for seed in stage.final.seeds:
-                path = folder / arm.name / f"final-{tokens}-seed{seed}.json"
-                if path.is_file() and not (record := read_json(path, schema=stages.SCHEMA))["diverged"]:
-                    at.setdefault(arm.name, {})[seed] = record
+    """Token budget -> arm -> seed -> result of every final run that is there and did not diverge.
+
+    Raises:
+        ConfigError: a result was made with other settings than the stage's, or on another parent or text.
+    """
+    return {
+        tokens: {arm: there for arm, runs in records.items() if (there := _finite(runs))}
+        for tokens, records in _all_final_records(stage, folder).items()
+    }
+
+
+def diverged(stage: Stage, folder: Path) -> list[str]:
+    """Every final run that is there and ended without a finite loss: ``ARM, 2M tokens, seed 1``."""
+    return [
+        f"{arm}, {tokens} tokens, seed {seed}"
+        for tokens, records in _all_final_records(stage, folder).items()
+        for arm, runs in records.items()
+        for seed in sorted(runs.keys() - _finite(runs).keys())
+    ]
+
+
+def _finite(runs: Mapping[int, dict[str, Any]]) -> dict[int, dict[str, Any]]:
+    return {seed: record for seed, record in runs.items() if not record["diverged"]}
+
+
+def _all_final_records(stage: Stage, folder: Path) -> dict[str, Records]:
+    found: dict[str, Records] = {tokens: {} for tokens in stage.final.tokens}
+    if not (folder / "parent.json").is_file():
+        return found
+    parent = read_json(folder / "parent.json", schema=stages.SCHEMA)
+    for arm in stage.arms:
+        for job in stages.final_jobs(stage, arm, folder):
+            if job.result(folder).is_file():
+                record = stages.load_result(job, folder)
+                stages.require_same(record, parent["model"], parent["texts"])
+                found[job.tokens].setdefault(arm.name, {})[job.seed] = record
     return found
 
 
 def rows(stage: Stage, records: Records) -> list[Row]:
-    """Every arm that has results, best median first; Holm's correction is over all of them but the two references."""
+    """Every arm that has results, best first; Holm's correction is over all arms of the stage but the references."""
     baseline, control = records.get(stage.baseline, {}), records.get(stage.control, {})
     made: list[Row] = []
-    p_values: dict[str, float] = {}
+    p_values = {arm.name: 1.0 for arm in stage.arms if arm.name not in (stage.baseline, stage.control)}
     for name, runs in records.items():
         seeds = sorted(runs)
         nll = tuple(float(runs[s]["nll"]) for s in seeds)
-        shared = [s for s in seeds if s in baseline]
+        shared = _shared(runs, baseline)
         difference = None
         if name != stage.baseline and len(shared) > 1:
             ours, theirs = [runs[s]["nll"] for s in shared], [baseline[s]["nll"] for s in shared]
             difference = paired_difference(ours, theirs)
-            if len(shared) >= SEEDS_TO_CLAIM and name != stage.control:
+            if len(shared) >= SEEDS_TO_CLAIM and name in p_values:
                 p_values[name] = paired_p_value(ours, theirs)
         gap = None if name in (stage.baseline, stage.control) else _gap(runs, baseline, control)
         cost, unit = _cost(runs), _cost(baseline)
@@ -98,11 +133,13 @@ def rows(stage: Stage, records: Records) -> list[Row]:
                 adjusted_p=None,
                 cost=cost / unit if cost and unit else None,
                 means=_means(list(runs.values())),
+                planned=len(stage.final.seeds),
             )
         )
     adjusted = dict(zip(p_values, holm(list(p_values.values())), strict=True))
-    made = [replace(row, adjusted_p=adjusted.get(row.name)) for row in made]
-    return sorted(made, key=lambda row: median(row.nll))
+    claimable = {row.name for row in made if len(_shared(records[row.name], baseline)) >= SEEDS_TO_CLAIM}
+    made = [replace(row, adjusted_p=adjusted.get(row.name) if row.name in claimable else None) for row in made]
+    return sorted(made, key=lambda row: row.rank)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,47 +147,63 @@ class Answer:
     """One arm minus one other at one budget, over the seeds that both have.
 
     Attributes:
-        other: the arm that is subtracted.
+        arm, other: the second is subtracted from the first.
         seeds: how many.
+        planned: how many the stage asks for.
         difference: of the mean over the texts.
         texts: of every test file.
-        adjusted_p: Holm's over the arms of the question that have enough seeds.
+        adjusted_p: Holm's over all differences of the question; None with too few seeds to claim anything.
     """
 
+    arm: str
     other: str
     seeds: int
+    planned: int
     difference: PairedDifference
     texts: Mapping[str, PairedDifference]
     adjusted_p: float | None
 
     @property
     def verdict(self) -> str:
-        """win, loss, tie, or how many seeds are there."""
-        return _verdict(self.seeds, self.difference, self.adjusted_p)
+        """win, loss, tie, or why there is none yet."""
+        return _verdict(self.seeds, self.planned, self.difference, self.adjusted_p)
 
 
-def answers(question: Question, records: Records) -> list[Answer]:
-    """What the final runs say to a question; arms with fewer than two common seeds are left out."""
-    ours = records.get(question.arm, {})
+def answers(stage: Stage, question: Question, records: Records) -> list[Answer]:
+    """What the final runs say to a question; pairs with fewer than two common seeds are left out."""
     made: list[Answer] = []
-    p_values: dict[str, float] = {}
-    for other in question.against:
-        theirs = records.get(other, {})
-        shared = [seed for seed in sorted(ours) if seed in theirs]
+    p_values = dict.fromkeys(question.differences, 1.0)
+    for pair in question.differences:
+        ours, theirs = (records.get(name, {}) for name in pair)
+        shared = _shared(ours, theirs)
         if len(shared) < 2:
             continue
         mean = _nlls(ours, shared), _nlls(theirs, shared)
         if len(shared) >= SEEDS_TO_CLAIM:
-            p_values[other] = paired_p_value(*mean)
-        texts = {
-            file: paired_difference(_nlls(ours, shared, file), _nlls(theirs, shared, file))
-            for file in ours[shared[0]]["test"]
-        }
+            p_values[pair] = paired_p_value(*mean)
         made.append(
-            Answer(other=other, seeds=len(shared), difference=paired_difference(*mean), texts=texts, adjusted_p=None)
+            Answer(
+                arm=pair[0],
+                other=pair[1],
+                seeds=len(shared),
+                planned=len(stage.final.seeds),
+                difference=paired_difference(*mean),
+                texts={
+                    file: paired_difference(_nlls(ours, shared, file), _nlls(theirs, shared, file))
+                    for file in stage.texts.test
+                },
+                adjusted_p=None,
+            )
         )
     adjusted = dict(zip(p_values, holm(list(p_values.values())), strict=True))
-    return [replace(answer, adjusted_p=adjusted.get(answer.other)) for answer in made]
+    return [
+        replace(answer, adjusted_p=adjusted[answer.arm, answer.other]) if answer.seeds >= SEEDS_TO_CLAIM else answer
+        for answer in made
+    ]
+
+
+def _shared(ours: Mapping[int, Any], theirs: Mapping[int, Any]) -> list[int]:
+    return sorted(ours.keys() & theirs.keys())
 
 
 def _nlls(runs: Mapping[int, Any], seeds: Sequence[int], file: str | None = None) -> list[float]:
@@ -158,19 +211,20 @@ def _nlls(runs: Mapping[int, Any], seeds: Sequence[int], file: str | None = None
     return [runs[seed]["nll"] if file is None else runs[seed]["test"][file]["nll"] for seed in seeds]
 
 
-def _verdict(seeds: int, difference: PairedDifference | None, adjusted_p: float | None) -> str:
+def _verdict(seeds: int, planned: int, difference: PairedDifference | None, adjusted_p: float | None) -> str:
     if adjusted_p is None or difference is None:
-        return f"{seeds} of {SEEDS_TO_CLAIM} seeds" if seeds < SEEDS_TO_CLAIM else "-"
+        return f"{seeds} of {planned} seeds" if seeds < SEEDS_TO_CLAIM else "-"
+    word = "tie"
     if adjusted_p < 0.05 and difference.excludes_zero:
-        return "**win**" if difference.mean < 0 else "loss"
-    return "tie"
+        word = "**win**" if difference.mean < 0 else "loss"
+    return word if seeds >= planned else f"{word} so far, {seeds} of {planned} seeds"
 
 
 def _gap(
     runs: Mapping[int, Any], baseline: Mapping[int, Any], control: Mapping[int, Any]
 ) -> PairedDifference | float | None:
     """Gap closed with its interval over seeds; one seed gives a number, a missing gap nothing."""
-    shared = [s for s in sorted(runs) if s in baseline and s in control]
+    shared = [s for s in _shared(runs, baseline) if s in control]
     try:
         values = [gap_closed(runs[s]["nll"], baseline[s]["nll"], control[s]["nll"]) for s in shared]
     except ConfigError:
@@ -191,20 +245,18 @@ def _means(runs: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
     for key in ("kl_to_parent", "top1_agreement", "zero_share", "flip_rate"):
         values = [r[key] for r in runs if r.get(key) is not None]
         out[key] = fmean(values) if values else None
-    for name in runs[0]["test"]:
-        out[name] = fmean(r["test"][name]["nll"] for r in runs)
     return out
 
 
 # --- Markdown -----------------------------------------------------------------------------------------------------
 
 
-def budget_table(made: Sequence[Row], baseline: str) -> str:
-    """The ranking at one budget."""
+def budget_table(made: Sequence[Row], baseline: str, parent: float) -> str:
+    """The ranking at one budget; ``parent`` is the parent's NLL."""
     lines = [
-        f"| arm | seeds | rate | NLL median (min to max) | minus {baseline} | Holm p | | gap closed | KL | top-1 "
-        "| zero | flipped | cost |",
-        "|---|--:|--:|--:|--:|--:|---|--:|--:|--:|--:|--:|--:|",
+        f"| arm | seeds | rate | NLL median (min to max) | over parent | minus {baseline} | Holm p | | gap closed | KL "
+        "| top-1 | zero | flipped | cost |",
+        "|---|--:|--:|--:|--:|--:|--:|---|--:|--:|--:|--:|--:|--:|",
     ]
     for row in made:
         spread = f"{median(row.nll):.4f} ({min(row.nll):.4f} to {max(row.nll):.4f})"
@@ -214,6 +266,7 @@ def budget_table(made: Sequence[Row], baseline: str) -> str:
             str(len(row.nll)),
             ", ".join(f"{rate:g}" for rate in row.rate),
             spread if len(row.nll) > 1 else f"{row.nll[0]:.4f}",
+            number(median(row.nll) - parent, 4),
             interval(row.difference, 4),
             p,
             row.verdict,
@@ -229,35 +282,53 @@ def budget_table(made: Sequence[Row], baseline: str) -> str:
 
 
 def question_table(question: Question, found: Sequence[Answer]) -> str:
-    """One arm against others: the difference of the mean, what Holm leaves of it, and that of every text."""
+    """One arm minus another: the difference of the mean, what Holm leaves of it, and that of every text."""
     files = list(found[0].texts)
     lines = [
         f"### {question.title}",
         "",
-        f"| {question.arm} minus | seeds | nats a token | Holm p | | {' | '.join(files)} |",
+        f"Holm's correction is over {len(question.differences)}.",
+        "",
+        f"| | seeds | nats a token | Holm p | | {' | '.join(files)} |",
         "|---|--:|--:|--:|---|" + "--:|" * len(files),
     ]
     for answer in found:
         p = "-" if answer.adjusted_p is None else f"{answer.adjusted_p:.2g}"
-        cells = [answer.other, str(answer.seeds), interval(answer.difference, 4), p, answer.verdict]
+        what = f"{answer.arm} − {answer.other}"
+        cells = [what, str(answer.seeds), interval(answer.difference, 4), p, answer.verdict]
         lines.append(f"| {' | '.join([*cells, *(interval(answer.texts[file], 4) for file in files)])} |")
     return "\n".join(lines)
 
 
-def text_table(made: Sequence[Row], parent: Mapping[str, Any]) -> str:
-    """Mean NLL on every test text; parent and rounding first."""
-    files = list(parent["parent"]["test"])
-    lines = [f"| arm | {' | '.join(files)} |", "|---|" + "--:|" * len(files)]
+def text_table(stage: Stage, records: Records, parent: Mapping[str, Any]) -> str:
+    """Mean NLL on every test text and the gap closed there, over the seeds that all arms shown have; parent first."""
+    files = stage.texts.test
+    enough = {name: runs for name, runs in records.items() if len(runs) >= SEEDS_TO_CLAIM}
+    seeds = sorted(set.intersection(*(set(runs) for runs in enough.values()))) if enough else []
+    if not seeds:
+        return ""
+    means = {name: {f: fmean(_nlls(runs, seeds, f)) for f in files} for name, runs in enough.items()}
+    lines = [
+        f"Text by text, over seeds {', '.join(map(str, seeds))}; in brackets the gap closed.",
+        "",
+        f"| arm | {' | '.join(files)} |",
+        "|---|" + "--:|" * len(files),
+    ]
     for name in ("parent", "round_to_nearest"):
         lines.append(f"| *{name}* | {' | '.join(number(parent[name]['test'][f]['nll'], 4) for f in files)} |")
-    for row in made:
-        lines.append(f"| {row.name} | {' | '.join(number(row.means.get(f), 4) for f in files)} |")
+    references = [means.get(name) for name in (stage.baseline, stage.control)]
+    for name in sorted(means, key=lambda name: fmean(means[name].values())):
+        cells = [number(means[name][f], 4) for f in files]
+        if name not in (stage.baseline, stage.control) and references[0] and references[1]:
+            gaps = [gap_closed(means[name][f], references[0][f], references[1][f]) for f in files]
+            cells = [f"{cell} ({number(gap, 2)})" for cell, gap in zip(cells, gaps, strict=True)]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def tuning_table(stage: Stage, folder: Path) -> str:
-    """NLL on the valid files of every tuning run; the chosen rate in bold."""
-    lines = ["| arm | valid NLL at each rate |", "|---|---|"]
+    """NLL on the valid files of every tuning run; the chosen rate in bold, and whether it is at an end of its list."""
+    lines = ["| arm | valid NLL at each rate | |", "|---|---|---|"]
     for arm in stage.arms:
         cells: list[tuple[float, float | None]] = []
         for job in stages.tuning_jobs(stage, arm):
@@ -271,7 +342,9 @@ def tuning_table(stage: Stage, folder: Path) -> str:
         for rate, nll in cells:
             text = f"{rate:g}: " + ("diverged" if nll is None else f"{nll:.4f}")
             shown.append(f"**{text}**" if complete and finite and nll == min(finite) else text)
-        lines.append(f"| {arm.name} | {', '.join(shown)}{'' if complete else ' (not complete)'} |")
+        best = min(cells, key=lambda cell: float("inf") if cell[1] is None else cell[1])[0]
+        end = "the lowest tried" if best == min(cells)[0] else "the highest tried" if best == max(cells)[0] else ""
+        lines.append(f"| {arm.name} | {', '.join(shown)} | {end if complete else 'not complete'} |")
     return "\n".join(lines)
 
 
@@ -292,21 +365,27 @@ def section(stage: Stage, folder: Path | None = None) -> str:
         f"{parent['round_to_nearest']['nll']:.4f}. Each arm had {tuned} tuning runs of "
         f"{' and '.join(stage.tuning.tokens)} tokens, judged on the valid files. Scored: {blocks}, of "
         f"{stage.training.seq_len} tokens; NLL is the mean over the texts, of the frozen model. Brackets: 95 % t "
-        "intervals over seeds. Cost: processor seconds a training token over the baseline's.",
+        "intervals over seeds. Cost: processor seconds a training token over the baseline's. How to read the tables: "
+        "[benchmarks.md](../benchmarks.md).",
         f"Command: `python benchmarks/experiments/run.py {stage.name} --data DIR --models DIR`.",
         _provenance(parent, everything),
+        *([stage.note] if stage.note else []),
         "",
     ]
     for tokens, records in everything.items():
         if records:
             made = rows(stage, records)
-            lines += [f"## {tokens} tokens", "", budget_table(made, stage.baseline), "", text_table(made, parent), ""]
+            lines += [f"## {tokens} tokens", "", budget_table(made, stage.baseline, parent["parent"]["nll"]), ""]
+            if texts := text_table(stage, records, parent):
+                lines += [texts, ""]
             for question in stage.questions:
-                if found := answers(question, records):
+                if found := answers(stage, question, records):
                     lines += [question_table(question, found), ""]
     lines += ["## Tuning", "", tuning_table(stage, folder), ""]
     there = {name for records in everything.values() for name in records}
     missing = [arm.name for arm in stage.arms if arm.name not in there]
+    if without := diverged(stage, folder):
+        lines += [f"Diverged: {'; '.join(without)}.", ""]
     if missing:
         lines += [f"Without a final run so far: {', '.join(missing)}.", ""]
     return "\n".join(lines)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,14 @@ STAGE: dict[str, Any] = {
         {"name": "young", "recipe": "hestia"},
         {"name": "unbuilt", "recipe": "not_built"},
     ],
-    "questions": [{"title": "Is it better?", "arm": "better", "against": ["same", "young", "ste", "unbuilt"]}],
+    "questions": [
+        {
+            "title": "Is it better?",
+            "arm": "better",
+            "against": ["same", "young", "ste", "unbuilt"],
+            "pairs": [["same", "control"]],
+        }
+    ],
 }
 LOSSES = {
     "control": (2.00, 2.10, 2.20),
@@ -45,9 +53,18 @@ LOSSES = {
 }
 
 
-def result(nll: float, seed: int, rate: float, tokens: int) -> dict[str, Any]:
-    return {
+TEXTS = {"train": {"sha256": "t"}, "test": {"c": {"blocks": 2}, "d": {"blocks": 2}}}
+PARENT = {"name": "toy", "weights_sha256": "w"}
+
+
+def write_result(job: stages.Job, nll: float, folder: Path, **other: Any) -> None:
+    """A result file as the runner writes it, as far as the tables read it."""
+    record = {
         "schema": 1,
+        "name": job.name,
+        "config": job.config(),
+        "parent": PARENT,
+        "texts": TEXTS,
         "diverged": None,
         "nll": nll,
         "kl_to_parent": 0.5,
@@ -55,75 +72,93 @@ def result(nll: float, seed: int, rate: float, tokens: int) -> dict[str, Any]:
         "zero_share": 0.3,
         "flip_rate": 0.1,
         "test": {"c": {"nll": nll - 0.5}, "d": {"nll": nll + 0.5}},
-        "tokens": tokens,
-        "config": {"learning_rate": rate, "seed": seed},
-        "seconds_per_token": {"wall": 9.0, "processor": 1e-4 if rate < 0.01 else 2e-4},
+        "tokens": job.steps * 64,
+        "seconds_per_token": {"wall": 9.0, "processor": 2e-4 if job.rate == 0.01 else 1e-4},
         "machine": {"cpu": "Abacus", "threads": 1},
         "versions": {"torch": "2.x", "hestia-lm": "0.1.0"},
+    }
+    write_json(job.result(folder), {**record, **other})
+
+
+def finals(stage: stages.Stage, folder: Path, tokens: str) -> dict[tuple[str, int], stages.Job]:
+    """(arm, seed) -> job, at one budget; ``unbuilt`` has no tuning runs."""
+    return {
+        (arm.name, job.seed): job
+        for arm in stage.arms
+        for job in stages.final_jobs(stage, arm, folder)
+        if job.tokens == tokens
     }
 
 
 @pytest.fixture
 def stage(tmp_path: Path) -> stages.Stage:
     (tmp_path / "toy.yaml").write_text(yaml.safe_dump(STAGE), encoding="utf-8")
+    stage, folder = stages.load(tmp_path / "toy.yaml"), tmp_path / "results"
     scores = {"nll": 2.5, "test": {"c": {"nll": 2.0}, "d": {"nll": 3.0}}}
     parent = {
         "schema": 1,
         "parent": scores,
         "round_to_nearest": scores,
-        "texts": {"test": {"c": {"blocks": 2}, "d": {"blocks": 2}}},
+        "model": PARENT,
+        "texts": TEXTS,
         "machine": {"cpu": "Abacus", "threads": 1},
         "versions": {"torch": "2.x"},
     }
-    write_json(tmp_path / "results" / "parent.json", parent)
-    for arm, losses in LOSSES.items():
-        rate = 0.01 if arm == "better" else 0.001
-        for shift, tokens, name in ((0.0, 256, "256"), (-0.25, 1024, "1k")):
-            for seed, nll in enumerate(losses, start=1):
-                path = tmp_path / "results" / arm / f"final-{name}-seed{seed}.json"
-                write_json(path, result(nll + shift, seed, rate, tokens))
-    for rate, nll in ((0.01, 2.75), (0.001, None)):
-        write_json(tmp_path / "results" / "better" / f"tune-128-{rate:g}-seed0.json", {"schema": 1, "valid_nll": nll})
-    return stages.load(tmp_path / "toy.yaml")
+    write_json(folder / "parent.json", parent)
+    for arm in LOSSES:
+        for job in stages.tuning_jobs(stage, stage.arm(arm)):
+            better = (job.rate == 0.01) == (arm == "better")
+            valid = {"valid_nll": 2.75} if better else {"valid_nll": None, "diverged": "step 2"}
+            write_result(job, 2.75, folder, **valid)
+    for shift, tokens in ((0.0, "256"), (-0.25, "1k")):
+        for (arm, seed), job in finals(stage, folder, tokens).items():
+            if seed <= len(LOSSES.get(arm, ())):
+                write_result(job, LOSSES[arm][seed - 1] + shift, folder)
+    return stage
 
 
 def test_rows_rank_and_judge(stage: stages.Stage, tmp_path: Path) -> None:
     made = {row.name: row for row in tables.rows(stage, tables.final_records(stage, tmp_path / "results")["256"])}
-    assert list(made) == ["young", "control", "better", "same", "ste"]
-    p = {name: paired_p_value(LOSSES[name], LOSSES["ste"]) for name in ("better", "same")}
-    assert [made[n].adjusted_p for n in ("better", "same")] == pytest.approx(holm([p["better"], p["same"]]))
+    assert list(made) == ["control", "better", "ste", "same", "young"], "two seeds stand last, however low"
+    p = [paired_p_value(LOSSES[name], LOSSES["ste"]) for name in ("better", "same")]
+    family = holm([*p, 1.0, 1.0])  # young and unbuilt have nothing to say yet and belong to it all the same
+    assert [made[n].adjusted_p for n in ("better", "same")] == pytest.approx(family[:2])
     verdicts = {name: row.verdict for name, row in made.items()}
     assert verdicts == {"better": "**win**", "same": "tie", "young": "2 of 3 seeds", "control": "-", "ste": "-"}
     gap = made["better"].gap
     assert gap is not None and not isinstance(gap, float)
     assert gap.mean == pytest.approx((0.5 + 0.49 + 0.51) / 3)
     assert made["better"].cost == pytest.approx(2.0) and made["same"].cost == pytest.approx(1.0)
-    assert made["better"].means["c"] == pytest.approx(2.1)
 
 
 def test_the_section_says_what_there_is(stage: stages.Stage, tmp_path: Path) -> None:
     text = tables.section(stage, tmp_path / "results")
     assert "Each arm had 2 tuning runs of 128 tokens" in text
     assert "Machine: Abacus, 1 thread(s). torch 2.x" in text
-    assert "| better | 3 | 0.01 | 2.6100 (2.5000 to 2.6900) | −0.5000 [" in text
-    assert "| better | **0.01: 2.7500**, 0.001: diverged |" in text
+    assert "| better | 3 | 0.01 | 2.6100 (2.5000 to 2.6900) | 0.1100 | −0.5000 [" in text
+    assert "| better | **0.01: 2.7500**, 0.001: diverged | the highest tried |" in text
     assert "| *round_to_nearest* | 2.0000 | 3.0000 |" in text
+    assert "over seeds 1, 2, 3;" in text and "| better | 2.1000 (0.50) | 3.1000 (0.50) |" in text
+    assert "| young | 1.0" not in text, "it lacks the third seed that the others are averaged over"
     assert "Without a final run so far: unbuilt." in text
     assert tables.section(stage, tmp_path / "nowhere") == ""
 
 
 def test_a_question_is_answered_over_the_seeds_that_both_have(stage: stages.Stage, tmp_path: Path) -> None:
     records = tables.final_records(stage, tmp_path / "results")["256"]
-    found = {answer.other: answer for answer in tables.answers(stage.questions[0], records)}
-    assert {name: answer.seeds for name, answer in found.items()} == {"same": 3, "young": 2, "ste": 3}
+    found = {answer.other: answer for answer in tables.answers(stage, stage.questions[0], records)}
+    assert {name: answer.seeds for name, answer in found.items()} == {"same": 3, "young": 2, "ste": 3, "control": 3}
     p = [paired_p_value(LOSSES["better"], LOSSES[name]) for name in ("same", "ste")]
-    assert [found[name].adjusted_p for name in ("same", "ste")] == pytest.approx(holm(p))
+    p.append(paired_p_value(LOSSES["same"], LOSSES["control"]))
+    adjusted = holm([*p, 1.0, 1.0])  # over the five differences that are asked for
+    assert [found[name].adjusted_p for name in ("same", "ste", "control")] == pytest.approx(adjusted[:3])
     assert found["same"].difference.mean == pytest.approx((-0.51 - 0.47 - 0.53) / 3)
     assert found["same"].texts["d"] == found["same"].difference  # by construction: both texts shift alike
     assert {name: answer.verdict for name, answer in found.items()} == {
-        "same": "**win**", "young": "2 of 3 seeds", "ste": "**win**",
+        "same": "**win**", "young": "2 of 3 seeds", "ste": "**win**", "control": "loss",
     }  # fmt: skip
-    assert "| better minus | seeds |" in tables.section(stage, tmp_path / "results")
+    section = tables.section(stage, tmp_path / "results")
+    assert "Holm's correction is over 5." in section and "| same − control | 3 | +1.0033 [" in section
 
 
 def test_a_question_about_no_arm_is_refused(tmp_path: Path) -> None:
@@ -133,11 +168,29 @@ def test_a_question_about_no_arm_is_refused(tmp_path: Path) -> None:
         stages.load(tmp_path / "toy.yaml")
 
 
-def test_a_diverged_run_is_no_result(stage: stages.Stage, tmp_path: Path) -> None:
-    path = tmp_path / "results" / "better" / "final-256-seed2.json"
-    write_json(path, {"schema": 1, "diverged": "step 3: the loss is nan"})
-    made = {row.name: row for row in tables.rows(stage, tables.final_records(stage, tmp_path / "results")["256"])}
+def test_a_diverged_run_is_no_result_and_is_named(stage: stages.Stage, tmp_path: Path) -> None:
+    folder = tmp_path / "results"
+    write_result(finals(stage, folder, "256")["better", 2], 2.6, folder, diverged="step 3: the loss is nan")
+    made = {row.name: row for row in tables.rows(stage, tables.final_records(stage, folder)["256"])}
     assert made["better"].verdict == "2 of 3 seeds" and len(made["better"].nll) == 2
+    assert "Diverged: better, 256 tokens, seed 2." in tables.section(stage, folder)
+
+
+@pytest.mark.parametrize("arm", ["control", "same"])
+@pytest.mark.parametrize("change", ["config", "parent", "texts"])
+def test_a_result_of_something_else_is_refused(stage: stages.Stage, tmp_path: Path, arm: str, change: str) -> None:
+    folder = tmp_path / "results"
+    job = finals(stage, folder, "256")[arm, 1]
+    other = {"config": {**job.config(), "seed": 7}, "parent": {**PARENT, "name": "b"}, "texts": {**TEXTS, "train": {}}}
+    write_result(job, 2.0, folder, **{change: other[change]})
+    with pytest.raises(ConfigError, match=f"another {'seed' if change == 'config' else change}"):
+        tables.section(stage, folder)
+
+
+def test_verdicts_before_every_seed_is_there_say_so(stage: stages.Stage, tmp_path: Path) -> None:
+    longer = replace(stage, final=replace(stage.final, seeds=(1, 2, 3, 4)))
+    made = {row.name: row for row in tables.rows(longer, tables.final_records(longer, tmp_path / "results")["256"])}
+    assert made["better"].verdict == "**win** so far, 3 of 4 seeds" and made["young"].verdict == "2 of 4 seeds"
 
 
 def test_figures_are_the_same_twice_and_need_results(stage: stages.Stage, tmp_path: Path) -> None:
@@ -156,10 +209,11 @@ def test_figures_are_the_same_twice_and_need_results(stage: stages.Stage, tmp_pa
 def test_bits_are_drawn_where_arms_differ_in_them(stage: stages.Stage, tmp_path: Path) -> None:
     folder = tmp_path / "results"
     assert figures.bits_figure(stage, folder) is None  # no result says what its weights cost
+    jobs = finals(stage, folder, "1k")
     for bits, (arm, grids) in enumerate({"ste": 1, "better": 1, "same": 2}.items(), start=1):
         for seed, nll in enumerate(LOSSES[arm], start=1):
             plan = {"bits_per_weight": float(bits), "grids": dict.fromkeys(map(str, range(grids)), 1)}
-            write_json(folder / arm / f"final-1k-seed{seed}.json", {**result(nll, seed, 0.001, 1024), "plan": plan})
+            write_result(jobs[arm, seed], nll, folder, plan=plan)
     drawn = figures.bits_figure(stage, folder)
     assert drawn is not None
     assert all(f">{name}<" in drawn for name in ("ste", "better", "same", "trained in full precision"))
