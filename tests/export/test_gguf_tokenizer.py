@@ -99,6 +99,20 @@ def test_a_token_that_only_llama_cpp_would_merge_is_refused(tmp_path: Path) -> N
         translate(tmp_path, record)
 
 
+def test_an_added_token_of_spaces_is_normal_where_merges_make_it(tmp_path: Path) -> None:
+    record = byte_fallback()
+    record["model"]["merges"] = [["▁", "▁"], *record["model"]["merges"]]
+    record["model"]["vocab"]["▁▁"] = 390
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
+    record["added_tokens"] += [{"id": 390, "content": "▁▁", **flags}, {"id": 391, "content": "<tool>", **flags}]
+    found = translate(tmp_path, record)
+    assert (found["tokens"][390], found["token_type"][390], found["scores"][390]) == ("▁▁", NORMAL, 0.0)
+    assert found["token_type"][391] == USER_DEFINED
+    record["added_tokens"].append({"id": 392, "content": "▁tool", **flags})
+    with pytest.raises(ExportError, match="no merges make the added token '▁tool'"):
+        translate(tmp_path, record)
+
+
 def test_byte_level_tokens_and_merges(tmp_path: Path) -> None:
     record = byte_level()
     found = translate(tmp_path, record, config={"bos_token_id": 0, "eos_token_id": [0, 5]}, pad_token="<|end|>")
