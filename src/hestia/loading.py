@@ -411,6 +411,7 @@ COPIED = (
     "merges.txt",
     "spiece.model",
     "chat_template*",
+    "additional_chat_templates/*.jinja",
     "generation_config.json",
 )
 """Files of a parent that its frozen child carries byte for byte."""
@@ -429,15 +430,17 @@ def save(model: PreTrainedModel, source: Source, folder: Path) -> None:
         for path in sorted(parent.glob(pattern)):
             if not path.is_file():
                 continue
-            if _leads_out(path):
+            if _leads_out(path, parent):
                 announce(f"{path}: not copied, it is a link to {path.resolve()}, out of the model's folder")
                 continue
-            shutil.copyfile(path, folder / path.name)
+            copy = folder / path.relative_to(parent)
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, copy)
 
 
-def _leads_out(path: Path) -> bool:
+def _leads_out(path: Path, folder: Path) -> bool:
     """Whether a model folder's file is a link to elsewhere; the hub's cache links to the blobs beside its snapshots."""
-    home = path.parent.resolve()
+    home = folder.resolve()
     blobs = home.parent.parent / "blobs"
     return not any(path.resolve().is_relative_to(place) for place in (home, blobs))
 

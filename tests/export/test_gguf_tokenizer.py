@@ -2,6 +2,7 @@
 
 import heapq
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -248,5 +249,17 @@ def test_chat_templates(tmp_path: Path) -> None:
     assert found["tokenizer.chat_templates"] == ["tools"]
     (tmp_path / "chat_template.jinja").write_bytes("{# é #}\r\n x".encode())
     assert translate(tmp_path, byte_level(), chat_template="no")["tokenizer.chat_template"] == "{# é #}\r\n x"
+    more = tmp_path / "additional_chat_templates"
+    more.mkdir()
+    (more / "tool_use.jinja").write_bytes("é\r\n".encode())
+    (more / "rag.jinja").write_text("c")
+    found = translate(tmp_path, byte_level(), chat_template=named)
+    assert found["tokenizer.chat_template"] == "{# é #}\r\n x"
+    assert found["tokenizer.chat_templates"] == ["rag", "tool_use"]
+    assert found["tokenizer.chat_template.tool_use"] == "é\r\n" and found["tokenizer.chat_template.rag"] == "c"
+    assert "tokenizer.chat_template.tools" not in found  # files outrank tokenizer_config.json
     (tmp_path / "chat_template.jinja").unlink()
+    found = translate(tmp_path, byte_level(), chat_template=named)
+    assert "tokenizer.chat_template" not in found and found["tokenizer.chat_templates"] == ["rag", "tool_use"]
+    shutil.rmtree(more)
     assert "tokenizer.chat_template" not in translate(tmp_path, byte_level())

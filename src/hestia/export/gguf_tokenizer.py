@@ -314,15 +314,19 @@ def _special_id(path: Path, token: Any, fallback: Any, ids: dict[str, int]) -> i
 
 
 def _chat_templates(folder: Path, settings: dict[str, Any]) -> dict[str, Value]:
-    """``tokenizer.chat_template``, byte for byte; named ones beside the default get keys of their own."""
+    """``tokenizer.chat_template``, byte for byte; named ones beside the default get keys of their own.
+
+    Files outrank tokenizer_config.json, as in transformers.
+    """
+    files = {file.stem: file for file in sorted((folder / "additional_chat_templates").glob("*.jinja"))}
     file = folder / "chat_template.jinja"
     if file.is_file():
-        template: Any = file.read_bytes().decode()
-    else:
-        template = settings.get("chat_template")
-    if isinstance(template, str):
-        return {"tokenizer.chat_template": Value("str", template)} if template else {}
-    named = {entry["name"]: entry["template"] for entry in template or []}
+        files = {"default": file, **files}
+    named = {name: file.read_bytes().decode() for name, file in files.items()}
+    if not named:
+        template: Any = settings.get("chat_template") or []
+        entries = [{"name": "default", "template": template}] if isinstance(template, str) else template
+        named = {entry["name"]: entry["template"] for entry in entries}
     default = named.pop("default", None)
     out = {f"tokenizer.chat_template.{name}": Value("str", text) for name, text in named.items()}
     if out:
