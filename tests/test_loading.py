@@ -13,8 +13,9 @@ import pytest
 import torch
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
 from toy_runs import make_parent
-from transformers import LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaForCausalLM
 
 from hestia import loading
 from hestia.errors import ConfigError
@@ -132,6 +133,87 @@ def test_a_tokenizer_that_is_missing_or_damaged(parent_copy: Path) -> None:
         loading.load_tokenizer(source)
 
 
+def edit_tokenizer(folder: Path, change: Callable[[dict[str, Any]], object], **settings: Any) -> Tokenizer:
+    """Change tokenizer.json and tokenizer_config.json, and give what the former says."""
+    path, config = folder / "tokenizer.json", folder / "tokenizer_config.json"
+    record = json.loads(path.read_text(encoding="utf-8"))
+    change(record)
+    path.write_text(json.dumps(record), encoding="utf-8")
+    config.write_text(json.dumps({**json.loads(config.read_text(encoding="utf-8")), **settings}), encoding="utf-8")
+    return Tokenizer.from_file(str(path))
+
+
+def _with_digits(record: dict[str, Any]) -> None:
+    """Every digit by itself, though the merges would join two."""
+    record["model"]["vocab"]["12"] = len(record["model"]["vocab"])
+    record["model"]["merges"].append(["1", "2"])
+    digits = {"type": "Digits", "individual_digits": True}
+    record["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [digits, record["pre_tokenizer"]]}
+
+
+def _as_llama_2(record: dict[str, Any]) -> None:
+    """Spaces as "▁" by a normalizer, and bytes for what is not in the vocabulary."""
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *"▁thecasonm", "▁t", "▁s"]
+    record["model"] |= {
+        "vocab": {piece: index for index, piece in enumerate(pieces)},
+        "merges": [["▁", "t"], ["▁", "s"]],
+        "unk_token": "<unk>",
+        "byte_fallback": True,
+        "fuse_unk": True,
+    }
+    replace = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+    record["normalizer"] = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}, replace]}
+    record["pre_tokenizer"] = None
+    shown = {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}
+    record["decoder"] = {"type": "Sequence", "decoders": [shown, {"type": "ByteFallback"}, {"type": "Fuse"}]}
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "text"),
+    [(_with_digits, "GPT2Tokenizer", "the 12 345"), (_as_llama_2, "LlamaTokenizer", " the cat")],
+)
+def test_a_class_that_drops_parts_of_tokenizer_json_gives_way_to_the_file(
+    parent_copy: Path,
+    change: Callable[[dict[str, Any]], object],
+    kind: str,
+    text: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(loading, "announce", said.append)
+    written = edit_tokenizer(parent_copy, change, tokenizer_class=kind)
+    named = AutoTokenizer.from_pretrained(parent_copy)
+    assert named(text)["input_ids"] != written.encode(text).ids
+    tokenizer = loading.load_tokenizer(loading.resolve(str(parent_copy)))
+    for one in (text, "<s>the cat", *loading.HARD_STRINGS):
+        assert tokenizer(one)["input_ids"] == written.encode(one).ids
+    assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.model_max_length) == ("<s>", "</s>", 64)
+    assert len(said) == 1 and f"{kind} cuts" in said[0]
+
+
+def test_a_class_that_cuts_as_its_file_does_stays(parent_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading, "announce", pytest.fail)
+    edit_tokenizer(parent_copy, lambda record: None, tokenizer_class="GPT2Tokenizer")
+    assert type(loading.load_tokenizer(loading.resolve(str(parent_copy)))).__name__ == "GPT2Tokenizer"
+
+
+def test_a_tokenizer_that_does_not_cover_the_hard_strings_is_loaded_as_before(parent_copy: Path) -> None:
+    words = {"type": "WordLevel", "vocab": {"the": 0, "cat": 1}, "unk_token": "<none>"}
+    written = edit_tokenizer(
+        parent_copy, lambda record: record.update(model=words, added_tokens=[], post_processor=None)
+    )
+    with pytest.raises(Exception, match="Missing"):
+        written.encode("the dog")
+    assert loading.load_tokenizer(loading.resolve(str(parent_copy)))("the")["input_ids"] == [0]
+
+
+def test_a_tokenizer_config_that_contradicts_tokenizer_json_is_refused(parent_copy: Path) -> None:
+    stripping = {"content": "<s>", "lstrip": True, "rstrip": True, "normalized": False, "special": True}
+    edit_tokenizer(parent_copy, lambda record: None, added_tokens_decoder={"1": stripping})
+    with pytest.raises(ConfigError, match=r"with tokenizer_config\.json '<s>the cat.* is not cut as tokenizer\.json"):
+        loading.load_tokenizer(loading.resolve(str(parent_copy)))
+
+
 @pytest.mark.slow
 def test_code_in_the_folder_is_run_only_when_asked_for(parent_copy: Path, tmp_path: Path) -> None:
     """A subprocess, because transformers keeps modules that it imported."""
@@ -212,6 +294,11 @@ def test_a_hub_that_does_not_answer_is_one_sentence(
 def test_a_frozen_child_carries_its_parents_tokenizer_files_byte_for_byte(parent_copy: Path, tmp_path: Path) -> None:
     (parent_copy / "chat_template.jinja").write_text("{{ messages }}", encoding="utf-8")
     (parent_copy / "evil.py").write_text("", encoding="utf-8")
+    named = Path("additional_chat_templates", "tool_use.jinja")
+    (parent_copy / named).parent.mkdir()
+    (parent_copy / named).write_bytes(b"{{ tools }}\r\n")
+    (parent_copy / named.parent / "evil.py").write_text("", encoding="utf-8")
+    (parent_copy / named.parent / "out.jinja").symlink_to("/etc/hostname")
     source = loading.resolve(str(parent_copy))
     model = loading.load_model(source)
     loading.cast_parameters(model, torch.bfloat16)
@@ -219,9 +306,16 @@ def test_a_frozen_child_carries_its_parents_tokenizer_files_byte_for_byte(parent
     names = {path.name for path in (tmp_path / "child").iterdir()}
     assert names == {
         "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
-        "chat_template.jinja",
+        "chat_template.jinja", "additional_chat_templates",
     }  # fmt: skip
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
+    assert [path.name for path in (tmp_path / "child" / named.parent).iterdir()] == ["tool_use.jinja"]
+    for name in (
+        str(named),
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+        "generation_config.json",
+    ):
         assert (tmp_path / "child" / name).read_bytes() == (parent_copy / name).read_bytes(), name
     assert {t.dtype for t in load_file(tmp_path / "child" / "model.safetensors").values()} == {torch.bfloat16}
 

@@ -29,7 +29,9 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
 )
+from transformers.utils.hub import cached_file
 
 from . import digests
 from .errors import ConfigError
@@ -262,32 +264,93 @@ def empty_model(source: Source, config: Any, *, trust_remote_code: bool = False)
         raise ConfigError(f"{source.name}: not a causal language model ({_first_line(error)})") from None
 
 
+HARD_STRINGS = (
+    "",
+    "the cat sat",
+    " one",
+    "  two spaces in front",
+    "trailing space ",
+    "\n\nlines\n \n",
+    "\ttabs\t and  gaps  ",
+    "crlf\r\nand\rcr",
+    "emoji 😀👩‍👩‍👧 and ½ ² Ⅷ ٣",
+    "0 12 345 6789 12345678 3.14 v2",
+    "Привет 你好 عربى हिन्दी 日本語 naïve",
+    "don't I'LL we've it's",
+    "\u00a0nbsp \u200bzero width",
+    "_init__(self): return {}[0];",
+    "<0x0A> ▁under",
+    "a" * 200,
+)
+
+
 def load_tokenizer(source: Source, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The model's tokenizer.
+    """The model's tokenizer, which cuts text as its tokenizer.json says.
+
+    Some classes of transformers 5 (GPT2Tokenizer, LlamaTokenizer) take little more than vocabulary and merges from it.
+    The model was trained with all of that file and engines read all of it, so where the class cuts ``hard_texts``
+    otherwise, the file is loaded as it is.
 
     Raises:
-        ConfigError: there is none, or it is damaged.
+        ConfigError: there is none, it is damaged, or tokenizer_config.json contradicts tokenizer.json.
     """
     if source.is_local:
         folder = Path(source.location)
         files = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "vocab.txt")
         if not any((folder / name).is_file() for name in files):
             raise ConfigError(f"{source.name}: no tokenizer in the folder (looked for {', '.join(files)})")
-        if (folder / "tokenizer.json").is_file():
-            _check_tokenizer(source, folder / "tokenizer.json")
+    file = _read(
+        source, "tokenizer", cached_file, filename="tokenizer.json", _raise_exceptions_for_missing_entries=False
+    )
+    written = None if file is None else _tokenizer_file(source, file)
     tokenizer = _read(source, "tokenizer", AutoTokenizer.from_pretrained, trust_remote_code=trust_remote_code)
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise ConfigError(
             f"{source.name}: tokenizer_config.json names {type(tokenizer).__name__}, which is no tokenizer"
         )
+    if written is not None and (text := _cut_otherwise(tokenizer, written)) is not None:
+        announce(
+            f"{source.name}: {type(tokenizer).__name__} cuts {text!r} unlike tokenizer.json, which is used instead"
+        )
+        tokenizer = _read(source, "tokenizer", PreTrainedTokenizerFast.from_pretrained)
+        if (text := _cut_otherwise(tokenizer, written)) is not None:
+            raise ConfigError(
+                f"{source.name}: with tokenizer_config.json {text!r} is not cut as tokenizer.json says; "
+                "make the two agree, engines read tokenizer.json alone"
+            )
     if not isinstance(tokenizer.model_max_length, (int, float)):
         raise ConfigError(f"{source.name}: tokenizer_config.json: model_max_length must be a number")
     return tokenizer
 
 
-def _check_tokenizer(source: Source, path: Path) -> None:
+def hard_texts(tokenizer: Tokenizer) -> list[str]:
+    """Texts that tell tokenizers apart: ``HARD_STRINGS``, and one with each of the first added tokens."""
+    added = [token for _, token in sorted(tokenizer.get_added_tokens_decoder().items())][:6]
+    marks = [token.content if token.special else token.content.replace("▁", " ") for token in added]
+    return [*HARD_STRINGS, *(f"{mark}the cat{mark}\nsat {mark}" for mark in marks)]
+
+
+def _cut_otherwise(tokenizer: PreTrainedTokenizerBase, written: Tokenizer) -> str | None:
+    """The first of ``hard_texts`` that ``tokenizer`` cuts in another way than its file; None where there is none."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:  # written in Python: there is nothing to load from the file in its place
+        return None
+    return next((text for text in hard_texts(written) if _ids(backend, text) != _ids(written, text)), None)
+
+
+def _ids(tokenizer: Tokenizer, text: str) -> list[int] | None:
+    """Token ids; None for what the vocabulary does not cover."""
     try:
-        tokenizer = Tokenizer.from_file(str(path))
+        return tokenizer.encode(text).ids
+    except Exception as error:
+        if type(error) is not Exception:  # as in ``_tokenizer_file``
+            raise
+        return None
+
+
+def _tokenizer_file(source: Source, path: str) -> Tokenizer:
+    try:
+        tokenizer = Tokenizer.from_file(path)
     except Exception as error:
         if type(error) is not Exception:  # what the library raises for a bad file has no class of its own
             raise
@@ -295,6 +358,7 @@ def _check_tokenizer(source: Source, path: Path) -> None:
     largest = max(tokenizer.get_vocab().values(), default=0)
     if largest >= LARGEST["vocab_size"]:
         raise ConfigError(f"{source.name}: tokenizer.json holds token id {largest}, and no vocabulary is that large")
+    return tokenizer
 
 
 def check_vocabulary(source: Source, config: Any, largest: int) -> None:
@@ -347,6 +411,7 @@ COPIED = (
     "merges.txt",
     "spiece.model",
     "chat_template*",
+    "additional_chat_templates/*.jinja",
     "generation_config.json",
 )
 """Files of a parent that its frozen child carries byte for byte."""
@@ -365,15 +430,17 @@ def save(model: PreTrainedModel, source: Source, folder: Path) -> None:
         for path in sorted(parent.glob(pattern)):
             if not path.is_file():
                 continue
-            if _leads_out(path):
+            if _leads_out(path, parent):
                 announce(f"{path}: not copied, it is a link to {path.resolve()}, out of the model's folder")
                 continue
-            shutil.copyfile(path, folder / path.name)
+            copy = folder / path.relative_to(parent)
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, copy)
 
 
-def _leads_out(path: Path) -> bool:
+def _leads_out(path: Path, folder: Path) -> bool:
     """Whether a model folder's file is a link to elsewhere; the hub's cache links to the blobs beside its snapshots."""
-    home = path.parent.resolve()
+    home = folder.resolve()
     blobs = home.parent.parent / "blobs"
     return not any(path.resolve().is_relative_to(place) for place in (home, blobs))
 

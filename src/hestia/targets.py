@@ -162,7 +162,12 @@ def _gguf(first: StorageType, loads_in: str, caution: str = "") -> Target:
 TARGETS: dict[str, Target] = {
     t.name: t
     for t in (
-        Target("hf", (PACK2,), "transformers (with compressed-tensors), vLLM (CUDA), llama.cpp's converter"),
+        Target(
+            "hf",
+            (PACK2,),
+            "transformers (with compressed-tensors), vLLM (CUDA), llama.cpp's converter",
+            "the converter does not take rows that share no factor of 32",
+        ),
         Target(
             "hf:int4",
             (PACK4,),

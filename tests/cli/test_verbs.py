@@ -10,6 +10,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 from toy_runs import QUICK, Invoke
 
+from hestia.cli.export import summary
 from hestia.cli.main import main
 
 
@@ -72,6 +73,14 @@ def test_train_follows_its_plan(invoke: Invoke, toy_parent: Path, toy_text: Path
     status, _, err = invoke(*again)
     assert status == 2
     assert "holds a run by another plan" in err
+
+
+def test_what_an_export_gives_up_is_said(tmp_path: Path) -> None:
+    checked = {"engine": None, "notes": ["not run"]}
+    entry = {"bytes": 7, "verify": checked, "caution": "not for every engine"}
+    assert summary(tmp_path, entry)[1:] == ["not for every engine", "not run"]
+    del entry["caution"]
+    assert summary(tmp_path, entry)[1:] == ["not run"]
 
 
 def test_export_then_verify(invoke: Invoke, toy_run: Path, tmp_path: Path) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,20 +15,26 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks" / "exports"))
 import toy_architectures
 
 from hestia.errors import ExportError
-from hestia.export import export_model, llama_cpp
+from hestia.export import engines, export_model, llama_cpp, mlx_engine
 from hestia.export.gguf import export_gguf
 from hestia.export.gguf_check import check_gguf
 from hestia.export.gguf_reader import open_checked
+from hestia.export.huggingface import load, logits
+from hestia.export.mlx import export_mlx, mlx_config
 from hestia.export.verify import verify
 from hestia.targets import target
 
+LINEAR = {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0}
+DEFAULT = {"rope_type": "default", "rope_theta": 1e4}
 IDS = torch.tensor([[(i * 7919) % 380 for i in range(40)]])
 
 
 @pytest.mark.parametrize("kind", toy_architectures.ARCHITECTURES)
 def test_exact_in_gguf_and_run_where_llama_cpp_is(tmp_path: Path, kind: str) -> None:
     architecture = toy_architectures.ARCHITECTURES[kind]
-    frozen = toy_architectures.freeze(architecture.build(), tmp_path / "run", tokenizer=architecture.tokenizer())
+    width = {"hidden_size": 320} if kind == "Gemma 3" else {}  # its root, the embedding's scale, is not exact in bf16
+    model = architecture.build(**width)
+    frozen = toy_architectures.freeze(model, tmp_path / "run", tokenizer=architecture.tokenizer())
     path = tmp_path / "a.gguf"
     export_gguf(frozen, target("gguf:q2_0"), path)
     assert check_gguf(path, frozen, "gguf:q2_0") == []
@@ -85,3 +93,63 @@ def test_settings_that_llama_cpp_has_built_in_otherwise(
     frozen.config.update(change)
     with pytest.raises(ExportError, match=message):
         export_gguf(frozen, target("gguf:q2_0"), tmp_path / "a.gguf")
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "message"),
+    [
+        ("Gemma 3", {"layer_types": ["sliding_attention"] * 5}, "n at most 5"),
+        ("Gemma 3", {"layer_types": ["sliding_attention", "full_attention", "full_attention"]}, "n at most 3"),
+        ("Gemma 3", {"final_logit_softcapping": 30.0}, "mlx-lm has no final_logit_softcapping"),
+        ("Gemma 3", {"use_bidirectional_attention": True}, "mlx-lm has no use_bidirectional_attention"),
+        ("Gemma 3", {"rope_parameters": {"full_attention": DEFAULT, "sliding_attention": LINEAR}}, "windowed layers"),
+        ("Llama, own head", {"hidden_act": "gelu"}, "llama in mlx-lm uses silu, the model gelu"),
+    ],
+)
+def test_settings_that_mlx_lm_has_built_in_otherwise(
+    tmp_path: Path, kind: str, change: dict[str, object], message: str
+) -> None:
+    frozen = toy_architectures.freeze(toy_architectures.ARCHITECTURES[kind].build(), tmp_path / "run")
+    frozen.config.update(change)
+    with pytest.raises(ExportError, match=message):
+        export_mlx(frozen, tmp_path / "out")
+    assert [p.name for p in tmp_path.iterdir()] == ["run"]
+
+
+def test_the_rope_scaling_of_full_layers_is_where_mlx_lm_reads_it(tmp_path: Path) -> None:
+    rope = {"full_attention": LINEAR, "sliding_attention": DEFAULT}
+    model = toy_architectures.ARCHITECTURES["Gemma 3"].build(rope_parameters=rope, hidden_size=320)
+    frozen = toy_architectures.freeze(model, tmp_path / "run", tokenizer=toy_architectures.byte_fallback())
+    config = mlx_config(frozen)
+    assert config["rope_scaling"] == {"rope_type": "linear", "factor": 8.0}
+    assert (config["rope_theta"], config["rope_local_base_freq"], config["sliding_window_pattern"]) == (1e6, 1e4, 6)
+    export_mlx(frozen, tmp_path / "out")
+    if mlx_engine.available():
+        result = verify(tmp_path / "out", frozen.run, token_ids=IDS)
+        assert result.ok, result.differences
+
+
+def test_gemma_3_is_compared_with_mlx_lm_at_its_scale_of_the_embedding(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = toy_architectures.ARCHITECTURES["Gemma 3"].build(hidden_size=320)
+    frozen = toy_architectures.freeze(model, tmp_path / "run", tokenizer=toy_architectures.byte_fallback())
+    export_mlx(frozen, tmp_path / "out")
+
+    def computed(scale: float) -> Callable[[Path, list[list[int]]], np.ndarray]:
+        def answer(path: Path, ids: list[list[int]]) -> np.ndarray:
+            engine = load(frozen.folder)
+            embedding = engine.get_input_embeddings()
+            embedding.register_forward_hook(lambda module, given, out: out / 320**0.5 * scale)
+            return logits(engine, torch.tensor(ids)).numpy()
+
+        return answer
+
+    monkeypatch.setattr(engines, "version", lambda package: "0.32")
+    monkeypatch.setattr(mlx_engine, "available", lambda: True)
+    monkeypatch.setattr(mlx_engine, "logits", computed(17.875))
+    result = verify(tmp_path / "out", frozen.run, token_ids=IDS)
+    assert result.ok, result.differences
+    assert any("17.8885 as 17.875" in note for note in result.notes)
+    monkeypatch.setattr(mlx_engine, "logits", computed(320**0.5))
+    assert "logits: differ by" in verify(tmp_path / "out", frozen.run, token_ids=IDS).differences[0]

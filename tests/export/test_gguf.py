@@ -59,6 +59,9 @@ def byte_fallback() -> dict[str, Any]:
         ],
     }
     record["pre_tokenizer"] = None
+    shown = {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}
+    strip = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
+    record["decoder"] = {"type": "Sequence", "decoders": [shown, {"type": "ByteFallback"}, {"type": "Fuse"}, strip]}
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     record["added_tokens"] = [{"id": i, "content": c, "special": True, **flags} for i, c in enumerate(specials)]
     bos = {"SpecialToken": {"id": "<s>", "type_id": 0}}

@@ -135,7 +135,8 @@ def test_mutations_never_pass_for_the_file_that_was_written(tiny: bytes, tmp_pat
 )
 def test_hostile_names_and_headers(tiny: bytes, old: bytes, new: bytes, message: str) -> None:
     at = tiny.index(old) if old in tiny[:64] or b"general" in old else tiny.rindex(old)
-    assert message in outcome(tiny[:at] + new + tiny[at + len(old) :])
+    found = outcome(tiny[:at] + new + tiny[at + len(old) :])
+    assert message in found if message else found == ""  # an unknown key is well-formed
 
 
 def test_tensors_may_not_overlap_repeat_or_leave_the_file(tiny: bytes) -> None:

@@ -2,6 +2,7 @@
 
 import heapq
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,20 @@ def test_a_token_that_only_llama_cpp_would_merge_is_refused(tmp_path: Path) -> N
     record["model"]["vocab"] = single | {"th": 390, "he": 391, "the": 392}
     # "the" is merged as th + e, which is no merge: HF never makes it, llama.cpp would
     with pytest.raises(ExportError, match=r"never make the token 'the', but llama\.cpp would, from 'th' \+ 'e'"):
+        translate(tmp_path, record)
+
+
+def test_an_added_token_of_spaces_is_normal_where_merges_make_it(tmp_path: Path) -> None:
+    record = byte_fallback()
+    record["model"]["merges"] = [["▁", "▁"], *record["model"]["merges"]]
+    record["model"]["vocab"]["▁▁"] = 390
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
+    record["added_tokens"] += [{"id": 390, "content": "▁▁", **flags}, {"id": 391, "content": "<tool>", **flags}]
+    found = translate(tmp_path, record)
+    assert (found["tokens"][390], found["token_type"][390], found["scores"][390]) == ("▁▁", NORMAL, 0.0)
+    assert found["token_type"][391] == USER_DEFINED
+    record["added_tokens"].append({"id": 392, "content": "▁tool", **flags})
+    with pytest.raises(ExportError, match="no merges make the added token '▁tool'"):
         translate(tmp_path, record)
 
 
@@ -234,5 +249,17 @@ def test_chat_templates(tmp_path: Path) -> None:
     assert found["tokenizer.chat_templates"] == ["tools"]
     (tmp_path / "chat_template.jinja").write_bytes("{# é #}\r\n x".encode())
     assert translate(tmp_path, byte_level(), chat_template="no")["tokenizer.chat_template"] == "{# é #}\r\n x"
+    more = tmp_path / "additional_chat_templates"
+    more.mkdir()
+    (more / "tool_use.jinja").write_bytes("é\r\n".encode())
+    (more / "rag.jinja").write_text("c")
+    found = translate(tmp_path, byte_level(), chat_template=named)
+    assert found["tokenizer.chat_template"] == "{# é #}\r\n x"
+    assert found["tokenizer.chat_templates"] == ["rag", "tool_use"]
+    assert found["tokenizer.chat_template.tool_use"] == "é\r\n" and found["tokenizer.chat_template.rag"] == "c"
+    assert "tokenizer.chat_template.tools" not in found  # files outrank tokenizer_config.json
     (tmp_path / "chat_template.jinja").unlink()
+    found = translate(tmp_path, byte_level(), chat_template=named)
+    assert "tokenizer.chat_template" not in found and found["tokenizer.chat_templates"] == ["rag", "tool_use"]
+    shutil.rmtree(more)
     assert "tokenizer.chat_template" not in translate(tmp_path, byte_level())

@@ -75,7 +75,8 @@ def test_reloaded_model_is_the_frozen_model(tmp_path: Path, case: str) -> None:
     frozen = freeze(make(), tmp_path / "run", **options)
     assert choose_scheme(frozen) == scheme
     out = tmp_path / "out"
-    export_hf(frozen, out)
+    record = export_hf(frozen, out)
+    assert ("llama.cpp's converter does not load" in record.get("caution", "")) == (scheme.strategy == "channel")
 
     assert torch.equal(logits(load(frozen.folder), IDS), logits(load(out), IDS))
     model = AutoModelForCausalLM.from_pretrained(out)

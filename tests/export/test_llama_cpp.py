@@ -62,6 +62,22 @@ def test_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         llama_cpp.logits(tmp_path / "a.gguf", [1])
 
 
+def test_a_token_longer_than_the_buffer_is_read_whole() -> None:
+    class Library:
+        texts = (b"", b"x" * 32, "▁".encode() * 40)
+
+        def llama_token_to_piece(
+            self, vocabulary: object, token: int, buffer: Any, size: int, strip: int, special: bool
+        ) -> int:
+            text = self.texts[token]
+            if len(text) > size:
+                return -len(text)
+            buffer[: len(text)] = text
+            return len(text)
+
+    assert tuple(llama_cpp._piece(Library(), None, token) for token in range(3)) == Library.texts
+
+
 class TestEngine:
     pytestmark = needs_llama_cpp
 
@@ -110,6 +126,8 @@ class TestEngine:
         texts = [*HARD, test_gguf.TEXT, "<s> the cat" if tokenizer == "byte_fallback" else "<|end|>the cat"]
         found = llama_cpp.tokenize_all(tmp_path / "a.gguf", texts)
         assert found == [hf.encode(text).ids for text in texts]
+        said = [hf.decode(ids, skip_special_tokens=False) for ids in found]
+        assert llama_cpp.decode_all(tmp_path / "a.gguf", found) == said
 
     def test_generation_is_greedy(self, tmp_path: Path) -> None:
         frozen = make_run(tmp_path / "run", tokenizer=byte_fallback, bos_token_id=1, eos_token_id=2)

@@ -14,7 +14,7 @@ from hestia.errors import PlanError
 from hestia.export.frozen import FrozenModel
 from hestia.export.huggingface import load, logits
 from hestia.export.refit import refit, refit_tensor
-from hestia.quant import TERNARY, QuantizedTensor, Quantizer, QuantSpec, snap
+from hestia.quant import INT3, INT4, TERNARY, Grid, QuantizedTensor, Quantizer, QuantSpec, snap
 from hestia.targets import target
 
 
@@ -51,6 +51,14 @@ def test_equal_scales_are_refitted_without_any_loss() -> None:
     assert not refit_tensor(zero, TERNARY, 128).dense().any()
 
 
+@pytest.mark.parametrize("grid", [INT3, INT4])
+def test_refitted_weights_of_wider_grids_are_exact_in_bf16(grid: Grid) -> None:
+    weight = torch.randn(16, 512, generator=torch.Generator().manual_seed(0))
+    after = refit_tensor(Quantizer(QuantSpec(group_size=32, grid=grid)).codes(weight), grid, 256)
+    assert torch.equal(after.dense(torch.bfloat16).float(), after.dense())
+    assert torch.equal(after.dense(torch.float16).float(), after.dense())
+
+
 def test_a_run_whose_groups_are_too_fine(tmp_path: Path) -> None:
     frozen = freeze(llama(), tmp_path / "run", QuantSpec(group_size=32), torch.bfloat16)
     before = {name: frozen.codes(name).dense() for name in frozen.quantized}
@@ -84,4 +92,6 @@ def test_nothing_is_refitted_where_all_fits_or_where_it_would_not_help(tmp_path:
     assert refit(frozen, target("hf")) is None
     with pytest.raises(PlanError, match="coarser scales do not help: TQ2_0 stores rows in blocks of 256"):
         refit(frozen, target("gguf:tq2_0"))
-    assert not (frozen.run / "refits").exists()
+    fine_groups = freeze(llama(), tmp_path / "fine", QuantSpec(group_size=32))
+    assert refit(fine_groups, target("gguf:mixed")) is None
+    assert not (frozen.run / "refits").exists() and not (fine_groups.run / "refits").exists()

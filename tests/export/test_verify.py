@@ -297,7 +297,8 @@ def test_compare_logits_against_the_definition() -> None:
         compare_logits(a, b[..., :10])
 
 
-def test_gguf_is_held_to_what_its_rounding_explains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("head", ["q8_0", "bf16"])
+def test_gguf_is_held_to_what_its_rounding_explains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, head: str) -> None:
     """Without llama.cpp: the engine is played by the emulation, with noise on top that it does not explain."""
     from test_gguf import WIDE, make_run
 
@@ -307,7 +308,7 @@ def test_gguf_is_held_to_what_its_rounding_explains(tmp_path: Path, monkeypatch:
 
     frozen = make_run(tmp_path / "run", **WIDE)
     file = tmp_path / "model.gguf"
-    record = export_gguf(frozen, target("gguf:tq2_0"), file, head="q8_0")
+    record = export_gguf(frozen, target("gguf:tq2_0"), file, head=head)
     assert record["head"]["exact"] is False
     assert 1e-4 < record["head"]["tensors"]["token_embd.weight"]["relative_error"] < 0.02
     ids = torch.arange(40).reshape(2, 20) % 300
@@ -339,6 +340,26 @@ def test_gguf_is_held_to_what_its_rounding_explains(tmp_path: Path, monkeypatch:
     result = verify(file, frozen.run, token_ids=ids)
     assert result.ok and result.engine is None
     assert result.notes == ("llama-cpp-python not installed: engine check skipped",)
+
+
+def test_an_exact_head_costs_nothing_and_is_not_said_to_be_rounded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from test_gguf import make_run
+
+    from hestia.export import tokenizer_check
+    from hestia.export.gguf import export_gguf
+    from hestia.targets import target
+
+    frozen = make_run(tmp_path / "run", dtype=torch.bfloat16)
+    export_gguf(frozen, target("gguf:q2_0"), tmp_path / "a.gguf", head="bf16")
+    ids = torch.arange(20).reshape(1, 20)
+    engine = engines.logits(load(frozen.folder), ids).numpy()
+    monkeypatch.setattr(engines, "version", lambda package: "0.3")
+    monkeypatch.setattr(engines.llama_cpp, "available", lambda: True)
+    monkeypatch.setattr(tokenizer_check, "compare_tokenizers", lambda path, folder: tokenizer_check.Tokens(3, 3))
+    monkeypatch.setattr(engines.llama_cpp, "logits_all", lambda path, ids: engine)
+    assert "head_nll_change" not in verify(tmp_path / "a.gguf", frozen.run, token_ids=ids).details
 
 
 def test_target_of_a_gguf_file_comes_from_the_report_then_from_the_file(

@@ -80,6 +80,7 @@ def summary(path: Path, entry: dict[str, Any]) -> list[str]:
         lines.append(
             f"REFITTED: {entry['refit']['tensors']} tensors to groups of {entry['refit']['group_size']}; NLL {measured}"
         )
+    lines += [entry["caution"]] if "caution" in entry else []
     return lines + list(checked["notes"])
 
 

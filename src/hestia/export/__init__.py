@@ -35,7 +35,7 @@ def export_model(
         target: a name of ``hestia.targets.TARGETS``.
         path: the folder (hf) or file (gguf) to create.
         fallback: let single tensors that the format's own type cannot hold be stored as another exact type.
-        head: how a GGUF file stores embedding and head: ``auto`` keeps every number, ``f16`` and ``q8_0`` may round.
+        head: how a GGUF file stores embedding and head: ``auto`` and ``f32`` keep every number, others may round.
 
     Returns:
         ``{"target", "path", "bytes", ...}``; the exporter adds what it knows.

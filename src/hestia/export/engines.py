@@ -2,7 +2,7 @@
 
     hf, hf:int4   transformers: the same logits, to ``LOGIT_TOLERANCE``
     gguf:*        llama.cpp on the CPU, within the divergence of an emulation of its activation rounding
-    mlx           mlx-lm on its CPU backend, to ``MLX_TOLERANCE``
+    mlx           mlx-lm on its CPU backend, to ``MLX_TOLERANCE``, with its bf16 factor of Gemma 3's embeddings
 
 For ``gguf`` the frozen model runs twice in PyTorch: as it is, and with the rounding of llama.cpp's kernels put in
 front of every linear layer (``activations``). With KL and next-token NLL taken over the same text,
@@ -17,7 +17,7 @@ table).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -128,12 +128,13 @@ def _run_gguf(path: Path, frozen: FrozenModel, target: str, token_ids: Tensor) -
     except ExportError as error:
         raise VerifyError(str(error)) from None
     layout = expected_layout(file, frozen, target_named(target))
-    kept = {e.source: e for e in layout.entries if e.path is None and e.storage.name in ("Q8_0", "F16")}
+    kept = {e.source: e for e in layout.entries if e.path is None and e.storage.name in ("Q8_0", "F16", "BF16")}
     stored = {
         name: stored_values(frozen, entry, np.arange(entry.shape[0]))
         for name, entry in kept.items()
         if name in ("model.embed_tokens.weight", "lm_head.weight")
     }
+    stored = {name: values for name, values in stored.items() if not torch.equal(values, frozen.tensor(name).float())}
     model = load(frozen.folder)
     reference = logits(model, token_ids)
     with emulating(model, {}, stored):
@@ -190,7 +191,19 @@ def _judge(engine: str, token_ids: Tensor, computed: dict[str, Tensor], *, only_
 def _run_mlx(path: Path, frozen: FrozenModel, token_ids: Tensor) -> Ran:
     if not mlx_engine.available():
         return Ran(notes=["mlx-lm not installed: engine check skipped"])
-    reference = logits(load(frozen.folder), token_ids)
+    model = load(frozen.folder)
+    notes = _round_embedding_scale(model) if frozen.config["model_type"] == "gemma3_text" else []
+    reference = logits(model, token_ids)
     engine = f"mlx-lm {version('mlx-lm')} on mlx {version('mlx')}"
     other = torch.as_tensor(mlx_engine.logits(path, token_ids.tolist()))
-    return _exactly(engine, reference, other, token_ids, MLX_TOLERANCE)
+    return replace(_exactly(engine, reference, other, token_ids, MLX_TOLERANCE), notes=notes)
+
+
+def _round_embedding_scale(model: Any) -> list[str]:
+    """Give Gemma 3 the factor of its embeddings, sqrt(hidden_size), in bf16 as mlx-lm has it, and say so."""
+    embedding = model.get_input_embeddings()
+    exact = embedding.embed_scale
+    embedding.embed_scale = exact.bfloat16().float()
+    if embedding.embed_scale == exact:
+        return []
+    return [f"mlx-lm takes the embeddings' factor {float(exact):g} as {float(embedding.embed_scale):g}: compared so"]

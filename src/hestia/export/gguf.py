@@ -2,7 +2,7 @@
 
 ``gguf_layout`` says what the file of a frozen model must hold; here that is written, tensor by tensor and piece by
 piece; ``gguf_check`` reads a file back with a parser of its own and compares. Quantized tensors keep their codes and
-scales. Kept ones keep every number, unless ``head`` asks for f16 or q8_0 embeddings, which round, and then say so.
+scales. Kept ones keep every number, unless ``head`` asks for f16, bf16 or q8_0, which round, and then say so.
 """
 
 from __future__ import annotations

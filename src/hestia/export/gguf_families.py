@@ -129,11 +129,7 @@ def shape_of(where: Path, config: dict[str, Any]) -> Shape:
     """
     family = family_of(where, config)
     arch = family.arch
-    activation = config.get("hidden_activation") or config.get("hidden_act")
-    if activation != family.activation:
-        raise ExportError(
-            f"{where}: {config['model_type']} in llama.cpp uses {family.activation}, the model {activation}"
-        )
+    check_activation(where, config, family, "llama.cpp")
     try:
         hidden, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
         kv_heads, blocks = int(config.get("num_key_value_heads") or heads), int(config["num_hidden_layers"])
@@ -168,6 +164,19 @@ def shape_of(where: Path, config: dict[str, Any]) -> Shape:
     if config["model_type"] == "smollm3":
         _check_smollm3(where, config, blocks)
     return Shape(family, heads, kv_heads, blocks, tied, metadata, factors)
+
+
+def check_activation(where: Path, config: dict[str, Any], family: Family, engine: str) -> None:
+    """Check that the model's activation is the one that engines compute for its family.
+
+    Raises:
+        ExportError: it is another.
+    """
+    activation = config.get("hidden_activation") or config.get("hidden_act")
+    if activation != family.activation:
+        raise ExportError(
+            f"{where}: {config['model_type']} in {engine} uses {family.activation}, the model {activation}"
+        )
 
 
 def _gemma_keys(

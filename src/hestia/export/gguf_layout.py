@@ -2,7 +2,7 @@
 
     quantized tensors   their codes and scales, in the target's type or another exact one
     embedding and head  the smallest dense type that keeps every number (F16, BF16, else F32), or what ``--head`` says:
-                        f16 and q8_0 may round, and then the file says so
+                        f16, bf16 and q8_0 may round, and then the export says so
     vectors             F32
     other matrices      as the embedding under ``auto``
 

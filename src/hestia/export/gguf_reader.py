@@ -106,6 +106,11 @@ class File:
         raw = dict(self.metadata).get(key)
         return int(struct.unpack("<I", raw.items[0])[0]) if raw is not None and raw.type == "u32" else None
 
+    def flag(self, key: str) -> bool:
+        """Whether a bool is stored under ``key`` and true."""
+        raw = dict(self.metadata).get(key)
+        return raw is not None and raw.type == "bool" and raw.items[0] != b"\0"
+
     def stored(self, info: Info) -> Bytes:
         """The bytes of one tensor."""
         start = self.data_start + info.offset

@@ -11,8 +11,13 @@ l+r alone, in the order in which l+r by itself would be merged. So if l+r by its
 it that ever occurs is the last one of that run, and its rank is the token's score. Tokens that by themselves never
 become one token, and that have a split which is no merge, would be merged by llama.cpp alone: these are refused.
 
-Known and accepted differences: llama.cpp does no Unicode normalization (NFC), and puts the space prefix of
-SentencePiece-style models behind every special token and before text that already starts with a space.
+An added token of spaces, "▁▁" in Gemma, is a normal token in the file: merges make it of spaces in both libraries, and
+llama.cpp prints the "▁" of a user-defined token as it is. (Its own converter stores such tokens with spaces and so has
+them matched before merging, which cuts the longest runs in other places.)
+
+Known and accepted differences: llama.cpp does no Unicode normalization (NFC), takes a "▁" in the text for a space, and
+puts the space prefix of SentencePiece-style models behind every special token and before text that already starts with
+a space.
 
 Sources: tokenizers 0.23 (models/bpe), llama.cpp 0c1e57098 (src/llama-vocab.cpp).
 """
@@ -88,9 +93,12 @@ def tokenizer_metadata(folder: Path, config: dict[str, Any], rows: int) -> dict[
         if model.get(option):
             raise ExportError(f"{path}: llama.cpp's BPE has no {option}, the tokenizer sets {model[option]!r}")
 
-    tokens, types = _vocabulary(path, tokenizer, rows)
-    ids = {text: index for index, text in enumerate(tokens)}
     merges = [tuple(m.split(" ", 1)) if isinstance(m, str) else tuple(m) for m in model.get("merges", [])]
+    ranks: dict[tuple[str, ...], int] = {}
+    for rank, pair in enumerate(merges):
+        ranks.setdefault(pair, rank)
+    tokens, types = _vocabulary(path, tokenizer, rows, ranks)
+    ids = {text: index for index, text in enumerate(tokens)}
     out: dict[str, Value] = {}
     if model.get("byte_fallback"):
         if model.get("ignore_merges"):
@@ -101,7 +109,7 @@ def tokenizer_metadata(folder: Path, config: dict[str, Any], rows: int) -> dict[
         out["tokenizer.ggml.model"] = Value("str", "llama")
         out["tokenizer.ggml.pre"] = Value("str", "default")
         out["tokenizer.ggml.tokens"] = Value("str[]", tokens)
-        out["tokenizer.ggml.scores"] = Value("f32[]", _scores(path, tokens, merges))
+        out["tokenizer.ggml.scores"] = Value("f32[]", _scores(path, tokens, ranks))
         out["tokenizer.ggml.token_type"] = Value("i32[]", types)
         out["tokenizer.ggml.add_space_prefix"] = Value("bool", _space_prefix(path, tokenizer, tokens, types))
     else:
@@ -135,7 +143,9 @@ def tokenizer_metadata(folder: Path, config: dict[str, Any], rows: int) -> dict[
     return out
 
 
-def _vocabulary(path: Path, tokenizer: dict[str, Any], rows: int) -> tuple[list[str], list[int]]:
+def _vocabulary(
+    path: Path, tokenizer: dict[str, Any], rows: int, ranks: dict[tuple[str, ...], int]
+) -> tuple[list[str], list[int]]:
     """Text and type of every token id, ``rows`` of each."""
     model = tokenizer["model"]
     entries: dict[int, tuple[str, int]] = {}
@@ -152,7 +162,15 @@ def _vocabulary(path: Path, tokenizer: dict[str, Any], rows: int) -> tuple[list[
                 f"{path}: the added token {added['content']!r} is matched after normalization, which llama.cpp does "
                 "not do; add it with normalized=False"
             )
-        entries[added["id"]] = (added["content"], CONTROL if added.get("special") else USER_DEFINED)
+        kind = CONTROL if added.get("special") else USER_DEFINED
+        if kind == USER_DEFINED and model.get("byte_fallback") and "▁" in added["content"]:
+            if added["content"] not in model["vocab"] or _completing_rank(added["content"], ranks) is None:
+                raise ExportError(
+                    f"{path}: no merges make the added token {added['content']!r}, and llama.cpp would print its '▁', "
+                    "which transformers prints as a space"
+                )
+            kind = NORMAL
+        entries[added["id"]] = (added["content"], kind)
     unknown = model.get("unk_token")
     if unknown is not None and model.get("byte_fallback") and unknown in model["vocab"]:
         entries[model["vocab"][unknown]] = (unknown, UNKNOWN)
@@ -171,11 +189,8 @@ def _vocabulary(path: Path, tokenizer: dict[str, Any], rows: int) -> tuple[list[
     return tokens, types
 
 
-def _scores(path: Path, tokens: list[str], merges: list[tuple[str, ...]]) -> list[float]:
+def _scores(path: Path, tokens: list[str], ranks: dict[tuple[str, ...], int]) -> list[float]:
     """Minus the rank of the merge that completes each token, 0 for tokens that no merge makes."""
-    ranks: dict[tuple[str, ...], int] = {}
-    for rank, pair in enumerate(merges):
-        ranks.setdefault(pair, rank)
     known = set(tokens)
     scores: list[float] = []
     for token in tokens:
@@ -299,15 +314,19 @@ def _special_id(path: Path, token: Any, fallback: Any, ids: dict[str, int]) -> i
 
 
 def _chat_templates(folder: Path, settings: dict[str, Any]) -> dict[str, Value]:
-    """``tokenizer.chat_template``, byte for byte; named ones beside the default get keys of their own."""
+    """``tokenizer.chat_template``, byte for byte; named ones beside the default get keys of their own.
+
+    Files outrank tokenizer_config.json, as in transformers.
+    """
+    files = {file.stem: file for file in sorted((folder / "additional_chat_templates").glob("*.jinja"))}
     file = folder / "chat_template.jinja"
     if file.is_file():
-        template: Any = file.read_bytes().decode()
-    else:
-        template = settings.get("chat_template")
-    if isinstance(template, str):
-        return {"tokenizer.chat_template": Value("str", template)} if template else {}
-    named = {entry["name"]: entry["template"] for entry in template or []}
+        files = {"default": file, **files}
+    named = {name: file.read_bytes().decode() for name, file in files.items()}
+    if not named:
+        template: Any = settings.get("chat_template") or []
+        entries = [{"name": "default", "template": template}] if isinstance(template, str) else template
+        named = {entry["name"]: entry["template"] for entry in entries}
     default = named.pop("default", None)
     out = {f"tokenizer.chat_template.{name}": Value("str", text) for name, text in named.items()}
     if out:

@@ -1,7 +1,8 @@
 """The frozen model as a Hugging Face folder: compressed-tensors ``pack-quantized``, two or four bits a weight.
 
-``AutoModelForCausalLM.from_pretrained(PATH)`` loads it (with compressed-tensors installed), and so do vLLM and
-llama.cpp's converter. For a quantized linear ``X`` of shape ``[O, I]`` the tensor ``X.weight`` becomes
+``AutoModelForCausalLM.from_pretrained(PATH)`` loads it (with compressed-tensors installed), and so do vLLM and, with
+scales in groups, llama.cpp's converter. For a quantized linear ``X`` of shape ``[O, I]`` the tensor ``X.weight``
+becomes
 
     X.weight_packed  int32 [O, ceil(I / 16)]   code + 2, sixteen consecutive inputs a word, least significant bits
                                                first, the last word of a row filled with zero bits; at four bits
@@ -14,7 +15,8 @@ own unpacking is the second opinion in the tests; nothing of it is called here.
 
 The whole model has one config group, because llama.cpp's converter and transformers' ``dequantize=True`` take no
 more. ``choose_scheme`` picks it: ``group`` with the scales repeated wherever a common group length divides every row,
-since that is what most engines load, else ``channel``, one scale a row.
+since that is what most engines load, else ``channel``, one scale a row, which llama.cpp's converter refuses (groups of
+a smaller common factor would be several times as large, and no GPU kernel has them).
 
 This file and ``loading.py`` are the doors to transformers.
 """
@@ -43,6 +45,7 @@ from ..files import sha256, write_text
 from .frozen import FrozenModel
 
 _GROUPS = (256, 128, 64, 32)  # powers of two that GPU kernels have; 256 costs 1/16 bit a weight in bf16
+ROW_SCALES = "its rows share no factor of 32, so each has one scale: llama.cpp's converter does not load this folder"
 _SHARD_BYTES = 4_000_000_000
 _READER_SWITCH = "HF_DEACTIVATE_ASYNC_LOAD"
 """Environment variable of transformers: "1" reads tensors one after another."""
@@ -97,7 +100,8 @@ def export_hf(
     Returns:
         ``{"target", "path", "bytes", "sha256", "quantized_bytes", "files"}``: bytes of the whole folder and of the
         quantized tensors alone (scales and shapes included), and the SHA-256 of every file. ``sha256`` is that of the
-        listing, what ``LC_ALL=C sha256sum * | sha256sum`` prints inside the folder.
+        listing, what ``LC_ALL=C sha256sum * | sha256sum`` prints inside the folder. With one scale a row, ``caution``
+        says which engine does not take that.
 
     Raises:
         ExportError: the folder is not empty, or the format cannot hold a tensor exactly; nothing was written.
@@ -106,7 +110,8 @@ def export_hf(
     scheme = choose_scheme(frozen, bits)
     config = {**frozen.config, "quantization_config": quantization_config(frozen, scheme)}
     name = "hf" if bits == 2 else "hf:int4"
-    return write_folder(name, path, frozen, _entries(frozen, scheme), config, max_shard_bytes=max_shard_bytes)
+    record = write_folder(name, path, frozen, _entries(frozen, scheme), config, max_shard_bytes=max_shard_bytes)
+    return record if scheme.strategy == "group" else {**record, "caution": ROW_SCALES}
 
 
 def write_folder(

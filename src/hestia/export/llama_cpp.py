@@ -10,6 +10,7 @@ llama.cpp issue 20824).
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import importlib.util
 import json
@@ -100,6 +101,17 @@ def tokenize_all(path: Path, texts: Sequence[str]) -> list[list[int]]:
     return [[next(flat) for _ in range(next(flat))] for _ in texts]
 
 
+def decode_all(path: Path, sequences: Sequence[Sequence[int]]) -> list[str]:
+    """The text that llama.cpp prints for each sequence of token ids, special tokens included, in one process.
+
+    Raises:
+        ExportError: as ``logits``.
+    """
+    request = {"do": "decode", "ids": [[int(i) for i in ids] for ids in sequences]}
+    flat = iter(_ask(path, request, 1).tolist())
+    return [bytes(next(flat) for _ in range(next(flat))).decode("utf-8", "replace") for _ in sequences]
+
+
 def _ask(path: Path, request: dict[str, Any], threads: int) -> np.ndarray:
     """Send one request to a child process and return the array it leaves."""
     if not available():
@@ -161,6 +173,10 @@ def _answer(request: dict[str, Any]) -> np.ndarray:
             ids = model.tokenize(text.encode(), add_bos=True, special=True)
             out += [len(ids), *ids]
         return np.array(out, np.int64)
+    if request["do"] == "decode":
+        vocabulary = opened(8, vocab_only=True)._model.vocab
+        texts = [b"".join(_piece(llama_cpp.llama_cpp, vocabulary, token) for token in ids) for ids in request["ids"]]
+        return np.array([number for text in texts for number in (len(text), *text)], np.int64)
     if request["do"] == "logits":
         length = len(request["ids"][0])
         model = opened(length, logits_all=True)
@@ -181,6 +197,17 @@ def _answer(request: dict[str, Any]) -> np.ndarray:
         new.append(token)
     said = model.detokenize(new, prev_tokens=list(ids)) if new else b""
     return np.array([len(new), *new, *said], np.int64)
+
+
+def _piece(library: Any, vocabulary: Any, token: int) -> bytes:
+    """The bytes of one token; ``Llama.detokenize`` loses those of more than 32."""
+    size = 32
+    while True:
+        buffer = ctypes.create_string_buffer(size)
+        length = int(library.llama_token_to_piece(vocabulary, token, buffer, size, 0, True))
+        if length >= 0:
+            return buffer.raw[:length]
+        size = -length
 
 
 if __name__ == "__main__":

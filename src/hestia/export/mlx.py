@@ -7,8 +7,8 @@ For a quantized linear ``X`` of shape ``[O, I]`` the weight becomes three tensor
     X.biases   [O, I / G]           -b s; b is 1, or 2 for a weight that has the code -2
 
 G is the longest of 128, 64 and 32 that divides every group of the model; scales of longer groups are repeated. Every
-other tensor and file is the parent's, byte for byte. config.json gets ``quantization``, and the rotation's base where
-mlx-lm looks for it.
+other tensor and file is the parent's, byte for byte. config.json gets ``quantization``, and the rotation's base
+and scaling where mlx-lm looks for them.
 
 Source: mlx 0.32 (mlx/backend/cpu/quantized.cpp, python/mlx/nn/layers/quantized.py), mlx-lm 0.32 (utils.py).
 """
@@ -27,7 +27,7 @@ from ..errors import ExportError, PlanError
 from ..quant.grids import Grid
 from ..targets import MLX2
 from .frozen import FrozenModel
-from .gguf_families import family_of
+from .gguf_families import check_activation, family_of
 from .huggingface import Entry, pack_codes, write_folder
 
 BITS = 2
@@ -55,12 +55,14 @@ def mlx_config(frozen: FrozenModel) -> dict[str, Any]:
     """config.json with ``quantization``, and the keys that mlx-lm reads from its top level.
 
     Raises:
-        ExportError: an architecture that hestia has not checked in mlx-lm.
+        ExportError: an architecture that hestia has not checked in mlx-lm, or a setting that mlx-lm does not compute.
     """
     where = frozen.folder / "config.json"
-    kind = family_of(where, frozen.config).arch  # the ones whose logits the tests compare
+    family = family_of(where, frozen.config)  # the ones whose logits the tests compare
+    kind = family.arch
     if kind == "gemma":
         raise ExportError(f"{where}: mlx-lm computes gemma with the exact GELU, the model has its tanh approximation")
+    check_activation(where, frozen.config, family, "mlx-lm")
     window = frozen.config.get("sliding_window")
     windowed = frozen.config.get("use_sliding_window", frozen.config["model_type"] == "mistral") or kind == "gemma2"
     if windowed and window and window < frozen.config["max_position_embeddings"]:
@@ -71,14 +73,36 @@ def mlx_config(frozen: FrozenModel) -> dict[str, Any]:
     config = {**frozen.config, "quantization": quantization}
     rope = config.get("rope_parameters") or {}
     if "rope_theta" not in config and isinstance(rope.get("rope_theta"), int | float):
-        config["rope_theta"] = rope["rope_theta"]
-        if rope.get("rope_type", "default") != "default":
-            config["rope_scaling"] = {k: v for k, v in rope.items() if k != "rope_theta"}
-    if isinstance(rope.get("full_attention"), dict):
-        config["rope_theta"] = rope["full_attention"]["rope_theta"]
-        config["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
-        config["sliding_window_pattern"] = config["layer_types"].index("full_attention") + 1
+        config |= _rope(rope)
+    if kind == "gemma3":
+        config |= _gemma3_keys(where, config)
     return config
+
+
+def _rope(rope: dict[str, Any]) -> dict[str, Any]:
+    """The base of the rotation, and its scaling where there is one."""
+    keys = {"rope_theta": rope["rope_theta"]}
+    if rope.get("rope_type", "default") != "default":
+        keys["rope_scaling"] = {k: v for k, v in rope.items() if k != "rope_theta"}
+    return keys
+
+
+def _gemma3_keys(where: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """Rotations and windows of Gemma 3: mlx-lm has one full layer at the end of every cycle and no soft caps."""
+    for name in ("attn_logit_softcapping", "final_logit_softcapping", "use_bidirectional_attention"):
+        if config.get(name):
+            raise ExportError(f"{where}: mlx-lm has no {name} for gemma3_text")
+    layers: list[str] = config["layer_types"]
+    period = layers.index("full_attention") + 1 if "full_attention" in layers else 0
+    cycle = ["sliding_attention"] * (period - 1) + ["full_attention"]
+    if not period or layers != (cycle * len(layers))[: len(layers)]:
+        raise ExportError(f"{where}: layer_types {layers}, mlx-lm makes every nth layer full, n at most {len(layers)}")
+    rope = config["rope_parameters"]
+    windowed = _rope(rope["sliding_attention"])
+    if "rope_scaling" in windowed:
+        raise ExportError(f"{where}: mlx-lm has no scaling in windowed layers, the model {windowed['rope_scaling']}")
+    local = windowed["rope_theta"]
+    return {**_rope(rope["full_attention"]), "rope_local_base_freq": local, "sliding_window_pattern": period}
 
 
 def group_size(frozen: FrozenModel) -> int:

@@ -73,7 +73,7 @@ def refit_tensor(tensor: QuantizedTensor, grid: Grid, group_size: int) -> Quanti
         power = (codes * codes).sum(dim=-1, keepdim=True)
         fitted = (codes * weight).sum(dim=-1, keepdim=True) / power.clamp_min(1.0)
         scale = torch.where((power > 0) & (fitted > 0), fitted, scale)
-    scale = snap(scale)
+    scale = snap(scale, grid)
     return QuantizedTensor(codes.to(torch.int8).reshape(tensor.codes.shape), scale.squeeze(-1), group_size)
 
 
@@ -100,7 +100,7 @@ def refit(
         tensor = frozen.codes(path)
         present = set(tensor.codes.unique().tolist())
         grid = Grid(tuple(sorted(present if len(present) > 1 else present | {0, 1})))
-        if storage.refusal(grid, tensor.group_size, tensor.shape) is None:
+        if _held(target, grid, tensor):
             continue
         refusal = storage.refusal(grid, length, tensor.shape)
         if refusal is not None or not isinstance(tensor.group_size, int) or tensor.group_size >= length:
@@ -130,6 +130,15 @@ def refit(
         expected_loss=expected if traces is not None else None,
         nll_change=change,
     )
+
+
+def _held(target: Target, grid: Grid, tensor: QuantizedTensor) -> bool:
+    """Whether the target holds a tensor as it is."""
+    try:
+        target.storage(grid, tensor.group_size, tensor.shape, fallback=False)
+    except PlanError:
+        return False
+    return True
 
 
 def _nll(folder: Path, text: Tensor) -> float:

@@ -1,37 +1,22 @@
-"""Does the tokenizer in a GGUF file cut text as the parent's tokenizer does?
+"""Does the tokenizer in a GGUF file cut text as the one that trained does, and print tokens as it does?
 
-The reference is ``tokenizer.json`` itself, run by the tokenizers library; the other side is llama.cpp. The strings are
-those that break tokenizers: spaces in front, emoji, newlines, digits, several scripts at once, special tokens.
+The reference is the frozen model's tokenizer as ``loading`` gives it to training; the other side is llama.cpp. The
+strings are those that break tokenizers: spaces in front, emoji, newlines, digits, several scripts at once, special
+tokens.
 """
 
 from __future__ import annotations
 
-import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer
 
+from .. import loading
 from . import llama_cpp
-
-HARD_STRINGS = (
-    "",
-    "the cat sat",
-    " one",
-    "  two spaces in front",
-    "trailing space ",
-    "\n\nlines\n \n",
-    "\ttabs\t and  gaps  ",
-    "crlf\r\nand\rcr",
-    "emoji 😀👩‍👩‍👧 and ½ ² Ⅷ ٣",
-    "0 12 345 6789 12345678 3.14 v2",
-    "Привет 你好 عربى हिन्दी 日本語 naïve",
-    "don't I'LL we've it's",
-    "\u00a0nbsp \u200bzero width",
-    "_init__(self): return {}[0];",
-    "<0x0A> ▁under",
-    "a" * 200,
-)
+from .gguf_reader import open_checked
 
 
 @dataclass(frozen=True)
@@ -45,31 +30,51 @@ class Tokens:
 
 
 def compare_tokenizers(path: Path, folder: Path) -> Tokens:
-    """Cut every hard string with llama.cpp and with ``folder/tokenizer.json``.
+    """Cut and print every hard string with llama.cpp and with the tokenizer in ``folder``.
 
     llama.cpp is known to put the space prefix of SentencePiece-style models behind special tokens and before text that
-    begins with a space; strings of those two kinds become notes, all others differences.
+    begins with a space; strings that differ by these spaces alone become notes, all others differences.
 
     Raises:
+        ConfigError: the folder's tokenizer cannot be loaded.
         ExportError: llama.cpp cannot load the file.
     """
-    file = folder / "tokenizer.json"
-    record = json.loads(file.read_bytes())
-    reference = Tokenizer.from_file(str(file))
-    special = [token["content"] for token in record.get("added_tokens", [])][:6]
-    texts = [*HARD_STRINGS, *(f"{token}the cat{token}\nsat {token}" for token in special)]
+    reference: Any = loading.load_tokenizer(loading.resolve(str(folder)))
+    texts = loading.hard_texts(Tokenizer.from_file(str(folder / "tokenizer.json")))
+    prefixed = open_checked(path).flag("tokenizer.ggml.add_space_prefix")
+    wanted: list[list[int]] = [list(reference(text)["input_ids"]) for text in texts]
     found = llama_cpp.tokenize_all(path, texts)
-    prefixed = bool((record.get("model") or {}).get("byte_fallback")) or record["model"].get("type") == "Unigram"
+    printed = llama_cpp.decode_all(path, wanted)
     differences: list[str] = []
     notes: list[str] = []
-    for text, ids in zip(texts, found, strict=True):
-        wanted = reference.encode(text).ids
-        if ids == wanted:
-            continue
-        line = f"tokenizer: {text[:40]!r} becomes {_shown(ids)} in llama.cpp, {_shown(wanted)} in transformers"
-        known = prefixed and (text.startswith(" ") or any(token in text for token in special))
-        (notes if known else differences).append(line)
-    return Tokens(len(texts), len(texts) - len(differences) - len(notes), tuple(differences), tuple(notes))
+    for text, want, ids, read in zip(texts, wanted, found, printed, strict=True):
+        if ids != want:
+            line = f"tokenizer: {text[:40]!r} becomes {_shown(ids)} in llama.cpp, {_shown(want)} in transformers"
+            known = prefixed and ids == _with_more_prefixes(reference, text, want)
+            (notes if known else differences).append(line)
+        said = reference.decode(want, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        if read != said and not (prefixed and read == f" {said}"):  # transformers takes the prefix off again
+            differences.append(
+                f"tokenizer: {_shown(want)} reads {read[:40]!r} in llama.cpp, {said[:40]!r} in transformers"
+            )
+    equal = sum(ids == want for ids, want in zip(found, wanted, strict=True))
+    return Tokens(len(texts), equal, tuple(differences), tuple(notes))
+
+
+def _with_more_prefixes(reference: Any, text: str, wanted: list[int]) -> list[int]:
+    """The ids of ``text`` with a space put in front of every stretch between special tokens, as llama.cpp does."""
+    backend: Tokenizer = reference.backend_tokenizer
+    added = {token.content: index for index, token in backend.get_added_tokens_decoder().items()}
+    pattern = "|".join(map(re.escape, sorted(added, key=len, reverse=True)))
+    ids: list[int] = []
+    for part in re.split(f"({pattern})", text) if added else [text]:
+        if part in added:
+            ids.append(added[part])
+        elif part:
+            ids += [token.id for token in backend.model.tokenize("▁" + part.replace(" ", "▁"))]
+    plain = list(reference(text, add_special_tokens=False)["input_ids"])
+    start = next(i for i in range(len(wanted) + 1) if wanted[i : i + len(plain)] == plain)
+    return [*wanted[:start], *ids, *wanted[start + len(plain) :]]
 
 
 def _shown(ids: list[int]) -> str:
