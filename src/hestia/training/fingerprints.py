@@ -41,8 +41,8 @@ def of_blocks(blocks: Blocks) -> dict[str, Any]:
 
 
 def plain(value: Any) -> Any:
-    """``value`` as JSON would give it back: tuples are lists, keys are text."""
-    return json.loads(json.dumps(value))
+    """``value`` as JSON would give it back: tuples are lists, dataclasses mappings, keys are text."""
+    return json.loads(json.dumps(value, default=asdict))
 
 
 def completed(record: Mapping[str, Any], options: Any) -> dict[str, Any]:
@@ -81,7 +81,7 @@ def summary(lines: list[str]) -> str:
 def _default(field: Field[Any]) -> Any:
     """A field's default as JSON would give it back, or MISSING."""
     value = field.default if field.default_factory is MISSING else field.default_factory()
-    return value if value is MISSING else plain(asdict(value) if is_dataclass(value) else value)
+    return value if value is MISSING else plain(value)
 
 
 def _shown(value: Any) -> str:
