@@ -397,6 +397,37 @@ def test_widths_that_the_target_cannot_hold_are_left_out_by_name() -> None:
         hestia.plan(model, target="hf", bits=4.5, widths=(4.0,), sensitivity=table)
 
 
+@pytest.mark.parametrize(("name", "dtype", "least"), [("hf", torch.bfloat16, 2.25), ("mlx", torch.float32, 3.0)])
+def test_a_budget_is_held_by_the_file(name: str, dtype: torch.dtype, least: float) -> None:
+    """Rows of 576 and 1536 share groups of 64; with the wide rows alone they would be longer."""
+    model = smollm()
+    model.config.dtype = dtype
+    table = candidates_of(hestia.plan(model))
+    with pytest.raises(PlanError, match=rf"ask for --bits {least:.2f}\d\d or more"):
+        hestia.plan(model, target=name, bits=least - 0.1, sensitivity=table)
+    plan = hestia.plan(model, target=name, bits=least + 2.0, widths=(2.0, 16.0), sensitivity=table)
+    kept = sum(why.weights for why in plan.kept.values() if why.reason.startswith("kept by the allocation"))
+    stored = plan.bits_per_weight(name) * plan.quantized_weights + 8 * dtype.itemsize * kept
+    assert kept and plan.spending is not None
+    assert (
+        plan.spending.bits == pytest.approx(stored / (plan.quantized_weights + kept))
+        and plan.spending.bits <= least + 2
+    )
+
+
+def test_a_budget_is_held_whichever_tensor_is_kept() -> None:
+    """Without its rows of 344 the file has two scales a row of 512, not one."""
+    with torch.device("meta"):
+        model = llama(hidden_size=512, intermediate_size=344)
+    whole = hestia.plan(model)
+    narrow = {path for path, layer in whole.layers.items() if layer.shape[1] == 344}
+    stored = whole.stored_bytes("hf") | {path: 4 * whole.layers[path].weights for path in narrow}
+    budget = 8 * sum(stored.values()) / whole.quantized_weights
+    damages = {path: {2.0: float(path in narrow)} for path in whole.layers}
+    spent = hestia.plan(model, bits=budget, widths=(2.0, 16.0), damages=damages).spending
+    assert spent is not None and spent.bits <= budget
+
+
 def test_a_bound_on_the_damage_finds_the_cheapest_plan() -> None:
     model = wide()
     table = candidates_of(hestia.plan(model))

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import nn
 
 from .curvature import Sensitivity
@@ -20,11 +19,11 @@ from .curvature.allocation import (
     optimum,
 )
 from .errors import PlanError
-from .plans import LayerPlan, Spending
+from .plans import LayerPlan, Spending, stored_bytes
 from .quant import GroupSize, QuantSpec
 from .quant.grouping import group_shape
 from .recipes import GRIDS, Recipe
-from .targets import Target
+from .targets import StorageType, Stored, Target, file_bytes, span
 
 KEPT_REASON = "kept by the allocation: it hurts more than its bits are worth"
 
@@ -103,9 +102,12 @@ def offer(
     *,
     keep: bool,
     fallback: bool,
-    dtype: torch.dtype | None,
+    itemsize: int,
 ) -> Offer:
-    """Every width that all targets hold exactly and whose damage is known, with true bytes.
+    """Every width that all targets hold exactly and whose damage is known, with its bytes.
+
+    Bytes are those of the file; where a format without blocks has a group length for the whole file, which depends on
+    what is kept, they are the most that any choice makes of them.
 
     Args:
         linears: the tensors to spend bits on.
@@ -114,17 +116,19 @@ def offer(
         damage: see ``Damage``.
         keep: a tensor may also stay as it is.
         fallback: single tensors may use another exact type of a target.
-        dtype: of a kept tensor in the file; None: the weight's own.
+        itemsize: bytes of a number of the parent's dtype.
 
     Raises:
-        PlanError: a group size that does not divide a row, or a tensor for which no width is left.
+        ConfigError: a group size that does not divide a row.
+        PlanError: a tensor for which no width is left.
     """
     stored: dict[str, dict[float, int]] = {}
+    kinds: dict[str, dict[float, StorageType]] = {}
     types: dict[str, dict[float, dict[str, str]]] = {}
     problems: dict[float, str] = {}
     for path, linear in linears.items():
         shape = (linear.out_features, linear.in_features)
-        stored[path], types[path] = {}, {}
+        stored[path], kinds[path], types[path] = {}, {}, {}
         for width, spec in specs.items():
             group_shape(shape, spec.group_size)
             try:
@@ -135,14 +139,37 @@ def offer(
             if width not in damage.get(path, {}):
                 problems.setdefault(width, f"its damage was not measured ({path})")
                 continue
-            stored[path][width] = held[0].stored_bytes(shape, spec.group_size)
+            kinds[path][width] = held[0]
             types[path][width] = {t.name: kind.name for t, kind in zip(targets, held, strict=True)}
         if keep:
-            stored[path][KEPT] = shape[0] * shape[1] * (dtype or linear.weight.dtype).itemsize
-        if not stored[path]:
+            stored[path][KEPT] = shape[0] * shape[1] * itemsize
+        if not (stored[path] or kinds[path]):
             raise PlanError(f"{path}: {'; '.join(problems.values())}")
+    for width, spec in specs.items():
+        held_by = {path: choices[width] for path, choices in kinds.items() if width in choices}
+        for path, size in _most_bytes(linears, held_by, spec.group_size, itemsize).items():
+            stored[path][width] = size
     used = {width for choices in types.values() for width in choices}
     return Offer(stored, types, {f"{width:g}": problems[width] for width in specs if width not in used})
+
+
+def _most_bytes(
+    linears: Mapping[str, nn.Linear], kinds: Mapping[str, StorageType], group_size: GroupSize, itemsize: int
+) -> dict[str, int]:
+    """Module path -> bytes of a tensor in the file, whichever of the others are kept.
+
+    Fewer tensors have longer groups in common, so all of them together take the most; but one whose group no usual
+    length divides gives all others one scale a row, and without it they take more.
+    """
+    alike: dict[bool, dict[str, Stored]] = {True: {}, False: {}}
+    for path, kind in kinds.items():
+        shape = (linears[path].out_features, linears[path].in_features)
+        usual = any(span(group_size, shape) % length == 0 for length in kind.usual)
+        alike[usual][path] = (kind, group_size, shape)
+    out: dict[str, int] = {}
+    for tensors in alike.values():
+        out |= dict(zip(tensors, file_bytes(list(tensors.values()), itemsize), strict=True))
+    return out
 
 
 def allocate(
@@ -191,8 +218,19 @@ def layers_of(
     return layers
 
 
+def stored_bits(
+    linears: Mapping[str, nn.Linear], layers: Mapping[str, LayerPlan], target: Target, itemsize: int
+) -> float:
+    """Bits a weight that all ``linears`` take in the file: ``layers`` quantized, the others kept."""
+    quantized = sum(stored_bytes(layers, target.name, itemsize).values())
+    kept = itemsize * sum(linear.weight.numel() for path, linear in linears.items() if path not in layers)
+    weights = sum(linear.weight.numel() for linear in linears.values())
+    return 8.0 * (quantized + kept) / weights
+
+
 def spending(
     found: Allocation,
+    stored: float,
     *,
     target: str,
     bits: float | None,
@@ -201,12 +239,12 @@ def spending(
     left_out: Mapping[str, str],
     curve: tuple[tuple[float, float], ...],
 ) -> Spending:
-    """What plan.json records of it."""
+    """What plan.json records of it; ``stored``: its bits a weight."""
     return Spending(
         target=target,
         asked_bits=None if max_kl is not None else bits,
         asked_kl=max_kl,
-        bits=found.bits,
+        bits=stored,
         predicted_kl=found.damage,
         source=source,
         left_out=left_out,
