@@ -135,3 +135,11 @@ def test_diagonals_of_several_sequences_are_means() -> None:
         diagonals.add("w", gradient, positions=2)
         diagonals.sequences += 1
     assert torch.equal(diagonals.mean()["w/output_channel"], torch.full((2,), 10.0))
+
+
+def test_restored_sums_stay_where_their_weights_are() -> None:
+    """As after a kill: what the file held lies on the CPU, the model does not."""
+    diagonals = Diagonals("row", {"a": torch.empty(4, 8, device="meta")})
+    diagonals.restore({"channel/a": torch.ones(4), "group/a": torch.ones(4, 1)}, 2)
+    diagonals.add("a", torch.empty(4, 8, device="meta"), 3)
+    assert {value.device.type for value in diagonals.state().values()} == {"meta"}

@@ -170,7 +170,11 @@ class Diagonals:
         self.sequences = sequences
         for name, value in state.items():
             kind, _, path = name.partition("/")
-            (self._channel if kind == "channel" else self._group)[path] = value
+            store = self._channel if kind == "channel" else self._group
+            if path in store:
+                store[path].copy_(value)  # stays on the weight's device
+            else:
+                store[path] = value
 
 
 @dataclass(frozen=True, kw_only=True)
