@@ -62,6 +62,26 @@ def test_formulas(name: str, label: str, damage: dict[str, float]) -> None:
     assert Score.make(name).damage(evidence(), label) == pytest.approx(damage)
 
 
+def test_an_eigenvalue_whose_sign_flips_is_not_harmless() -> None:
+    """Its mean is next to nothing; the Gauss-Newton eigenvalue stands in."""
+    columns = {"flips": [-5.0, 5.1, -5.0, 5.0], "sure": [0.9, 1.0, 1.1, 1.0]}
+    tensors = {
+        path: TensorSensitivity.of(path, 100, column, errors={"ternary": 50.0}, signed=True, gauss_newton=[5.0] * 4)
+        for path, column in columns.items()
+    }
+    found = Sensitivity(
+        estimator="eigen",
+        seed=0,
+        sequences=4,
+        scored_positions=28,
+        tensors=tensors,
+        primary="eigenvalue",
+        candidates={"ternary": SPECS["ternary"].to_json()},
+    )
+    damage = Score.make("eigen").damage(Evidence(sensitivity=found), "ternary")
+    assert damage == pytest.approx({"flips": 5.0 / 100 * 50.0, "sure": 1.0 / 100 * 50.0})
+
+
 def test_q_bert_adds_the_spread_over_data() -> None:
     assert Score.make("eigen", form="q_bert").damage(evidence(), "ternary") == pytest.approx({"a": 3.0, "b": 3.0})
 
