@@ -28,6 +28,7 @@ def calibrate(
     weights: Mapping[str, nn.Parameter],
     sequences: Tensor,
     *,
+    targets: Tensor | None = None,
     estimator: str | CurvatureEstimator = "gnb",
     candidates: Mapping[str, QuantSpec] | None = None,
     diagonals: int | str | None = None,
@@ -48,6 +49,8 @@ def calibrate(
         model: any causal language model; the Parameters of ``weights`` are among its own.
         weights: module path -> weight matrix, at least one; bf16 and fp16 weights are fine.
         sequences: token ids [K, T], K >= 2 of equal length T >= 2; the last token of each predicts nothing.
+        targets: bool [K, T], True where predicting the token counts, as in training (``data.Blocks.loss_mask``); a
+            sequence without any is skipped. None: all count.
         estimator: one of ``CurvatureEstimator.names()``, or the object.
         candidates: label -> quantizer whose damage is measured in the same pass, one byte a weight and candidate.
         diagonals: group size of the per-group sums of squared gradients to keep; None keeps none.
@@ -66,6 +69,10 @@ def calibrate(
     """
     chosen = estimator if isinstance(estimator, CurvatureEstimator) else CurvatureEstimator.make(estimator)
     _check(model, weights, sequences)
+    counted = None if targets is None else _counted(sequences, targets)
+    if counted is not None:
+        reached = counted.any(dim=1)
+        sequences, counted = sequences[reached], counted[reached]
     if chosen.needs_candidates and not candidates:
         raise CalibrationError(f"the estimator {chosen.name!r} needs candidates: whose damage is it to measure?")
     started = time.perf_counter()
@@ -83,9 +90,9 @@ def calibrate(
         labelled = {label: spec.to_json() for label, spec in (candidates or {}).items()}
         partial = None
         if keep is not None and processes.world_size() == 1:
-            partial = Partial(keep, key_of(chosen, weights, sequences, labelled, diagonals, seed))
-        rows, stopped = _rows(chosen, problem, ids, stopping, partial)
-        gauss_newton = _substitutes(chosen, problem, ids[: len(rows)], rows)
+            partial = Partial(keep, key_of(chosen, weights, sequences, counted, labelled, diagonals, seed))
+        rows, stopped = _rows(chosen, problem, ids, counted, stopping, partial)
+        gauss_newton = _substitutes(chosen, problem, ids[: len(rows)], counted, rows)
     primary = _primary(chosen, problem.candidates)
     columns = {path: _columns(rows, path, primary, signed=chosen.signed) for path in weights}
     return Sensitivity(
@@ -94,7 +101,7 @@ def calibrate(
         primary=primary,
         seed=seed,
         sequences=len(rows),
-        scored_positions=len(rows) * (sequences.shape[1] - 1),
+        scored_positions=len(rows) * (sequences.shape[1] - 1) if counted is None else int(counted[: len(rows)].sum()),
         stopped=stopped,
         candidates=labelled,
         candidate_bytes=problem.candidates.nbytes,
@@ -120,6 +127,7 @@ def _rows(
     estimator: CurvatureEstimator,
     problem: Problem,
     ids: Tensor,
+    counted: Tensor | None,
     stopping: Stopping | None,
     partial: Partial | None = None,
 ) -> tuple[list[Row], str]:
@@ -136,7 +144,7 @@ def _rows(
         mine: dict[int, Row] = {}
         for k in track(share, f"calibrating, {estimator.name}", total=len(share)):
             try:
-                mine[k] = estimator.sample(problem, ids[k])
+                mine[k] = estimator.sample(_of_sequence(problem, counted, k), ids[k])
             except CalibrationError as error:
                 raise CalibrationError(f"sequence {k} of {len(ids)}: {error}") from None
             if partial is not None:
@@ -154,6 +162,13 @@ def _rows(
     return rows, f"the budget of {len(rows)} sequences ended first: {found}"
 
 
+def _of_sequence(problem: Problem, counted: Tensor | None, k: int) -> Problem:
+    """The problem as sequence ``k`` sees it; the same object where every position counts."""
+    if counted is None or bool(counted[k].all()):
+        return problem
+    return replace(problem, counted=counted[k].to(next(iter(problem.weights.values())).device))
+
+
 def _doubling(start: int, most: int) -> list[int]:
     """start, 2 start, 4 start, ... and ``most`` at the end.
 
@@ -168,7 +183,7 @@ def _doubling(start: int, most: int) -> list[int]:
 
 
 def _substitutes(
-    estimator: CurvatureEstimator, problem: Problem, ids: Tensor, rows: Sequence[Row]
+    estimator: CurvatureEstimator, problem: Problem, ids: Tensor, counted: Tensor | None, rows: Sequence[Row]
 ) -> dict[str, list[float]]:
     """Gauss-Newton samples for the tensors whose signed estimate cannot be told from zero."""
     if not estimator.signed:
@@ -182,7 +197,7 @@ def _substitutes(
     if not unsure:
         return {}
     bare = replace(problem, weights=unsure, candidates=Candidates(unsure, {}), diagonals=None)
-    positive, _ = _rows(estimator.stand_in() or GaussNewton(), bare, ids, None)
+    positive, _ = _rows(estimator.stand_in() or GaussNewton(), bare, ids, counted, None)
     return {path: _columns(positive, path, primary, signed=False)[primary] for path in unsure}
 
 
@@ -219,6 +234,23 @@ def _check(model: nn.Module, weights: Mapping[str, nn.Parameter], sequences: Ten
                 f"{path}: the same (tied) weight as {seen[id(weight)]}; pass it once, its trace covers both uses"
             )
         seen[id(weight)] = path
+
+
+def _counted(sequences: Tensor, targets: Tensor) -> Tensor:
+    """bool [K, T - 1]: whether the token that each position predicts counts."""
+    if targets.shape != sequences.shape or targets.dtype != torch.bool:
+        raise CalibrationError(
+            f"targets must be bool and of the shape of the sequences, {list(sequences.shape)}; got {targets.dtype} of "
+            f"shape {list(targets.shape)}"
+        )
+    counted = targets[:, 1:].cpu()
+    reached = int(counted.any(dim=1).sum())
+    if reached < 2:
+        raise CalibrationError(
+            f"only {reached} of {len(sequences)} sequences have a token that counts (of a chat, the assistant's), and "
+            "calibration needs at least 2: use more text, or longer sequences"
+        )
+    return counted
 
 
 @contextlib.contextmanager

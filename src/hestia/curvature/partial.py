@@ -93,12 +93,14 @@ def key_of(
     estimator: CurvatureEstimator,
     weights: Mapping[str, Tensor],
     sequences: Tensor,
+    counted: Tensor | None,
     candidates: Mapping[str, Any],
     diagonals: int | str | None,
     seed: int,
 ) -> str:
     """SHA-256 of everything that decides a sample; ``candidates`` as JSON."""
-    content = digests.of_tensors({**weights, "sequences of token ids": sequences})
+    text = {"sequences of token ids": sequences} | ({} if counted is None else {"positions that count": counted})
+    content = digests.of_tensors({**weights, **text})
     record = [SCHEMA, repr(estimator), content, candidates, diagonals, seed]
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 

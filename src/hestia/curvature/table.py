@@ -35,7 +35,7 @@ class TensorSensitivity:
         others: quantity -> its K samples, such as ``{"quadratic:ternary": (...)}``.
         errors: candidate label -> ``||dW||^2``.
         trace: arithmetic mean of ``samples``: the estimate of tr(G) where the primary quantity is the trace. Sequences
-            have equal scored length, so this is the token-weighted mean.
+            weigh the same; of plain text they have equal scored length, so this is the token-weighted mean.
         standard_error: jackknife standard error of ``trace``.
         log_mean, half_width: mean of log S and half-width of its 95 % t interval, in natural log units; None where a
             sample is not positive.
@@ -154,7 +154,7 @@ class Sensitivity:
         estimator_options: what it was set to, such as ``{"rank": 10, "probes": 20}``.
         seed: of the probes.
         sequences: K.
-        scored_positions: all positions that predict a token, K (T - 1).
+        scored_positions: all positions that predict a token that counts, K (T - 1) of plain text.
         tensors: in the order of the model.
         primary: the quantity of ``TensorSensitivity.samples``.
         candidates: label -> the candidate quantizer's JSON.

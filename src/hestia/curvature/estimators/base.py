@@ -188,6 +188,7 @@ class Problem:
         candidates: what each would become.
         diagonals: where first-order estimators leave per-channel sums; None: not wanted.
         seed: with the content of a sequence it decides every random draw; order, batch and rank do not.
+        counted: bool [T - 1], the positions of the sequence at hand whose prediction counts; None: all.
     """
 
     model: nn.Module
@@ -196,6 +197,11 @@ class Problem:
     candidates: Candidates
     diagonals: Diagonals | None = None
     seed: int = 0
+    counted: Tensor | None = None
+
+    def positions(self, ids: Tensor) -> int:
+        """N: the positions of ``ids`` [T] whose prediction counts."""
+        return ids.numel() - 1 if self.counted is None else int(self.counted.sum())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -228,6 +234,8 @@ class CurvatureEstimator(Member, ABC):
     @abstractmethod
     def sample(self, problem: Problem, ids: Tensor) -> Row:
         """One sequence ``ids`` [T] -> one sample a tensor and quantity; the last token predicts nothing.
+
+        Only the positions ``problem.counted`` are scored, and N is their number.
 
         A tensor that the logits do not depend on is left out.
         """

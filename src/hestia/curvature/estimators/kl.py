@@ -37,6 +37,8 @@ class DirectKL(CurvatureEstimator):
                 for label in problem.candidates.labels:
                     weight.data = problem.candidates.dense(path, label).to(kept.dtype)
                     divergence = (p * (parent - _log_probabilities(problem, ids))).sum(-1)
+                    if problem.counted is not None:
+                        divergence = divergence[problem.counted]
                     row.setdefault(path, {})[quantity("kl", label)] = float(divergence.double().mean())
             finally:
                 weight.data = kept
