@@ -17,7 +17,9 @@ from transformers import PreTrainedModel
 import hestia
 from hestia import recipes
 from hestia.curvature import Sensitivity, TensorSensitivity, hestia_scores
+from hestia.curvature.show import damage_per_megabit
 from hestia.errors import CalibrationError, ConfigError, PlanError
+from hestia.mixed import candidates
 from hestia.targets import TARGETS
 
 
@@ -450,6 +452,44 @@ def test_a_mixed_plan_that_cannot_be_made_says_what_to_do() -> None:
         hestia.plan(model, target="gguf:mixed", bits=0.3, sensitivity=table)
     with pytest.raises(PlanError, match="was it calibrated on another model"):
         hestia.plan(qwen2(), target="gguf:mixed", bits=2.5, sensitivity=table)
+
+
+def test_the_damage_of_another_grid_is_taken_only_where_the_plan_says_so() -> None:
+    """Sherry's 3:4 ternary hurts more than the plain one, and `hestia calibrate` measures the plain one."""
+    model = wide()
+    plain = candidates_of(hestia.plan(model))
+    first = next(iter(plain.tensors))
+    plan = hestia.plan(model, "sherry", bits=4.0, sensitivity=plain)
+    assert plan.spending is not None and "; other grids measured: ternary, not ternary 3:4" in plan.spending.source
+    assert plan.layers[first].damage == pytest.approx(0.5 * plain.means("quadratic:ternary")[first])
+
+    own = candidates(recipes.get("sherry"), "row", None)
+    assert list(own) == ["ternary 3:4"], "what a run calibrates with"
+    tensors = {p: replace(t, others=t.others | {"quadratic:ternary 3:4": (6.0, 8.0)}) for p, t in plain.tensors.items()}
+    measured_too = {**plain.candidates, **{label: spec.to_json() for label, spec in own.items()}}
+    both = replace(plain, tensors=tensors, candidates=measured_too)
+    plan = hestia.plan(model, "sherry", bits=4.0, sensitivity=both)
+    assert plan.spending is not None and "other grids" not in plan.spending.source
+    assert plan.layers[first].damage == 3.5
+
+
+def test_measured_kl_goes_before_the_prediction_in_plan_and_table() -> None:
+    model = wide()
+    table = candidates_of(hestia.plan(model))
+    tensors = {p: replace(t, others=t.others | {"kl:ternary": (1.0, 3.0)}) for p, t in table.tensors.items()}
+    table = replace(table, tensors=tensors)
+    plan = hestia.plan(model, target="gguf:mixed", bits=1.9, widths=(1.58, 4.0), sensitivity=table)
+    assert plan.spending is not None and plan.spending.source.startswith("measured KL and half of dW' G dW")
+    assert {x.damage for x in plan.layers.values() if x.spec.grid.name == "ternary"} == {2.0}
+    assert damage_per_megabit(table, "ternary") == pytest.approx(
+        {p: 2e6 / t.weights / (16 - math.log2(3)) for p, t in table.tensors.items()}
+    )
+
+
+@pytest.mark.parametrize("widths", [[5.0], [2.0, 1.5]])
+def test_a_width_that_nobody_does_is_refused_by_name(widths: list[float]) -> None:
+    with pytest.raises(ConfigError, match=r"'hearth' does not do \d\.?\d? bits; it does 1, 1\.58, 2, 3, 4"):
+        hestia.plan(wide(), bits=2.5, widths=widths)
 
 
 def test_damages_may_be_the_caller_s_own() -> None:

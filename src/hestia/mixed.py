@@ -18,6 +18,7 @@ from .curvature.allocation import (
     curve,
     optimum,
 )
+from .curvature.damage import damages
 from .errors import PlanError
 from .plans import LayerPlan, Spending, stored_bytes
 from .quant import GroupSize, QuantSpec
@@ -33,50 +34,68 @@ def is_mixed(recipe: Recipe, bits: float, widths: Sequence[float] | None, max_kl
     return bool(widths) or max_kl is not None or bits not in recipe.widths
 
 
-def candidates(recipe: Recipe, group_size: GroupSize, widths: Sequence[float] | None) -> dict[str, QuantSpec]:
-    """Label -> quantizer of every width that a mixed plan of this recipe may use: what calibration has to measure.
+def quantizers(recipe: Recipe, group_size: GroupSize, widths: Sequence[float] | None) -> dict[float, QuantSpec]:
+    """Width -> quantizer of every width that a mixed plan of this recipe may use.
 
     Raises:
         ConfigError: a width that the recipe does not do.
     """
     chosen = [width for width in widths or recipe.widths if width != KEPT]
-    return {GRIDS[width].name: recipe.mixed_spec(width, group_size) for width in sorted(chosen)}
+    return {width: recipe.mixed_spec(width, group_size) for width in sorted(chosen)}
 
 
-def measured_damage(sensitivity: Sensitivity, specs: Mapping[str, QuantSpec]) -> tuple[Damage, str]:
-    """Damages in nats a token, and where they come from in words: measured KL, or half of dW' G dW.
+def candidates(recipe: Recipe, group_size: GroupSize, widths: Sequence[float] | None) -> dict[str, QuantSpec]:
+    """Label -> quantizer of every such width: what calibration has to measure.
+
+    Raises:
+        ConfigError: see ``quantizers``.
+    """
+    return {spec.grid.name: spec for spec in quantizers(recipe, group_size, widths).values()}
+
+
+def measured_damage(sensitivity: Sensitivity, specs: Mapping[float, QuantSpec]) -> tuple[Damage, str]:
+    """Damages in nats a token, and where they come from in words: see ``curvature.damage``.
+
+    A width whose own grid was not measured (Sherry's, with the sensitivity of ``hestia calibrate``) has the damage of
+    the plain grid; the words say so.
 
     Raises:
         PlanError: none of ``specs`` was measured, or with another group size; what to type is said.
     """
     damage: dict[str, dict[float, float]] = {path: {} for path in sensitivity.tensors}
-    differing: list[str] = []
+    grids: list[str] = []
+    rules: list[str] = []
     kinds: list[str] = []
-    widths = {grid.name: width for width, grid in GRIDS.items()}
-    for label, spec in specs.items():
-        readings = ((f"quadratic:{label}", 0.5, "half of dW' G dW"), (f"kl:{label}", 1.0, "measured KL"))
-        reading = next((r for r in readings if r[0] in sensitivity.quantities), None)
-        if reading is None or label not in sensitivity.candidates:
+    for width, spec in specs.items():
+        own, plain = spec.grid.name, GRIDS[width].name
+        label = own if own in sensitivity.candidates else plain
+        read = damages(sensitivity, label) if label in sensitivity.candidates else None
+        if read is None:
             continue
-        name, factor, words = reading
+        means, words = read
         found = QuantSpec.from_json(dict(sensitivity.candidates[label]))
         if found.group_size != spec.group_size:
             raise PlanError(
                 f"the sensitivity measured {label} in groups of {found.group_size}, the plan wants {spec.group_size}: "
                 f"calibrate again with --group-size {spec.group_size}"
             )
+        if found.grid != spec.grid:
+            grids.append(f"{found.grid.name}, not {own}")
         if found.scale != spec.scale:
-            differing.append(f"{label} ({found.scale.name}, not {spec.scale.name})")
+            rules.append(f"{label} ({found.scale.name}, not {spec.scale.name})")
         kinds.append(words)
-        for path, mean in sensitivity.means(name).items():
-            damage[path][widths[label]] = factor * mean
+        for path, mean in means.items():
+            damage[path][width] = mean
     if not kinds:
+        listed = ", ".join(spec.grid.name for spec in specs.values())
         raise PlanError(
-            f"the sensitivity measured no damage of {', '.join(specs)}, which a plan of several widths needs: "
+            f"the sensitivity measured no damage of {listed}, which a plan of several widths needs: "
             "calibrate again with `hestia calibrate MODEL --data TEXT --out sensitivity.json` (estimator gnb or kl)"
         )
     source = f"{' and '.join(dict.fromkeys(kinds))} ({sensitivity.estimator}, {sensitivity.sequences} sequences)"
-    return damage, source + (f"; other scale rules measured: {', '.join(differing)}" if differing else "")
+    if grids:
+        source += f"; other grids measured: {', '.join(grids)}"
+    return damage, source + (f"; other scale rules measured: {', '.join(rules)}" if rules else "")
 
 
 @dataclass(frozen=True)

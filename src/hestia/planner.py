@@ -13,7 +13,7 @@ from . import recipes
 from .curvature import Sensitivity
 from .curvature.allocation import KEPT, Damage, Interactions
 from .errors import PlanError
-from .mixed import KEPT_REASON, allocate, candidates, is_mixed, layers_of, measured_damage, offer, spending, stored_bits
+from .mixed import KEPT_REASON, allocate, is_mixed, layers_of, measured_damage, offer, quantizers, spending, stored_bits
 from .nn.biases import OPTIONS, biased_layers, options_for
 from .nn.select import Selection, select
 from .plans import Kept, LayerPlan, Plan, Spending
@@ -79,12 +79,11 @@ def plan(
     if is_mixed(chosen, bits, widths, max_kl):
         if damages is None and isinstance(sensitivity, Sensitivity):
             _check_same_model(_bare(chosen, targets, selection), sensitivity.values, sensitivity)
-        specs = candidates(chosen, group_size, widths)
+        specs = quantizers(chosen, group_size, widths)
         damages, source = _damages(chosen, bits, sensitivity, damages, specs)
-        by_width = {w: specs[grid.name] for w, grid in recipes.GRIDS.items() if grid.name in specs}
         offered = offer(
             selection.candidates,
-            by_width,
+            specs,
             targets,
             damages,
             keep=widths is None or KEPT in widths,
@@ -94,7 +93,7 @@ def plan(
         found, points = allocate(
             selection.candidates, offered, damages, bits=bits, max_kl=max_kl, interactions=interactions
         )
-        layers = layers_of(selection.candidates, by_width, offered, damages, found)
+        layers = layers_of(selection.candidates, specs, offered, damages, found)
         spent = spending(
             found,
             stored_bits(selection.candidates, layers, targets[0], itemsize),
@@ -157,7 +156,7 @@ def _damages(
     bits: float,
     sensitivity: Sensitivity | Mapping[str, float] | None,
     damages: Damage | None,
-    specs: Mapping[str, QuantSpec],
+    specs: Mapping[float, QuantSpec],
 ) -> tuple[Damage, str]:
     if damages is not None:
         return damages, "the caller's numbers"
