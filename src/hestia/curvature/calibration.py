@@ -94,7 +94,7 @@ def calibrate(
         rows, stopped = _rows(chosen, problem, ids, counted, stopping, partial)
         gauss_newton = _substitutes(chosen, problem, ids[: len(rows)], counted, rows)
     primary = _primary(chosen, problem.candidates)
-    columns = {path: _columns(rows, path, primary, signed=chosen.signed) for path in weights}
+    columns = {path: _columns(rows, path, primary, chosen) for path in weights}
     return Sensitivity(
         estimator=chosen.name,
         estimator_options={key: value for key, value in chosen.to_json().items() if key != "name"},
@@ -114,6 +114,7 @@ def calibrate(
                 others=columns[path],
                 errors=problem.candidates.errors[path],
                 signed=chosen.signed,
+                may_be_zero=chosen.may_be_zero,
                 gauss_newton=gauss_newton.get(path),
             )
             for path, weight in weights.items()
@@ -154,7 +155,7 @@ def _rows(
         rows += parallel.gathered(mine, len(rows), stop)
         if stopping is None:
             return rows, f"all {len(rows)} sequences were used"
-        samples = {path: _columns(rows, path, primary, signed=estimator.signed)[primary] for path in problem.weights}
+        samples = {path: _columns(rows, path, primary, estimator)[primary] for path in problem.weights}
         width, agreement = stopping.progress(samples)
         found = f"median half-width {width:.1%}, split-half rank agreement {agreement:.3f}"
         if stopping.enough(samples):
@@ -191,14 +192,14 @@ def _substitutes(
     primary = estimator.primary
     unsure = {}
     for path, weight in problem.weights.items():
-        samples = _columns(rows, path, primary, signed=True)[primary]
+        samples = _columns(rows, path, primary, estimator)[primary]
         if not TensorSensitivity.of(path, weight.numel(), samples, signed=True).low > 0.0:
             unsure[path] = weight
     if not unsure:
         return {}
     bare = replace(problem, weights=unsure, candidates=Candidates(unsure, {}), diagonals=None)
     positive, _ = _rows(estimator.stand_in() or GaussNewton(), bare, ids, counted, None)
-    return {path: _columns(positive, path, primary, signed=False)[primary] for path in unsure}
+    return {path: _columns(positive, path, primary, None)[primary] for path in unsure}
 
 
 def _primary(estimator: CurvatureEstimator, candidates: Candidates) -> str:
@@ -272,19 +273,32 @@ def _prepared(model: nn.Module, weights: Mapping[str, nn.Parameter]) -> Iterator
             weight.requires_grad_(False)
 
 
-def _columns(rows: Sequence[Row], path: str, primary: str, *, signed: bool) -> dict[str, list[float]]:
-    """Quantity -> the samples of one tensor; the primary ones finite, and positive unless ``signed``.
+def _columns(
+    rows: Sequence[Row], path: str, primary: str, estimator: CurvatureEstimator | None
+) -> dict[str, list[float]]:
+    """Quantity -> the samples of one tensor; the primary ones finite, and of the sign that the estimator allows.
+
+    Without an estimator, as for what stands in for one, they must be positive.
 
     Raises:
         CalibrationError: one that is not; the tensor, the sequence and the likely cause are named.
     """
     samples = [row.get(path, {}).get(primary, 0.0) for row in rows]
-    bad = [k for k, s in enumerate(samples) if not (math.isfinite(s) and (s > 0.0 or (signed and path in rows[k])))]
+    signed = estimator is not None and estimator.signed
+    may_be_zero = estimator is not None and estimator.may_be_zero
+
+    def good(k: int, sample: float) -> bool:
+        allowed = signed or (may_be_zero and sample == 0.0)
+        return math.isfinite(sample) and (sample > 0.0 or (allowed and path in rows[k]))
+
+    bad = [k for k, sample in enumerate(samples) if not good(k, sample)]
     if not bad:
         return {name: [row[path][name] for row in rows] for name in rows[0][path]}
     where = f"{path}: sequence {bad[0]}" + (f" (and {len(bad) - 1} others of {len(samples)})" if bad[1:] else "")
     if all(path not in row for row in rows):
         reason = "the model's output does not depend on this tensor; leave it out"
+    elif may_be_zero:
+        reason = "a divergence is 0 or a positive number; calibrate in fp32"
     elif math.isfinite(samples[bad[0]]):
         reason = (
             "its gradient is exactly zero there: dead weights, an expert that no token reached, or an underflow in "

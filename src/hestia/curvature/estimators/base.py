@@ -216,6 +216,9 @@ class CurvatureEstimator(Member, ABC):
     signed: ClassVar[bool] = False
     """Whether samples may be negative: then the Gauss-Newton value stands in where the interval contains zero."""
 
+    may_be_zero: ClassVar[bool] = False
+    """Whether a sample may be exactly 0: a candidate that changes nothing."""
+
     needs_candidates: ClassVar[bool] = False
     """Whether it measures nothing without a candidate quantizer."""
 
