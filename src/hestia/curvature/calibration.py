@@ -53,7 +53,8 @@ def calibrate(
             sequence without any is skipped. None: all count.
         estimator: one of ``CurvatureEstimator.names()``, or the object.
         candidates: label -> quantizer whose damage is measured in the same pass, one byte a weight and candidate.
-        diagonals: group size of the per-group sums of squared gradients to keep; None keeps none.
+        diagonals: group size of the per-group sums of squared gradients to keep, where the estimator has gradients to
+            square (gnb, fisher); None keeps none.
         stopping: stop before all sequences are used; None uses all.
         seed: of the random probes, which depend on it and on the content of a sequence, and not on its place.
         forward: token ids [1, T] -> logits [1, T, V]; None means ``model(input_ids=ids).logits``.
@@ -83,7 +84,7 @@ def calibrate(
             forward=forward or (lambda batch: model(input_ids=batch).logits),
             weights=weights,
             candidates=Candidates(weights, candidates or {}),
-            diagonals=None if diagonals is None else Diagonals(diagonals, weights),
+            diagonals=Diagonals(diagonals, weights) if chosen.squares and diagonals is not None else None,
             seed=seed,
         )
         chosen.prepare(problem, ids)

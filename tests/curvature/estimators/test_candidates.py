@@ -3,6 +3,8 @@ arithmetic."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -127,6 +129,19 @@ def test_the_quadratic_form_is_unbiased() -> None:
         standard_error = float(values.std()) / 200**0.5
         assert standard_error < 0.12 * truth, "the test has no power"
         assert abs(float(values.mean()) - truth) < 4 * standard_error, path
+
+
+@pytest.mark.parametrize("name", ["gnb", "fisher", "kl", "hutchinson", "hutchpp", "xtrace", "eigen"])
+def test_squares_that_nobody_measured_are_not_written(name: str, tmp_path: Path) -> None:
+    model = tiny_llama().float()
+    weights = dict([linears(model).popitem()])
+    sequences = torch.randint(0, 12, (2, 7), generator=torch.Generator().manual_seed(1))
+    found = calibrate(model, weights, sequences, estimator=name, candidates=specs(), diagonals="row")
+    found.save(tmp_path / "s.json")
+    measured = name in ("gnb", "fisher")
+    assert (tmp_path / "s.safetensors").exists() is measured
+    assert all(bool(value.any()) for value in found.diagonals.values())
+    assert bool(found.diagonals) is measured
 
 
 def test_diagonals_of_several_sequences_are_means() -> None:

@@ -219,6 +219,9 @@ class CurvatureEstimator(Member, ABC):
     may_be_zero: ClassVar[bool] = False
     """Whether a sample may be exactly 0: a candidate that changes nothing."""
 
+    squares: ClassVar[bool] = False
+    """Whether it leaves sums of squared gradients in ``Problem.diagonals``."""
+
     needs_candidates: ClassVar[bool] = False
     """Whether it measures nothing without a candidate quantizer."""
 

@@ -28,6 +28,7 @@ class Fisher(CurvatureEstimator):
     """Squared gradients of the true labels, summed over a sequence before squaring."""
 
     name: ClassVar[str] = "fisher"
+    squares: ClassVar[bool] = True
 
     def sample(self, problem: Problem, ids: Tensor) -> Row:
         logits = checked_logits(problem.forward, ids)

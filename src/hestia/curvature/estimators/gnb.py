@@ -44,6 +44,7 @@ class GaussNewton(CurvatureEstimator):
     """Trace, quadratic form and DeltaLoss of every tensor, one backward pass a sequence."""
 
     name: ClassVar[str] = "gnb"
+    squares: ClassVar[bool] = True
 
     def sample(self, problem: Problem, ids: Tensor) -> Row:
         logits = checked_logits(problem.forward, ids)
