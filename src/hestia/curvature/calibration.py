@@ -91,7 +91,8 @@ def calibrate(
         labelled = {label: spec.to_json() for label, spec in (candidates or {}).items()}
         partial = None
         if keep is not None and processes.world_size() == 1:
-            partial = Partial(keep, key_of(chosen, weights, sequences, counted, labelled, diagonals, seed))
+            key = key_of(chosen, model, weights, sequences, counted, labelled, diagonals, seed, stopping)
+            partial = Partial(keep, key)
         rows, stopped = _rows(chosen, problem, ids, counted, stopping, partial)
         gauss_newton = _substitutes(chosen, problem, ids[: len(rows)], counted, rows)
     primary = _primary(chosen, problem.candidates)
