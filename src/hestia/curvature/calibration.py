@@ -188,7 +188,7 @@ def _doubling(start: int, most: int) -> list[int]:
 def _substitutes(
     estimator: CurvatureEstimator, problem: Problem, ids: Tensor, counted: Tensor | None, rows: Sequence[Row]
 ) -> dict[str, list[float]]:
-    """Gauss-Newton samples for the tensors whose signed estimate cannot be told from zero."""
+    """Gauss-Newton samples for the tensors whose signed estimate is not surely positive."""
     if not estimator.signed:
         return {}
     primary = estimator.primary

@@ -88,5 +88,8 @@ def _doubts(sensitivity: Sensitivity) -> list[str]:
         )
     replaced = sum(tensor.gauss_newton is not None for tensor in tensors)
     if replaced:
-        lines.append(f"* in {replaced} tensors the interval contains zero: the Gauss-Newton trace takes the place")
+        lines.append(
+            f"* in {replaced} tensors the interval is not wholly positive: "
+            f"the Gauss-Newton {sensitivity.primary} takes the place"
+        )
     return lines

@@ -43,8 +43,8 @@ class TensorSensitivity:
         low, high: exp(log_mean -+ half_width), the 95 % interval of the geometric mean (not of the trace); where a
             sample is not positive, the t interval of ``trace``.
         largest_share: the largest sample over the sum of all; None where a sample is not positive.
-        gauss_newton: K Gauss-Newton samples that stand in for a signed estimate whose interval contains zero; None
-            where the estimate stands on its own.
+        gauss_newton: K Gauss-Newton samples that stand in for a signed estimate whose interval is not wholly positive;
+            None where the estimate stands on its own.
         signed: samples may be negative.
     """
 
@@ -83,7 +83,7 @@ class TensorSensitivity:
             path, weights, samples, others, errors: see the attributes.
             signed: samples may be negative; nothing is ever clipped.
             may_be_zero: samples may be 0, as a KL may.
-            gauss_newton: the substitute, kept if the signed interval contains zero.
+            gauss_newton: the substitute, kept if the signed interval is not wholly positive.
 
         Raises:
             CalibrationError: fewer than two samples, one that is not finite, or one that is not positive where it must
@@ -128,7 +128,7 @@ class TensorSensitivity:
         Gauss-Newton one in its place.
 
         Raises:
-            CalibrationError: a signed estimate whose interval contains zero, without a substitute.
+            CalibrationError: a signed estimate whose interval is not wholly positive, without a substitute.
         """
         if self.geometric_mean is not None:
             return self.geometric_mean
@@ -136,7 +136,9 @@ class TensorSensitivity:
             return statistics.fmean(self.gauss_newton)
         if self.signed and self.low <= 0.0:
             interval = f"{self.trace:.4g} ({self.low:.4g} .. {self.high:.4g})"
-            raise CalibrationError(f"{self.path}: the estimate {interval} cannot be told from zero")
+            raise CalibrationError(
+                f"{self.path}: the estimate {interval} is not surely positive, and nothing stands in for it"
+            )
         return self.trace
 
     def mean(self, quantity: str) -> float:

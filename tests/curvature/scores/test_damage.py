@@ -49,8 +49,8 @@ def evidence(**changes: object) -> Evidence:
 @pytest.mark.parametrize(
     ("name", "label", "damage"),
     [
-        ("omega", "ternary", {"a": 4.0 / 100 * 50.0, "b": 2.0 / 100 * 50.0}),
-        ("omega", "int4", {"a": 4.0 / 100 * 5.0, "b": 2.0 / 100 * 5.0}),
+        ("omega", "ternary", {"a": 5.0 / 100 * 50.0, "b": 2.5 / 100 * 50.0}),
+        ("omega", "int4", {"a": 5.0 / 100 * 5.0, "b": 2.5 / 100 * 5.0}),
         ("quadratic", "ternary", {"a": 1.5, "b": 1.5}),
         ("quadratic", "int4", {"a": 0.15, "b": 0.15}),
         ("delta_loss", "ternary", {"a": 6.0, "b": 6.0}),

@@ -214,7 +214,7 @@ class CurvatureEstimator(Member, ABC):
     """The quantity whose statistics head the table; with a candidate, that of the first label."""
 
     signed: ClassVar[bool] = False
-    """Whether samples may be negative: then the Gauss-Newton value stands in where the interval contains zero."""
+    """Whether samples may be negative: then the Gauss-Newton value stands in where the interval is not positive."""
 
     may_be_zero: ClassVar[bool] = False
     """Whether a sample may be exactly 0: a candidate that changes nothing."""
@@ -226,7 +226,7 @@ class CurvatureEstimator(Member, ABC):
     """Whether it measures nothing without a candidate quantizer."""
 
     def stand_in(self) -> CurvatureEstimator | None:
-        """What replaces a signed estimate whose interval contains zero, in the same primary quantity; None: ``gnb``."""
+        """What replaces a signed estimate that is not surely positive, in the same primary quantity; None: ``gnb``."""
         return None
 
     def prepare(self, problem: Problem, sequences: Tensor) -> None:
