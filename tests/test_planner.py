@@ -17,7 +17,9 @@ from transformers import PreTrainedModel
 import hestia
 from hestia import recipes
 from hestia.curvature import Sensitivity, TensorSensitivity, hestia_scores
+from hestia.curvature.show import damage_per_megabit
 from hestia.errors import CalibrationError, ConfigError, PlanError
+from hestia.mixed import candidates
 from hestia.targets import TARGETS
 
 
@@ -397,6 +399,37 @@ def test_widths_that_the_target_cannot_hold_are_left_out_by_name() -> None:
         hestia.plan(model, target="hf", bits=4.5, widths=(4.0,), sensitivity=table)
 
 
+@pytest.mark.parametrize(("name", "dtype", "least"), [("hf", torch.bfloat16, 2.25), ("mlx", torch.float32, 3.0)])
+def test_a_budget_is_held_by_the_file(name: str, dtype: torch.dtype, least: float) -> None:
+    """Rows of 576 and 1536 share groups of 64; with the wide rows alone they would be longer."""
+    model = smollm()
+    model.config.dtype = dtype
+    table = candidates_of(hestia.plan(model))
+    with pytest.raises(PlanError, match=rf"ask for --bits {least:.2f}\d\d or more"):
+        hestia.plan(model, target=name, bits=least - 0.1, sensitivity=table)
+    plan = hestia.plan(model, target=name, bits=least + 2.0, widths=(2.0, 16.0), sensitivity=table)
+    kept = sum(why.weights for why in plan.kept.values() if why.reason.startswith("kept by the allocation"))
+    stored = plan.bits_per_weight(name) * plan.quantized_weights + 8 * dtype.itemsize * kept
+    assert kept and plan.spending is not None
+    assert (
+        plan.spending.bits == pytest.approx(stored / (plan.quantized_weights + kept))
+        and plan.spending.bits <= least + 2
+    )
+
+
+def test_a_budget_is_held_whichever_tensor_is_kept() -> None:
+    """Without its rows of 344 the file has two scales a row of 512, not one."""
+    with torch.device("meta"):
+        model = llama(hidden_size=512, intermediate_size=344)
+    whole = hestia.plan(model)
+    narrow = {path for path, layer in whole.layers.items() if layer.shape[1] == 344}
+    stored = whole.stored_bytes("hf") | {path: 4 * whole.layers[path].weights for path in narrow}
+    budget = 8 * sum(stored.values()) / whole.quantized_weights
+    damages = {path: {2.0: float(path in narrow)} for path in whole.layers}
+    spent = hestia.plan(model, bits=budget, widths=(2.0, 16.0), damages=damages).spending
+    assert spent is not None and spent.bits <= budget
+
+
 def test_a_bound_on_the_damage_finds_the_cheapest_plan() -> None:
     model = wide()
     table = candidates_of(hestia.plan(model))
@@ -419,6 +452,44 @@ def test_a_mixed_plan_that_cannot_be_made_says_what_to_do() -> None:
         hestia.plan(model, target="gguf:mixed", bits=0.3, sensitivity=table)
     with pytest.raises(PlanError, match="was it calibrated on another model"):
         hestia.plan(qwen2(), target="gguf:mixed", bits=2.5, sensitivity=table)
+
+
+def test_the_damage_of_another_grid_is_taken_only_where_the_plan_says_so() -> None:
+    """Sherry's 3:4 ternary hurts more than the plain one, and `hestia calibrate` measures the plain one."""
+    model = wide()
+    plain = candidates_of(hestia.plan(model))
+    first = next(iter(plain.tensors))
+    plan = hestia.plan(model, "sherry", bits=4.0, sensitivity=plain)
+    assert plan.spending is not None and "; other grids measured: ternary, not ternary 3:4" in plan.spending.source
+    assert plan.layers[first].damage == pytest.approx(0.5 * plain.means("quadratic:ternary")[first])
+
+    own = candidates(recipes.get("sherry"), "row", None)
+    assert list(own) == ["ternary 3:4"], "what a run calibrates with"
+    tensors = {p: replace(t, others=t.others | {"quadratic:ternary 3:4": (6.0, 8.0)}) for p, t in plain.tensors.items()}
+    measured_too = {**plain.candidates, **{label: spec.to_json() for label, spec in own.items()}}
+    both = replace(plain, tensors=tensors, candidates=measured_too)
+    plan = hestia.plan(model, "sherry", bits=4.0, sensitivity=both)
+    assert plan.spending is not None and "other grids" not in plan.spending.source
+    assert plan.layers[first].damage == 3.5
+
+
+def test_measured_kl_goes_before_the_prediction_in_plan_and_table() -> None:
+    model = wide()
+    table = candidates_of(hestia.plan(model))
+    tensors = {p: replace(t, others=t.others | {"kl:ternary": (1.0, 3.0)}) for p, t in table.tensors.items()}
+    table = replace(table, tensors=tensors)
+    plan = hestia.plan(model, target="gguf:mixed", bits=1.9, widths=(1.58, 4.0), sensitivity=table)
+    assert plan.spending is not None and plan.spending.source.startswith("measured KL and half of dW' G dW")
+    assert {x.damage for x in plan.layers.values() if x.spec.grid.name == "ternary"} == {2.0}
+    assert damage_per_megabit(table, "ternary") == pytest.approx(
+        {p: 2e6 / t.weights / (16 - math.log2(3)) for p, t in table.tensors.items()}
+    )
+
+
+@pytest.mark.parametrize("widths", [[5.0], [2.0, 1.5]])
+def test_a_width_that_nobody_does_is_refused_by_name(widths: list[float]) -> None:
+    with pytest.raises(ConfigError, match=r"'hearth' does not do \d\.?\d? bits; it does 1, 1\.58, 2, 3, 4"):
+        hestia.plan(wide(), bits=2.5, widths=widths)
 
 
 def test_damages_may_be_the_caller_s_own() -> None:

@@ -127,6 +127,7 @@ def test_factors_that_are_not_named_become_one() -> None:
         (("schedule",), {"rho": 2.0}, "rho is a share"),
         (("schedule",), {"speed": 2.0}, "speed"),
         (("kept",), ..., "missing key 'kept'"),
+        (("itemsize",), 0, "itemsize must be the bytes of a number"),
         (("layers",), [], "plan"),
     ],
 )

@@ -19,6 +19,7 @@ from hestia.targets import (
     TQ2_0,
     StorageType,
     exact_types,
+    file_bytes,
     head_type,
     matrix,
     target,
@@ -45,6 +46,17 @@ def test_packed_hf_bytes_are_words_scales_and_a_shape() -> None:
     assert PACK2.stored_bytes((10, 172), "row") == 10 * 11 * 4 + 10 * 2 + 16  # 172 / 16 = 10.75 words
     assert PACK4.stored_bytes((10, 64), "row") == 10 * 8 * 4 + 10 * 2 + 16
     assert MLX2.stored_bytes((10, 512), "row") == 10 * 32 * 4 + 10 * 4 * 4  # groups of 128, a scale and a bias each
+
+
+def test_one_group_length_serves_every_tensor_of_a_file_without_blocks() -> None:
+    """Rows of 576 and 1536 (SmolLM): groups of 64 and no longer, in the dtype of the dense weight."""
+    shapes = [(576, 576), (1536, 576), (576, 1536)]
+    for kind, numbers, extra in ((PACK2, 1, 16), (PACK4, 1, 16), (MLX2, 2, 0)):
+        for itemsize in (2, 4):
+            expected = [r * c * kind.bits // 8 + r * c // 64 * numbers * itemsize + extra for r, c in shapes]
+            assert file_bytes([(kind, "row", shape) for shape in shapes], itemsize) == expected
+    assert file_bytes([(PACK2, "row", (10, 64)), (PACK2, "row", (10, 172))]) == [10 * 16 + 20 + 16, 10 * 44 + 20 + 16]
+    assert file_bytes([(PACK2, 16, (10, 64)), (TQ2_0, "row", (10, 256))]) == [10 * 16 + 80 + 16, 660]
 
 
 @pytest.mark.parametrize(

@@ -252,6 +252,7 @@ def calibrate_on(
         model,
         weights,
         blocks.input_ids[rows].long(),
+        targets=blocks.loss_mask[rows],
         estimator=options.estimator,
         candidates=candidates,
         diagonals=options.group(),

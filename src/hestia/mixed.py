@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import nn
 
 from .curvature import Sensitivity
@@ -19,12 +18,13 @@ from .curvature.allocation import (
     curve,
     optimum,
 )
+from .curvature.damage import damages
 from .errors import PlanError
-from .plans import LayerPlan, Spending
+from .plans import LayerPlan, Spending, stored_bytes
 from .quant import GroupSize, QuantSpec
 from .quant.grouping import group_shape
 from .recipes import GRIDS, Recipe
-from .targets import Target
+from .targets import StorageType, Stored, Target, file_bytes, span
 
 KEPT_REASON = "kept by the allocation: it hurts more than its bits are worth"
 
@@ -34,50 +34,68 @@ def is_mixed(recipe: Recipe, bits: float, widths: Sequence[float] | None, max_kl
     return bool(widths) or max_kl is not None or bits not in recipe.widths
 
 
-def candidates(recipe: Recipe, group_size: GroupSize, widths: Sequence[float] | None) -> dict[str, QuantSpec]:
-    """Label -> quantizer of every width that a mixed plan of this recipe may use: what calibration has to measure.
+def quantizers(recipe: Recipe, group_size: GroupSize, widths: Sequence[float] | None) -> dict[float, QuantSpec]:
+    """Width -> quantizer of every width that a mixed plan of this recipe may use.
 
     Raises:
         ConfigError: a width that the recipe does not do.
     """
     chosen = [width for width in widths or recipe.widths if width != KEPT]
-    return {GRIDS[width].name: recipe.mixed_spec(width, group_size) for width in sorted(chosen)}
+    return {width: recipe.mixed_spec(width, group_size) for width in sorted(chosen)}
 
 
-def measured_damage(sensitivity: Sensitivity, specs: Mapping[str, QuantSpec]) -> tuple[Damage, str]:
-    """Damages in nats a token, and where they come from in words: measured KL, or half of dW' G dW.
+def candidates(recipe: Recipe, group_size: GroupSize, widths: Sequence[float] | None) -> dict[str, QuantSpec]:
+    """Label -> quantizer of every such width: what calibration has to measure.
+
+    Raises:
+        ConfigError: see ``quantizers``.
+    """
+    return {spec.grid.name: spec for spec in quantizers(recipe, group_size, widths).values()}
+
+
+def measured_damage(sensitivity: Sensitivity, specs: Mapping[float, QuantSpec]) -> tuple[Damage, str]:
+    """Damages in nats a token, and where they come from in words: see ``curvature.damage``.
+
+    A width whose own grid was not measured (Sherry's, with the sensitivity of ``hestia calibrate``) has the damage of
+    the plain grid; the words say so.
 
     Raises:
         PlanError: none of ``specs`` was measured, or with another group size; what to type is said.
     """
     damage: dict[str, dict[float, float]] = {path: {} for path in sensitivity.tensors}
-    differing: list[str] = []
+    grids: list[str] = []
+    rules: list[str] = []
     kinds: list[str] = []
-    widths = {grid.name: width for width, grid in GRIDS.items()}
-    for label, spec in specs.items():
-        readings = ((f"quadratic:{label}", 0.5, "half of dW' G dW"), (f"kl:{label}", 1.0, "measured KL"))
-        reading = next((r for r in readings if r[0] in sensitivity.quantities), None)
-        if reading is None or label not in sensitivity.candidates:
+    for width, spec in specs.items():
+        own, plain = spec.grid.name, GRIDS[width].name
+        label = own if own in sensitivity.candidates else plain
+        read = damages(sensitivity, label) if label in sensitivity.candidates else None
+        if read is None:
             continue
-        name, factor, words = reading
+        means, words = read
         found = QuantSpec.from_json(dict(sensitivity.candidates[label]))
         if found.group_size != spec.group_size:
             raise PlanError(
                 f"the sensitivity measured {label} in groups of {found.group_size}, the plan wants {spec.group_size}: "
                 f"calibrate again with --group-size {spec.group_size}"
             )
+        if found.grid != spec.grid:
+            grids.append(f"{found.grid.name}, not {own}")
         if found.scale != spec.scale:
-            differing.append(f"{label} ({found.scale.name}, not {spec.scale.name})")
+            rules.append(f"{label} ({found.scale.name}, not {spec.scale.name})")
         kinds.append(words)
-        for path, mean in sensitivity.means(name).items():
-            damage[path][widths[label]] = factor * mean
+        for path, mean in means.items():
+            damage[path][width] = mean
     if not kinds:
+        listed = ", ".join(spec.grid.name for spec in specs.values())
         raise PlanError(
-            f"the sensitivity measured no damage of {', '.join(specs)}, which a plan of several widths needs: "
+            f"the sensitivity measured no damage of {listed}, which a plan of several widths needs: "
             "calibrate again with `hestia calibrate MODEL --data TEXT --out sensitivity.json` (estimator gnb or kl)"
         )
     source = f"{' and '.join(dict.fromkeys(kinds))} ({sensitivity.estimator}, {sensitivity.sequences} sequences)"
-    return damage, source + (f"; other scale rules measured: {', '.join(differing)}" if differing else "")
+    if grids:
+        source += f"; other grids measured: {', '.join(grids)}"
+    return damage, source + (f"; other scale rules measured: {', '.join(rules)}" if rules else "")
 
 
 @dataclass(frozen=True)
@@ -103,9 +121,12 @@ def offer(
     *,
     keep: bool,
     fallback: bool,
-    dtype: torch.dtype | None,
+    itemsize: int,
 ) -> Offer:
-    """Every width that all targets hold exactly and whose damage is known, with true bytes.
+    """Every width that all targets hold exactly and whose damage is known, with its bytes.
+
+    Bytes are those of the file; where a format without blocks has a group length for the whole file, which depends on
+    what is kept, they are the most that any choice makes of them.
 
     Args:
         linears: the tensors to spend bits on.
@@ -114,17 +135,19 @@ def offer(
         damage: see ``Damage``.
         keep: a tensor may also stay as it is.
         fallback: single tensors may use another exact type of a target.
-        dtype: of a kept tensor in the file; None: the weight's own.
+        itemsize: bytes of a number of the parent's dtype.
 
     Raises:
-        PlanError: a group size that does not divide a row, or a tensor for which no width is left.
+        ConfigError: a group size that does not divide a row.
+        PlanError: a tensor for which no width is left.
     """
     stored: dict[str, dict[float, int]] = {}
+    kinds: dict[str, dict[float, StorageType]] = {}
     types: dict[str, dict[float, dict[str, str]]] = {}
     problems: dict[float, str] = {}
     for path, linear in linears.items():
         shape = (linear.out_features, linear.in_features)
-        stored[path], types[path] = {}, {}
+        stored[path], kinds[path], types[path] = {}, {}, {}
         for width, spec in specs.items():
             group_shape(shape, spec.group_size)
             try:
@@ -135,14 +158,37 @@ def offer(
             if width not in damage.get(path, {}):
                 problems.setdefault(width, f"its damage was not measured ({path})")
                 continue
-            stored[path][width] = held[0].stored_bytes(shape, spec.group_size)
+            kinds[path][width] = held[0]
             types[path][width] = {t.name: kind.name for t, kind in zip(targets, held, strict=True)}
         if keep:
-            stored[path][KEPT] = shape[0] * shape[1] * (dtype or linear.weight.dtype).itemsize
-        if not stored[path]:
+            stored[path][KEPT] = shape[0] * shape[1] * itemsize
+        if not (stored[path] or kinds[path]):
             raise PlanError(f"{path}: {'; '.join(problems.values())}")
+    for width, spec in specs.items():
+        held_by = {path: choices[width] for path, choices in kinds.items() if width in choices}
+        for path, size in _most_bytes(linears, held_by, spec.group_size, itemsize).items():
+            stored[path][width] = size
     used = {width for choices in types.values() for width in choices}
     return Offer(stored, types, {f"{width:g}": problems[width] for width in specs if width not in used})
+
+
+def _most_bytes(
+    linears: Mapping[str, nn.Linear], kinds: Mapping[str, StorageType], group_size: GroupSize, itemsize: int
+) -> dict[str, int]:
+    """Module path -> bytes of a tensor in the file, whichever of the others are kept.
+
+    Fewer tensors have longer groups in common, so all of them together take the most; but one whose group no usual
+    length divides gives all others one scale a row, and without it they take more.
+    """
+    alike: dict[bool, dict[str, Stored]] = {True: {}, False: {}}
+    for path, kind in kinds.items():
+        shape = (linears[path].out_features, linears[path].in_features)
+        usual = any(span(group_size, shape) % length == 0 for length in kind.usual)
+        alike[usual][path] = (kind, group_size, shape)
+    out: dict[str, int] = {}
+    for tensors in alike.values():
+        out |= dict(zip(tensors, file_bytes(list(tensors.values()), itemsize), strict=True))
+    return out
 
 
 def allocate(
@@ -191,8 +237,19 @@ def layers_of(
     return layers
 
 
+def stored_bits(
+    linears: Mapping[str, nn.Linear], layers: Mapping[str, LayerPlan], target: Target, itemsize: int
+) -> float:
+    """Bits a weight that all ``linears`` take in the file: ``layers`` quantized, the others kept."""
+    quantized = sum(stored_bytes(layers, target.name, itemsize).values())
+    kept = itemsize * sum(linear.weight.numel() for path, linear in linears.items() if path not in layers)
+    weights = sum(linear.weight.numel() for linear in linears.values())
+    return 8.0 * (quantized + kept) / weights
+
+
 def spending(
     found: Allocation,
+    stored: float,
     *,
     target: str,
     bits: float | None,
@@ -201,12 +258,12 @@ def spending(
     left_out: Mapping[str, str],
     curve: tuple[tuple[float, float], ...],
 ) -> Spending:
-    """What plan.json records of it."""
+    """What plan.json records of it; ``stored``: its bits a weight."""
     return Spending(
         target=target,
         asked_bits=None if max_kl is not None else bits,
         asked_kl=max_kl,
-        bits=found.bits,
+        bits=stored,
         predicted_kl=found.damage,
         source=source,
         left_out=left_out,

@@ -13,7 +13,7 @@ from . import recipes
 from .curvature import Sensitivity
 from .curvature.allocation import KEPT, Damage, Interactions
 from .errors import PlanError
-from .mixed import KEPT_REASON, allocate, candidates, is_mixed, layers_of, measured_damage, offer, spending
+from .mixed import KEPT_REASON, allocate, is_mixed, layers_of, measured_damage, offer, quantizers, spending, stored_bits
 from .nn.biases import OPTIONS, biased_layers, options_for
 from .nn.select import Selection, select
 from .plans import Kept, LayerPlan, Plan, Spending
@@ -74,27 +74,29 @@ def plan(
     if not selection.candidates or (selection.coverage() < SMALLEST_COVERAGE and not allow_partial):
         raise PlanError(_refusal(selection))
     traces = sensitivity.values if isinstance(sensitivity, Sensitivity) else sensitivity
+    itemsize = _itemsize(model, selection)
     spent: Spending | None = None
     if is_mixed(chosen, bits, widths, max_kl):
         if damages is None and isinstance(sensitivity, Sensitivity):
             _check_same_model(_bare(chosen, targets, selection), sensitivity.values, sensitivity)
-        specs = candidates(chosen, group_size, widths)
+        specs = quantizers(chosen, group_size, widths)
         damages, source = _damages(chosen, bits, sensitivity, damages, specs)
-        by_width = {w: specs[grid.name] for w, grid in recipes.GRIDS.items() if grid.name in specs}
         offered = offer(
             selection.candidates,
-            by_width,
+            specs,
             targets,
             damages,
             keep=widths is None or KEPT in widths,
             fallback=fallback,
-            dtype=_stored_dtype(model),
+            itemsize=itemsize,
         )
         found, points = allocate(
             selection.candidates, offered, damages, bits=bits, max_kl=max_kl, interactions=interactions
         )
+        layers = layers_of(selection.candidates, specs, offered, damages, found)
         spent = spending(
             found,
+            stored_bits(selection.candidates, layers, targets[0], itemsize),
             target=targets[0].name,
             bits=bits,
             max_kl=max_kl,
@@ -102,7 +104,6 @@ def plan(
             left_out=offered.left_out,
             curve=points,
         )
-        layers = layers_of(selection.candidates, by_width, offered, damages, found)
         selection = _keeping(model, selection, layers)
         if not layers or (selection.coverage() < SMALLEST_COVERAGE and not allow_partial):
             raise PlanError(f"{spent.summary()}: {_refusal(selection)}")
@@ -120,6 +121,7 @@ def plan(
         warnings=selection.warnings,
         correction=chosen.correction(),
         spending=spent,
+        itemsize=itemsize,
     )
     if traces is None:
         return result
@@ -154,7 +156,7 @@ def _damages(
     bits: float,
     sensitivity: Sensitivity | Mapping[str, float] | None,
     damages: Damage | None,
-    specs: Mapping[str, QuantSpec],
+    specs: Mapping[float, QuantSpec],
 ) -> tuple[Damage, str]:
     if damages is not None:
         return damages, "the caller's numbers"
@@ -199,10 +201,11 @@ def _keeping(model: nn.Module, selection: Selection, layers: Mapping[str, LayerP
     )
 
 
-def _stored_dtype(model: nn.Module) -> torch.dtype | None:
-    """The parent's dtype, in which kept weights are written, whatever dtype they were loaded in."""
+def _itemsize(model: nn.Module, selection: Selection) -> int:
+    """Bytes of a number in the parent's dtype, in which weights are kept, whatever dtype they were loaded in."""
     dtype = getattr(getattr(model, "config", None), "dtype", None)
-    return dtype if isinstance(dtype, torch.dtype) else None
+    loaded = next(iter(selection.candidates.values())).weight.dtype
+    return (dtype if isinstance(dtype, torch.dtype) else loaded).itemsize
 
 
 def _check_same_model(

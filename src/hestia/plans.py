@@ -12,7 +12,7 @@ from .files import read_json, write_json
 from .quant.corrections import Correction
 from .quant.spec import QuantSpec
 from .schedules import KnobSchedule
-from .targets import target
+from .targets import Stored, file_bytes, target
 
 SCHEMA = 1
 
@@ -115,6 +115,7 @@ class Plan:
         warnings: sentences about large weights that hestia cannot quantize; shown with the table.
         correction: what pulls the latent weights after every optimizer step, or nothing.
         spending: how the bits were allocated; None where all tensors have one width.
+        itemsize: bytes of a number in the parent's dtype, in which files hold kept weights and some of them scales.
     """
 
     recipe: Mapping[str, Any]
@@ -126,6 +127,7 @@ class Plan:
     warnings: tuple[str, ...] = ()
     correction: Correction | None = None
     spending: Spending | None = None
+    itemsize: int = 2
 
     @property
     def quantized_weights(self) -> int:
@@ -139,13 +141,11 @@ class Plan:
 
     def bits_per_weight(self, target_name: str) -> float:
         """Stored bits a quantized weight in ``target_name``, scales and padding included."""
-        chosen = target(target_name)
-        types = {t.name: t for t in chosen.types}
-        total = sum(
-            types[layer.stored[target_name]].stored_bytes(layer.shape, layer.spec.group_size)
-            for layer in self.layers.values()
-        )
-        return 8.0 * total / max(1, self.quantized_weights)
+        return 8.0 * sum(self.stored_bytes(target_name).values()) / max(1, self.quantized_weights)
+
+    def stored_bytes(self, target_name: str) -> dict[str, int]:
+        """Module path -> bytes of every quantized weight in ``target_name``, scales and padding included."""
+        return stored_bytes(self.layers, target_name, self.itemsize)
 
     def save(self, path: Path) -> None:
         """Write plan.json atomically."""
@@ -181,6 +181,7 @@ class Plan:
             },
             "kept": {name: {"reason": kept.reason, "weights": kept.weights} for name, kept in self.kept.items()},
             "warnings": list(self.warnings),
+            "itemsize": self.itemsize,
             **({} if self.spending is None else {"spending": self.spending.to_json()}),
         }
         return record if self.correction is None else {**record, "correction": self.correction.to_json()}
@@ -213,6 +214,9 @@ class Plan:
                     spec=spec, shape=shape, temperature_factor=factor, stored=stored, damage=damage
                 )
             place = where
+            itemsize = int(record.get("itemsize", 2))
+            if itemsize < 1:
+                raise PlanError(f"itemsize must be the bytes of a number, such as 2 for bf16, got {itemsize}")
             return cls(
                 recipe=dict(record["recipe"]),
                 trains=bool(record["trains"]),
@@ -223,6 +227,7 @@ class Plan:
                 warnings=tuple(map(str, record["warnings"])),
                 correction=Correction.from_json(record["correction"]) if "correction" in record else None,
                 spending=None if record.get("spending") is None else Spending.from_json(record["spending"]),
+                itemsize=itemsize,
             )
         except KeyError as error:
             raise PlanError(f"{place}: missing key {error}") from None
@@ -239,13 +244,14 @@ class Plan:
         width = max((len(path) for path in self.layers), default=10)
         grid = max([8, *(len(layer.spec.grid.name) for layer in self.layers.values())])
         spent = f"{'bits':>7} {'damage':>9}  " if self.spending is not None else ""
+        sizes = {} if self.spending is None else self.stored_bytes(self.spending.target)
         lines = [f"{'tensor':<{width}}  {'shape':>13}  {'grid':<{grid}} {'group':<7} {'tau x':>6}  {spent}stored as"]
         for path, layer in self.layers.items():
             shape = f"{layer.shape[0]} x {layer.shape[1]}"
             stored = ", ".join(dict.fromkeys(layer.stored.values())) or "-"
             lines.append(
                 f"{path:<{width}}  {shape:>13}  {layer.spec.grid.name:<{grid}} {layer.spec.group_size!s:<7} "
-                f"{layer.temperature_factor:>6.3f}  {self._spent(layer)}{stored}"
+                f"{layer.temperature_factor:>6.3f}  {_spent(layer, sizes.get(path))}{stored}"
             )
         reasons: dict[str, tuple[int, int]] = {}
         for kept in self.kept.values():
@@ -265,14 +271,22 @@ class Plan:
         lines += [f"WARNING: {warning}" for warning in self.warnings]
         return "\n".join(lines)
 
-    def _spent(self, layer: LayerPlan) -> str:
-        """Stored bits a weight and predicted damage of one tensor, where bits were allocated."""
-        if self.spending is None:
-            return ""
-        types = {t.name: t for t in target(self.spending.target).types}
-        stored = types[layer.stored[self.spending.target]].stored_bytes(layer.shape, layer.spec.group_size)
-        damage = "-" if layer.damage is None else f"{layer.damage:.3g}"
-        return f"{8.0 * stored / layer.weights:>7.4f} {damage:>9}  "
+
+def stored_bytes(layers: Mapping[str, LayerPlan], target_name: str, itemsize: int) -> dict[str, int]:
+    """Module path -> bytes of all ``layers`` in one file; ``itemsize``: see ``targets.file_bytes``."""
+    types = {t.name: t for t in target(target_name).types}
+    tensors: list[Stored] = [
+        (types[layer.stored[target_name]], layer.spec.group_size, layer.shape) for layer in layers.values()
+    ]
+    return dict(zip(layers, file_bytes(tensors, itemsize), strict=True))
+
+
+def _spent(layer: LayerPlan, stored: int | None) -> str:
+    """Stored bits a weight and predicted damage of one tensor, where bits were allocated."""
+    if stored is None:
+        return ""
+    damage = "-" if layer.damage is None else f"{layer.damage:.3g}"
+    return f"{8.0 * stored / layer.weights:>7.4f} {damage:>9}  "
 
 
 def _check_stored(target_name: str, type_name: str | None, spec: QuantSpec, shape: tuple[int, int]) -> None:

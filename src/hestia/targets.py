@@ -7,7 +7,8 @@ Layouts and engine support were read in llama.cpp (0c1e57098), compressed-tensor
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,13 +24,15 @@ class StorageType:
     Attributes:
         name: the format's own name, such as ``TQ2_0``.
         block: weights that share a stored scale; 0 where the format takes any group that divides the row.
-        block_bytes: bytes a block; for ``block == 0`` bits are counted by ``stored_bytes``.
+        block_bytes: bytes a block; for ``block == 0`` they are counted by ``file_bytes``.
         levels: the sets of integer codes it can express, any one of which must hold the whole grid; None where it
             stores dense numbers. More than one where a sign or an offset of the format can be chosen.
         ggml: the tensor type id in a GGUF file; None outside GGUF.
         groups: group lengths that a format without blocks can write, longest first; a longer group is repeated.
+        usual: the same of a format that can write any, but should write one of these where it can.
         bits: bits of a code in a format without blocks.
-        scale_bytes: bytes beside the codes of one group in such a format, at 2 bytes a number.
+        numbers: numbers beside the codes of one group in such a format, in the dtype of the dense weight.
+        extra: bytes beside the codes and groups of a tensor in such a format.
     """
 
     name: str
@@ -38,8 +41,10 @@ class StorageType:
     levels: tuple[range, ...] | None
     ggml: int | None = None
     groups: tuple[int, ...] = ()
+    usual: tuple[int, ...] = ()
     bits: int = 2
-    scale_bytes: int = 2
+    numbers: int = 1
+    extra: int = 0
 
     def refusal(self, grid: Grid, group_size: GroupSize, shape: tuple[int, int]) -> str | None:
         """Why this type cannot hold the tensor exactly, or None if it can."""
@@ -51,25 +56,61 @@ class StorageType:
                 return f"{self.name} stores rows in blocks of {self.block}, which do not divide in_features={columns}"
             if isinstance(group_size, int) and group_size % self.block:
                 return f"{self.name} has one scale for {self.block} weights, finer groups of {group_size} do not fit"
-        elif self.groups and self.group(group_size, columns) is None:
-            length = group_size if isinstance(group_size, int) else columns
+        elif self.groups and all(span(group_size, shape) % group for group in self.groups):
             allowed = ", ".join(map(str, self.groups))
+            length = span(group_size, shape)
             return f"{self.name} has groups of {allowed}, none of which divides {length} consecutive weights"
         return None
 
-    def group(self, group_size: GroupSize, columns: int) -> int | None:
-        """The longest group length of a format without blocks that stores these scales by repetition."""
-        length = group_size if isinstance(group_size, int) else columns
-        return next((g for g in self.groups if length % g == 0), None) if self.groups else length
-
     def stored_bytes(self, shape: tuple[int, int], group_size: GroupSize) -> int:
-        """Bytes of the tensor in the file, scales and padding included."""
-        rows, columns = shape
-        if self.block:
-            return rows * (columns // self.block) * self.block_bytes
-        words = rows * -(-columns * self.bits // 32) * 4
-        group = self.group(group_size, columns) or columns
-        return words + rows * (columns // group) * self.scale_bytes + (0 if self.groups else 16)
+        """Bytes of the tensor alone in a file, scales and padding included."""
+        return file_bytes([(self, group_size, shape)])[0]
+
+
+def span(group_size: GroupSize, shape: tuple[int, int]) -> int:
+    """Consecutive weights of a row that share a scale."""
+    return group_size if isinstance(group_size, int) else shape[1]
+
+
+def scale_group(kind: StorageType, tensors: Iterable[tuple[GroupSize, tuple[int, int]]]) -> int | None:
+    """The one group length in which a file without blocks stores the scales of all ``tensors``, by repetition.
+
+    With ``n`` the greatest common divisor of all group lengths (a row counts as its width): the longest of the type's
+    lengths that divides ``n``; else None, one scale a row, if every tensor has one scale a row (or one in all), as in
+    rows of 64 and 172; else ``n`` itself.
+    """
+    lengths = {(span(size, shape), shape[1]) for size, shape in tensors}
+    common = math.gcd(*(length for length, _ in lengths))
+    fitting = next((group for group in kind.groups or kind.usual if common % group == 0), None)
+    if fitting is None and any(length != columns for length, columns in lengths):
+        return common
+    return fitting
+
+
+Stored = tuple[StorageType, GroupSize, tuple[int, int]]
+"""A quantized tensor of a file: storage type, group size and shape."""
+
+
+def file_bytes(tensors: Sequence[Stored], itemsize: int = 2) -> list[int]:
+    """Bytes of each of the quantized ``tensors`` of one file, scales and padding included.
+
+    Args:
+        tensors: those of a type without blocks share one group length.
+        itemsize: bytes of a number of the dense weight, in which formats without blocks write scales.
+    """
+    groups = {
+        kind: scale_group(kind, ((size, shape) for other, size, shape in tensors if other == kind))
+        for kind in {kind for kind, _, _ in tensors if not kind.block}
+    }
+    out = []
+    for kind, _, (rows, columns) in tensors:
+        if kind.block:
+            out.append(rows * (columns // kind.block) * kind.block_bytes)
+            continue
+        words = rows * -(-columns * kind.bits // 32) * 4
+        scales = rows * (columns // (groups[kind] or columns))
+        out.append(words + scales * kind.numbers * itemsize + kind.extra)
+    return out
 
 
 F32 = StorageType("F32", 1, 4, None, ggml=0)
@@ -84,9 +125,10 @@ Q2_K = StorageType("Q2_K", 256, 84, (range(-1, 3), range(-2, 2), range(-3, 4, 2)
 Q3_K = StorageType("Q3_K", 256, 110, (range(-4, 4), range(-3, 5)), ggml=11)
 Q4_0 = StorageType("Q4_0", 32, 18, (range(-8, 8), range(-7, 9)), ggml=2)
 Q4_K = StorageType("Q4_K", 256, 144, (range(-8, 8), range(-15, 16, 2)), ggml=12)
-PACK2 = StorageType("pack-quantized 2-bit", 0, 0, (range(-2, 2),))
-PACK4 = StorageType("pack-quantized 4-bit", 0, 0, (range(-8, 8),), bits=4)
-MLX2 = StorageType("mlx 2-bit affine", 0, 0, (range(-1, 3), range(-2, 2)), groups=(128, 64, 32), scale_bytes=4)
+_PACK = (256, 128, 64, 32)  # powers of two that GPU kernels have; 256 costs 1/16 bit a weight in bf16
+PACK2 = StorageType("pack-quantized 2-bit", 0, 0, (range(-2, 2),), usual=_PACK, extra=16)
+PACK4 = StorageType("pack-quantized 4-bit", 0, 0, (range(-8, 8),), usual=_PACK, bits=4, extra=16)
+MLX2 = StorageType("mlx 2-bit affine", 0, 0, (range(-1, 3), range(-2, 2)), groups=(128, 64, 32), numbers=2)
 
 _EXACT = (Q2_0, Q2_K, Q3_K, Q4_0, Q4_K, Q8_0, F16)  # what may stand in for another GGUF type, smallest first
 
@@ -241,13 +283,14 @@ def exact_types(grid: Grid, group_size: GroupSize, shape: tuple[int, int]) -> li
 
 
 def matrix(
-    layers: Sequence[tuple[str, Grid, GroupSize, tuple[int, int]]] = (), *, fallback: bool = False
+    layers: Sequence[tuple[str, Grid, GroupSize, tuple[int, int]]] = (), *, fallback: bool = False, itemsize: int = 2
 ) -> list[dict[str, Any]]:
     """One row a target: what it holds, where it runs, and whether the given tensors fit.
 
     Args:
         layers: path, grid, group size and shape of every quantized tensor of a run; none for the table alone.
         fallback: let single tensors use the target's other exact types.
+        itemsize: see ``file_bytes``.
 
     Returns:
         ``{"target", "type", "groups", "engines", "caution", "bits_per_weight", "fits"}``; bits are those of the given
@@ -263,13 +306,13 @@ def matrix(
         fits: bool | str | None = None
         bits = 8.0 * first.stored_bytes((1024, 1024), 128) / 2**20
         try:
-            stored: list[tuple[StorageType, GroupSize, tuple[int, int]]] = [
+            stored: list[Stored] = [
                 (chosen.storage(g, size, shape, fallback=fallback), size, shape) for _, g, size, shape in layers
             ]
             if stored:
                 fits = True
                 weights = sum(shape[0] * shape[1] for _, _, shape in stored)
-                bits = 8.0 * sum(t.stored_bytes(shape, size) for t, size, shape in stored) / weights
+                bits = 8.0 * sum(file_bytes(stored, itemsize)) / weights
         except PlanError as error:
             fits = str(error).split(";")[0]
         rows.append(

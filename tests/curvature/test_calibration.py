@@ -9,11 +9,17 @@ from typing import ClassVar
 
 import pytest
 import torch
+import toy_models
+from exact_curvature import linears, tiny_llama
 from torch import Tensor, nn
 
 from hestia.curvature import CurvatureEstimator, Sensitivity, calibrate
-from hestia.curvature.estimators import HutchPlusPlus, Problem, Row
+from hestia.curvature.estimators import HutchPlusPlus, Problem, Row, gnb, hvp
+from hestia.data import Blocks
 from hestia.errors import CalibrationError, ConfigError
+from hestia.jobs import calibrate_on
+from hestia.options import Options
+from hestia.quant import QuantSpec
 
 torch.set_num_threads(1)
 
@@ -204,3 +210,74 @@ def test_a_forward_of_the_wrong_kind_is_refused(toy: Toy) -> None:
         calibrate(toy, weights_of(toy), IDS, forward=lambda ids: toy(ids).logits[0])
     with pytest.raises(CalibrationError, match="no gradient"):
         calibrate(toy, weights_of(toy), IDS, forward=lambda ids: toy(ids).logits.detach())
+
+
+# --- which tokens count ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["gnb", "fisher", "kl", "hutchinson", "hutchpp", "xtrace", "eigen"])
+def test_positions_whose_token_does_not_count_leave_no_trace(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A causal model whose last three tokens do not count says what it says without them; the draws made equal."""
+    for module in (gnb, hvp):
+        monkeypatch.setattr(module, "key", lambda ids, seed: seed + int(ids[0]))
+    model = tiny_llama()
+    weights = {path: weight for path, weight in linears(model).items() if "layers.1.mlp" in path}
+    ids = torch.randint(0, 12, (3, 9), generator=torch.Generator().manual_seed(4))
+    estimator = CurvatureEstimator.make(name, **({"scaling_sequences": 0} if name == "hutchinson" else {}))
+    first = torch.arange(9).expand(3, 9) < 6
+    specs = {"ternary": QuantSpec()}
+    masked = calibrate(model, weights, ids, targets=first, estimator=estimator, candidates=specs, diagonals=4)
+    short = calibrate(model, weights, ids[:, :6], estimator=estimator, candidates=specs, diagonals=4)
+    assert masked.scored_positions == short.scored_positions == 15
+    for path, tensor in masked.tensors.items():
+        assert tensor.samples == pytest.approx(short.tensors[path].samples, rel=1e-6)
+        for other, column in tensor.others.items():
+            assert column == pytest.approx(short.tensors[path].others[other], rel=1e-6), other
+        assert (tensor.gauss_newton or ()) == pytest.approx(short.tensors[path].gauss_newton or (), rel=1e-6)
+    for key, value in masked.diagonals.items():
+        torch.testing.assert_close(value, short.diagonals[key])
+
+
+def test_scattered_targets_are_those_of_the_loss(toy: Toy) -> None:
+    targets = torch.rand(IDS.shape, generator=torch.Generator().manual_seed(3)) < 0.5
+    found = calibrate(toy.eval(), weights_of(toy), IDS, targets=targets, estimator="fisher")
+    labels = torch.where(targets, IDS, -100)[:, 1:]
+    for k, (ids, label) in enumerate(zip(IDS, labels, strict=True)):
+        loss = nn.functional.cross_entropy(toy(ids[None]).logits[0, :-1], label, reduction="sum")
+        (gradient,) = torch.autograd.grad(loss, toy.body.weight)
+        expected = float(gradient.square().sum()) / int((label != -100).sum())
+        assert found.tensors["body"].samples[k] == pytest.approx(expected, rel=1e-4)
+
+
+def test_where_every_token_counts_nothing_changes(toy: Toy) -> None:
+    every = calibrate(toy, weights_of(toy), IDS, targets=torch.ones_like(IDS, dtype=torch.bool))
+    assert every.tensors == calibrate(toy, weights_of(toy), IDS).tensors
+
+
+def test_sequences_without_a_token_that_counts_are_skipped(toy: Toy) -> None:
+    targets = torch.ones_like(IDS, dtype=torch.bool)
+    targets[1, 1:] = False  # nothing predicts the first token
+    found = calibrate(toy, weights_of(toy), IDS, targets=targets)
+    assert found.tensors == calibrate(toy, weights_of(toy), IDS[[0, 2, 3]]).tensors
+    targets[2:] = False
+    with pytest.raises(CalibrationError, match=r"only 1 of 4 sequences have a token that counts"):
+        calibrate(toy, weights_of(toy), IDS, targets=targets)
+    with pytest.raises(CalibrationError, match=r"targets must be bool and of the shape .*\[4, 6\]; got torch.int64"):
+        calibrate(toy, weights_of(toy), IDS, targets=IDS)
+
+
+def test_a_run_calibrates_on_the_tokens_it_trains_on() -> None:
+    model = toy_models.llama()
+    path = "model.layers.0.mlp.up_proj"
+    blocks = Blocks(toy_models.IDS, torch.arange(8).expand(2, 8) > 4)
+    options = Options(model="", calibrate=2)
+    found = calibrate_on(model, [path], {}, blocks, options, {})
+    direct = calibrate(
+        model,
+        {path: model.get_parameter(f"{path}.weight")},
+        blocks.input_ids,
+        targets=blocks.loss_mask,
+        seed=options.seed,
+    )
+    assert found.scored_positions == 6
+    assert sorted(found.tensors[path].samples) == sorted(direct.tensors[path].samples)

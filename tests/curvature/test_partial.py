@@ -21,9 +21,18 @@ class KilledError(Exception):
 SEQUENCES = 12
 
 
-def measured(keep: Path | None, *, seed: int = 0, stopping: Stopping | None = None) -> Any:
-    """A calibration of a toy with one candidate and diagonals."""
+def measured(
+    keep: Path | None,
+    *,
+    seed: int = 0,
+    stopping: Stopping | None = None,
+    other: str | None = None,
+    targets: torch.Tensor | None = None,
+) -> Any:
+    """A calibration of a toy with one candidate and diagonals; ``other``: a tensor of the model that is doubled."""
     model = toy_models.llama()
+    if other is not None:
+        model.get_parameter(other).data.mul_(2.0)
     ids = torch.randint(3, 60, (SEQUENCES, 9), generator=torch.Generator().manual_seed(1))
     weights = {
         p: model.get_parameter(f"{p}.weight") for p in ("model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj")
@@ -32,6 +41,7 @@ def measured(keep: Path | None, *, seed: int = 0, stopping: Stopping | None = No
         model,
         weights,
         ids,
+        targets=targets,
         candidates={"ternary": QuantSpec()},
         diagonals="row",
         stopping=stopping,
@@ -102,3 +112,26 @@ def test_what_another_calibration_left_or_damage_is_not_used(tmp_path: Path, mon
     keep.write_bytes(keep.read_bytes()[:-3])
     assert equal(measured(keep), measured(None))
     assert "damaged" in said[-1]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"other": "model.embed_tokens.weight"},
+        {"other": "model.norm.weight"},
+        {"other": "model.layers.0.mlp.down_proj.weight"},
+        {"stopping": Stopping(start=8)},
+        {"targets": torch.arange(9).expand(SEQUENCES, 9) > 3},
+    ],
+    ids=lambda change: next(iter(change)) if "other" not in change else change["other"],
+)
+def test_rows_of_a_sibling_are_not_mixed_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any]
+) -> None:
+    """The same measured weights, text and seed, and another rest of the model, stopping rule or loss."""
+    said: list[str] = []
+    monkeypatch.setattr(partial, "announce", said.append)
+    keep = tmp_path / "s.partial.safetensors"
+    killed_at(monkeypatch, keep, 5)
+    assert equal(measured(keep, **change), measured(None, **change))
+    assert said == [f"{keep}: left by another calibration; this one begins anew"]

@@ -32,7 +32,7 @@ def a_sensitivity(**changes: object) -> Sensitivity:
         "model": {"path": "m"},
         "seconds": 1.5,
     }
-    return Sensitivity(tensors=tensors, **{**values, **changes})  # type: ignore[arg-type]
+    return Sensitivity(**{"tensors": tensors, **values, **changes})  # type: ignore[arg-type]
 
 
 @settings(max_examples=50)
@@ -125,6 +125,14 @@ def test_a_sample_is_never_clipped(bad: float) -> None:
         TensorSensitivity.of("w", 4, [1.0, bad, 2.0])
     with pytest.raises(CalibrationError, match=r"w: .*at least 2 sequences, got 1"):
         TensorSensitivity.of("w", 4, [1.0])
+
+
+def test_the_table_names_what_takes_the_place_of_a_doubtful_eigenvalue() -> None:
+    """Surely negative is no less a reason than about zero."""
+    tensor = TensorSensitivity.of("w", 4, [-5.0, -5.1, -5.0], signed=True, gauss_newton=[4.0, 5.0, 6.0])
+    assert tensor.value == 5.0
+    text = table(a_sensitivity(tensors={"w": tensor}, estimator="eigen", primary="eigenvalue"))
+    assert "* in 1 tensors the interval is not wholly positive: the Gauss-Newton eigenvalue takes the place" in text
 
 
 def test_the_table_is_sorted_by_trace_and_warns_of_one_large_sequence() -> None:

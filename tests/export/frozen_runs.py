@@ -21,10 +21,11 @@ _SMALL = {
 }
 
 
-def llama(intermediate_size: int = 128) -> PreTrainedModel:
+def llama(intermediate_size: int = 128, **more: int) -> PreTrainedModel:
     """A random Llama with a tied head."""
     torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(**_SMALL, intermediate_size=intermediate_size, tie_word_embeddings=True))
+    sizes = {**_SMALL, "intermediate_size": intermediate_size, **more}
+    return LlamaForCausalLM(LlamaConfig(**sizes, tie_word_embeddings=True))
 
 
 def qwen2() -> PreTrainedModel:

@@ -17,12 +17,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
+import hestia
 from hestia import export
 from hestia.errors import ConfigError, ExportError
 from hestia.export import huggingface
 from hestia.export.frozen import FrozenModel, save_codes
 from hestia.export.huggingface import Scheme, choose_scheme, export_hf, load, logits, pack_codes
 from hestia.export.huggingface_check import check_hf
+from hestia.export.mlx import export_mlx
 from hestia.export.verify import detect_target
 from hestia.quant import INT2, Grid, QuantSpec
 
@@ -67,6 +69,20 @@ CASES = {
     "rows of 64 and 172, bf16": (lambda: llama(172), {"dtype": torch.bfloat16}, Scheme("channel")),
     "groups of 16 beside rows": (llama, {"fixed": {"q_proj": QuantSpec(group_size=16)}}, Scheme("group", 16)),
 }
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_plan_counts_the_bytes_of_its_files(tmp_path: Path, dtype: torch.dtype) -> None:
+    """Rows of 192 and 512: groups of 64 for all, scales in the parent's dtype."""
+    model = llama(512, hidden_size=192).to(dtype)
+    model.config.dtype = dtype
+    plan = hestia.plan(model, "round_to_nearest", ["hf", "hf:int4", "mlx"])
+    run = freeze(model, tmp_path / "run", dtype=dtype)
+    records = [export_hf(run, tmp_path / "2"), export_hf(run, tmp_path / "4", bits=4), export_mlx(run, tmp_path / "m")]
+    assert [8 * r["quantized_bytes"] / plan.quantized_weights for r in records] == [
+        plan.bits_per_weight(r["target"]) for r in records
+    ]
+    assert hestia.Plan.from_json(plan.to_json()).bits_per_weight("hf") == plan.bits_per_weight("hf")
 
 
 @pytest.mark.parametrize("case", CASES)

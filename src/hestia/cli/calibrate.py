@@ -44,13 +44,14 @@ def command(model: str, as_json: bool, **typed: Any) -> None:
 
 def heat_map_of(sensitivity: Sensitivity) -> str | None:
     """Layer by projection as an SVG: the damage, or the primary quantity where there is none; None without layers."""
-    from ..curvature.show import damages, reference_label
+    from ..curvature.damage import damages
+    from ..curvature.show import reference_label
     from ..report.heatmap import draw, heat_map
     from ..report.records import Trace
 
     label = reference_label(sensitivity)
-    found = damages(sensitivity, label) if label is not None else None
-    title = f"KL of {label} in nats a token, one tensor at a time" if found is not None else sensitivity.primary
-    values = sensitivity.values if found is None else found
+    read = damages(sensitivity, label) if label is not None else None
+    title = f"KL of {label} in nats a token, one tensor at a time" if read is not None else sensitivity.primary
+    values = sensitivity.values if read is None else read[0]
     heat = heat_map([Trace(path=path, trace=value) for path, value in values.items()])
     return None if heat is None else draw(heat, f"{title} ({sensitivity.estimator})")

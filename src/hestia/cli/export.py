@@ -95,11 +95,11 @@ def target_rows(run: str | None, fallback: bool) -> list[dict[str, Any]]:
 
     if run is None:
         return matrix()
-    layers = Plan.load(Path(run) / "plan.json").layers
+    plan = Plan.load(Path(run) / "plan.json")
     tensors: list[tuple[str, Any, Any, tuple[int, int]]] = [
-        (path, layer.spec.grid, layer.spec.group_size, layer.shape) for path, layer in layers.items()
+        (path, layer.spec.grid, layer.spec.group_size, layer.shape) for path, layer in plan.layers.items()
     ]
-    return matrix(tensors, fallback=fallback)
+    return matrix(tensors, fallback=fallback, itemsize=plan.itemsize)
 
 
 def target_table(rows: list[dict[str, Any]]) -> str:

@@ -28,6 +28,7 @@ def calibrate(
     weights: Mapping[str, nn.Parameter],
     sequences: Tensor,
     *,
+    targets: Tensor | None = None,
     estimator: str | CurvatureEstimator = "gnb",
     candidates: Mapping[str, QuantSpec] | None = None,
     diagonals: int | str | None = None,
@@ -48,9 +49,12 @@ def calibrate(
         model: any causal language model; the Parameters of ``weights`` are among its own.
         weights: module path -> weight matrix, at least one; bf16 and fp16 weights are fine.
         sequences: token ids [K, T], K >= 2 of equal length T >= 2; the last token of each predicts nothing.
+        targets: bool [K, T], True where predicting the token counts, as in training (``data.Blocks.loss_mask``); a
+            sequence without any is skipped. None: all count.
         estimator: one of ``CurvatureEstimator.names()``, or the object.
         candidates: label -> quantizer whose damage is measured in the same pass, one byte a weight and candidate.
-        diagonals: group size of the per-group sums of squared gradients to keep; None keeps none.
+        diagonals: group size of the per-group sums of squared gradients to keep, where the estimator has gradients to
+            square (gnb, fisher); None keeps none.
         stopping: stop before all sequences are used; None uses all.
         seed: of the random probes, which depend on it and on the content of a sequence, and not on its place.
         forward: token ids [1, T] -> logits [1, T, V]; None means ``model(input_ids=ids).logits``.
@@ -66,6 +70,10 @@ def calibrate(
     """
     chosen = estimator if isinstance(estimator, CurvatureEstimator) else CurvatureEstimator.make(estimator)
     _check(model, weights, sequences)
+    counted = None if targets is None else _counted(sequences, targets)
+    if counted is not None:
+        reached = counted.any(dim=1)
+        sequences, counted = sequences[reached], counted[reached]
     if chosen.needs_candidates and not candidates:
         raise CalibrationError(f"the estimator {chosen.name!r} needs candidates: whose damage is it to measure?")
     started = time.perf_counter()
@@ -76,25 +84,26 @@ def calibrate(
             forward=forward or (lambda batch: model(input_ids=batch).logits),
             weights=weights,
             candidates=Candidates(weights, candidates or {}),
-            diagonals=None if diagonals is None else Diagonals(diagonals, weights),
+            diagonals=Diagonals(diagonals, weights) if chosen.squares and diagonals is not None else None,
             seed=seed,
         )
         chosen.prepare(problem, ids)
         labelled = {label: spec.to_json() for label, spec in (candidates or {}).items()}
         partial = None
         if keep is not None and processes.world_size() == 1:
-            partial = Partial(keep, key_of(chosen, weights, sequences, labelled, diagonals, seed))
-        rows, stopped = _rows(chosen, problem, ids, stopping, partial)
-        gauss_newton = _substitutes(chosen, problem, ids[: len(rows)], rows)
+            key = key_of(chosen, model, weights, sequences, counted, labelled, diagonals, seed, stopping)
+            partial = Partial(keep, key)
+        rows, stopped = _rows(chosen, problem, ids, counted, stopping, partial)
+        gauss_newton = _substitutes(chosen, problem, ids[: len(rows)], counted, rows)
     primary = _primary(chosen, problem.candidates)
-    columns = {path: _columns(rows, path, primary, signed=chosen.signed) for path in weights}
+    columns = {path: _columns(rows, path, primary, chosen) for path in weights}
     return Sensitivity(
         estimator=chosen.name,
         estimator_options={key: value for key, value in chosen.to_json().items() if key != "name"},
         primary=primary,
         seed=seed,
         sequences=len(rows),
-        scored_positions=len(rows) * (sequences.shape[1] - 1),
+        scored_positions=len(rows) * (sequences.shape[1] - 1) if counted is None else int(counted[: len(rows)].sum()),
         stopped=stopped,
         candidates=labelled,
         candidate_bytes=problem.candidates.nbytes,
@@ -107,6 +116,7 @@ def calibrate(
                 others=columns[path],
                 errors=problem.candidates.errors[path],
                 signed=chosen.signed,
+                may_be_zero=chosen.may_be_zero,
                 gauss_newton=gauss_newton.get(path),
             )
             for path, weight in weights.items()
@@ -120,6 +130,7 @@ def _rows(
     estimator: CurvatureEstimator,
     problem: Problem,
     ids: Tensor,
+    counted: Tensor | None,
     stopping: Stopping | None,
     partial: Partial | None = None,
 ) -> tuple[list[Row], str]:
@@ -136,7 +147,7 @@ def _rows(
         mine: dict[int, Row] = {}
         for k in track(share, f"calibrating, {estimator.name}", total=len(share)):
             try:
-                mine[k] = estimator.sample(problem, ids[k])
+                mine[k] = estimator.sample(_of_sequence(problem, counted, k), ids[k])
             except CalibrationError as error:
                 raise CalibrationError(f"sequence {k} of {len(ids)}: {error}") from None
             if partial is not None:
@@ -146,12 +157,19 @@ def _rows(
         rows += parallel.gathered(mine, len(rows), stop)
         if stopping is None:
             return rows, f"all {len(rows)} sequences were used"
-        samples = {path: _columns(rows, path, primary, signed=estimator.signed)[primary] for path in problem.weights}
+        samples = {path: _columns(rows, path, primary, estimator)[primary] for path in problem.weights}
         width, agreement = stopping.progress(samples)
         found = f"median half-width {width:.1%}, split-half rank agreement {agreement:.3f}"
         if stopping.enough(samples):
             return rows, f"settled after {len(rows)} sequences: {found}"
     return rows, f"the budget of {len(rows)} sequences ended first: {found}"
+
+
+def _of_sequence(problem: Problem, counted: Tensor | None, k: int) -> Problem:
+    """The problem as sequence ``k`` sees it; the same object where every position counts."""
+    if counted is None or bool(counted[k].all()):
+        return problem
+    return replace(problem, counted=counted[k].to(next(iter(problem.weights.values())).device))
 
 
 def _doubling(start: int, most: int) -> list[int]:
@@ -168,22 +186,22 @@ def _doubling(start: int, most: int) -> list[int]:
 
 
 def _substitutes(
-    estimator: CurvatureEstimator, problem: Problem, ids: Tensor, rows: Sequence[Row]
+    estimator: CurvatureEstimator, problem: Problem, ids: Tensor, counted: Tensor | None, rows: Sequence[Row]
 ) -> dict[str, list[float]]:
-    """Gauss-Newton samples for the tensors whose signed estimate cannot be told from zero."""
+    """Gauss-Newton samples for the tensors whose signed estimate is not surely positive."""
     if not estimator.signed:
         return {}
     primary = estimator.primary
     unsure = {}
     for path, weight in problem.weights.items():
-        samples = _columns(rows, path, primary, signed=True)[primary]
+        samples = _columns(rows, path, primary, estimator)[primary]
         if not TensorSensitivity.of(path, weight.numel(), samples, signed=True).low > 0.0:
             unsure[path] = weight
     if not unsure:
         return {}
     bare = replace(problem, weights=unsure, candidates=Candidates(unsure, {}), diagonals=None)
-    positive, _ = _rows(estimator.stand_in() or GaussNewton(), bare, ids, None)
-    return {path: _columns(positive, path, primary, signed=False)[primary] for path in unsure}
+    positive, _ = _rows(estimator.stand_in() or GaussNewton(), bare, ids, counted, None)
+    return {path: _columns(positive, path, primary, None)[primary] for path in unsure}
 
 
 def _primary(estimator: CurvatureEstimator, candidates: Candidates) -> str:
@@ -221,6 +239,23 @@ def _check(model: nn.Module, weights: Mapping[str, nn.Parameter], sequences: Ten
         seen[id(weight)] = path
 
 
+def _counted(sequences: Tensor, targets: Tensor) -> Tensor:
+    """bool [K, T - 1]: whether the token that each position predicts counts."""
+    if targets.shape != sequences.shape or targets.dtype != torch.bool:
+        raise CalibrationError(
+            f"targets must be bool and of the shape of the sequences, {list(sequences.shape)}; got {targets.dtype} of "
+            f"shape {list(targets.shape)}"
+        )
+    counted = targets[:, 1:].cpu()
+    reached = int(counted.any(dim=1).sum())
+    if reached < 2:
+        raise CalibrationError(
+            f"only {reached} of {len(sequences)} sequences have a token that counts (of a chat, the assistant's), and "
+            "calibration needs at least 2: use more text, or longer sequences"
+        )
+    return counted
+
+
 @contextlib.contextmanager
 def _prepared(model: nn.Module, weights: Mapping[str, nn.Parameter]) -> Iterator[None]:
     """Evaluation mode, gradients on, the weights differentiable; all as it was afterwards."""
@@ -240,19 +275,32 @@ def _prepared(model: nn.Module, weights: Mapping[str, nn.Parameter]) -> Iterator
             weight.requires_grad_(False)
 
 
-def _columns(rows: Sequence[Row], path: str, primary: str, *, signed: bool) -> dict[str, list[float]]:
-    """Quantity -> the samples of one tensor; the primary ones finite, and positive unless ``signed``.
+def _columns(
+    rows: Sequence[Row], path: str, primary: str, estimator: CurvatureEstimator | None
+) -> dict[str, list[float]]:
+    """Quantity -> the samples of one tensor; the primary ones finite, and of the sign that the estimator allows.
+
+    Without an estimator, as for what stands in for one, they must be positive.
 
     Raises:
         CalibrationError: one that is not; the tensor, the sequence and the likely cause are named.
     """
     samples = [row.get(path, {}).get(primary, 0.0) for row in rows]
-    bad = [k for k, s in enumerate(samples) if not (math.isfinite(s) and (s > 0.0 or (signed and path in rows[k])))]
+    signed = estimator is not None and estimator.signed
+    may_be_zero = estimator is not None and estimator.may_be_zero
+
+    def good(k: int, sample: float) -> bool:
+        allowed = signed or (may_be_zero and sample == 0.0)
+        return math.isfinite(sample) and (sample > 0.0 or (allowed and path in rows[k]))
+
+    bad = [k for k, sample in enumerate(samples) if not good(k, sample)]
     if not bad:
         return {name: [row[path][name] for row in rows] for name in rows[0][path]}
     where = f"{path}: sequence {bad[0]}" + (f" (and {len(bad) - 1} others of {len(samples)})" if bad[1:] else "")
     if all(path not in row for row in rows):
         reason = "the model's output does not depend on this tensor; leave it out"
+    elif may_be_zero:
+        reason = "a divergence is 0 or a positive number; calibrate in fp32"
     elif math.isfinite(samples[bad[0]]):
         reason = (
             "its gradient is exactly zero there: dead weights, an expert that no token reached, or an underflow in "

@@ -5,7 +5,8 @@
                        diagonals/..  running sums of the diagonals
                        metadata: schema, key, names
 
-The key is a hash of everything that decides a sample: estimator, seed, weights, sequences, candidates, group size.
+The key is a hash of everything that decides a sample, or how many there are: estimator, seed, the whole model, its
+tensors that are measured, sequences and what of them counts, candidates, group size, stopping rule.
 """
 
 from __future__ import annotations
@@ -18,11 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import digests
 from ..files import replacing, save_file
 from .estimators import CurvatureEstimator, Diagonals, Row
+from .stopping import Stopping
 
 SCHEMA = "1"
 
@@ -91,15 +93,19 @@ class Partial:
 
 def key_of(
     estimator: CurvatureEstimator,
+    model: nn.Module,
     weights: Mapping[str, Tensor],
     sequences: Tensor,
+    counted: Tensor | None,
     candidates: Mapping[str, Any],
     diagonals: int | str | None,
     seed: int,
+    stopping: Stopping | None,
 ) -> str:
-    """SHA-256 of everything that decides a sample; ``candidates`` as JSON."""
-    content = digests.of_tensors({**weights, "sequences of token ids": sequences})
-    record = [SCHEMA, repr(estimator), content, candidates, diagonals, seed]
+    """SHA-256 of everything that decides the rows; ``candidates`` as JSON."""
+    text = {"sequences of token ids": sequences} | ({} if counted is None else {"positions that count": counted})
+    content = digests.of_tensors({**dict(model.named_parameters()), **dict(model.named_buffers()), **text})
+    record = [SCHEMA, repr(estimator), content, list(weights), candidates, diagonals, seed, repr(stopping)]
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 

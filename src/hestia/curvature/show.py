@@ -6,18 +6,11 @@ import statistics
 from collections.abc import Mapping
 
 from ..quant import QuantSpec
+from .damage import damages
 from .table import LARGE_SHARE, Sensitivity, TensorSensitivity
 
 PARENT_BITS = 16.0
 """What a weight costs before it is quantized."""
-
-
-def damages(sensitivity: Sensitivity, label: str) -> dict[str, float] | None:
-    """Module path -> KL in nats a token: measured, or predicted as half of dW' G dW; None where neither is there."""
-    for name, factor in ((f"kl:{label}", 1.0), (f"quadratic:{label}", 0.5)):
-        if name in sensitivity.quantities:
-            return {path: factor * mean for path, mean in sensitivity.means(name).items()}
-    return None
 
 
 def damage_per_megabit(sensitivity: Sensitivity, label: str) -> dict[str, float]:
@@ -27,11 +20,11 @@ def damage_per_megabit(sensitivity: Sensitivity, label: str) -> dict[str, float]
 
     Falls back to the trace a weight where no damage was measured.
     """
-    found = damages(sensitivity, label)
-    if found is None:
+    read = damages(sensitivity, label)
+    if read is None:
         return {path: tensor.trace / tensor.weights for path, tensor in sensitivity.tensors.items()}
     saved = PARENT_BITS - QuantSpec.from_json(dict(sensitivity.candidates[label])).grid.bits
-    return {path: 1e6 * found[path] / (t.weights * saved) for path, t in sensitivity.tensors.items()}
+    return {path: 1e6 * read[0][path] / (t.weights * saved) for path, t in sensitivity.tensors.items()}
 
 
 def reference_label(sensitivity: Sensitivity) -> str | None:
@@ -43,8 +36,8 @@ def reference_label(sensitivity: Sensitivity) -> str | None:
 def table(sensitivity: Sensitivity) -> str:
     """Head line, one line a tensor sorted by damage per bit, and what should lower one's trust."""
     label = reference_label(sensitivity)
-    found = damages(sensitivity, label) if label is not None else None
-    per_bit = damage_per_megabit(sensitivity, label) if found is not None and label is not None else None
+    read = damages(sensitivity, label) if label is not None else None
+    per_bit = damage_per_megabit(sensitivity, label) if read is not None and label is not None else None
     order: Mapping[str, float] = per_bit if per_bit is not None else sensitivity.traces
     width = max((len(path) for path in sensitivity.tensors), default=6)
     head = f"{'tensor':<{width}}  {'weights':>12}  {sensitivity.primary:>11} {'+-':>6}  {'95 %':>23}  largest sequence"
@@ -53,8 +46,8 @@ def table(sensitivity: Sensitivity) -> str:
     lines = [_summary(sensitivity), head]
     for path in sorted(sensitivity.tensors, key=lambda path: -order[path]):
         line = _line(sensitivity.tensors[path], width)
-        if per_bit is not None and found is not None:
-            line += f"  {found[path]:>12.4g}  {per_bit[path]:>14.4g}"
+        if per_bit is not None and read is not None:
+            line += f"  {read[0][path]:>12.4g}  {per_bit[path]:>14.4g}"
         lines.append(line)
     return "\n".join([*lines, *_doubts(sensitivity)])
 
@@ -95,5 +88,8 @@ def _doubts(sensitivity: Sensitivity) -> list[str]:
         )
     replaced = sum(tensor.gauss_newton is not None for tensor in tensors)
     if replaced:
-        lines.append(f"* in {replaced} tensors the interval contains zero: the Gauss-Newton trace takes the place")
+        lines.append(
+            f"* in {replaced} tensors the interval is not wholly positive: "
+            f"the Gauss-Newton {sensitivity.primary} takes the place"
+        )
     return lines

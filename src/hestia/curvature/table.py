@@ -35,7 +35,7 @@ class TensorSensitivity:
         others: quantity -> its K samples, such as ``{"quadratic:ternary": (...)}``.
         errors: candidate label -> ``||dW||^2``.
         trace: arithmetic mean of ``samples``: the estimate of tr(G) where the primary quantity is the trace. Sequences
-            have equal scored length, so this is the token-weighted mean.
+            weigh the same; of plain text they have equal scored length, so this is the token-weighted mean.
         standard_error: jackknife standard error of ``trace``.
         log_mean, half_width: mean of log S and half-width of its 95 % t interval, in natural log units; None where a
             sample is not positive.
@@ -43,8 +43,9 @@ class TensorSensitivity:
         low, high: exp(log_mean -+ half_width), the 95 % interval of the geometric mean (not of the trace); where a
             sample is not positive, the t interval of ``trace``.
         largest_share: the largest sample over the sum of all; None where a sample is not positive.
-        gauss_newton: K Gauss-Newton samples that stand in for a signed estimate whose interval contains zero; None
-            where the estimate stands on its own.
+        gauss_newton: K Gauss-Newton samples that stand in for a signed estimate whose interval is not wholly positive;
+            None where the estimate stands on its own.
+        signed: samples may be negative.
     """
 
     path: str
@@ -61,6 +62,7 @@ class TensorSensitivity:
     high: float
     largest_share: float | None
     gauss_newton: tuple[float, ...] | None = None
+    signed: bool = False
 
     @classmethod
     def of(
@@ -72,6 +74,7 @@ class TensorSensitivity:
         others: Mapping[str, Sequence[float]] | None = None,
         errors: Mapping[str, float] | None = None,
         signed: bool = False,
+        may_be_zero: bool = False,
         gauss_newton: Sequence[float] | None = None,
     ) -> TensorSensitivity:
         """All statistics of one tensor's samples.
@@ -79,7 +82,8 @@ class TensorSensitivity:
         Args:
             path, weights, samples, others, errors: see the attributes.
             signed: samples may be negative; nothing is ever clipped.
-            gauss_newton: the substitute, kept if the signed interval contains zero.
+            may_be_zero: samples may be 0, as a KL may.
+            gauss_newton: the substitute, kept if the signed interval is not wholly positive.
 
         Raises:
             CalibrationError: fewer than two samples, one that is not finite, or one that is not positive where it must
@@ -88,8 +92,8 @@ class TensorSensitivity:
         if len(samples) < 2:
             raise CalibrationError(f"{path}: an interval needs at least 2 sequences, got {len(samples)}")
         for k, sample in enumerate(samples):
-            if not math.isfinite(sample) or not (signed or sample > 0.0):
-                wanted = "finite" if signed else "positive and finite"
+            if not math.isfinite(sample) or not (signed or sample > 0.0 or (may_be_zero and sample == 0.0)):
+                wanted = "finite" if signed else "0 or positive and finite" if may_be_zero else "positive and finite"
                 raise CalibrationError(f"{path}: sequence {k}: a sample must be {wanted}, got {sample}")
         positive = all(sample > 0.0 for sample in samples)
         if positive and not signed:
@@ -115,22 +119,26 @@ class TensorSensitivity:
             high=high,
             largest_share=max(samples) / math.fsum(samples) if positive else None,
             gauss_newton=tuple(gauss_newton) if unsure and gauss_newton is not None else None,
+            signed=signed,
         )
 
     @property
     def value(self) -> float:
-        """What scores use: the geometric mean; for a signed estimate its mean, or the Gauss-Newton one in its place.
+        """What scores use: the geometric mean, or the mean where a sample is 0; for a signed estimate its mean, or the
+        Gauss-Newton one in its place.
 
         Raises:
-            CalibrationError: a signed estimate whose interval contains zero, without a substitute.
+            CalibrationError: a signed estimate whose interval is not wholly positive, without a substitute.
         """
         if self.geometric_mean is not None:
             return self.geometric_mean
         if self.gauss_newton is not None:
             return statistics.fmean(self.gauss_newton)
-        if self.low <= 0.0:
+        if self.signed and self.low <= 0.0:
             interval = f"{self.trace:.4g} ({self.low:.4g} .. {self.high:.4g})"
-            raise CalibrationError(f"{self.path}: the estimate {interval} cannot be told from zero")
+            raise CalibrationError(
+                f"{self.path}: the estimate {interval} is not surely positive, and nothing stands in for it"
+            )
         return self.trace
 
     def mean(self, quantity: str) -> float:
@@ -154,7 +162,7 @@ class Sensitivity:
         estimator_options: what it was set to, such as ``{"rank": 10, "probes": 20}``.
         seed: of the probes.
         sequences: K.
-        scored_positions: all positions that predict a token, K (T - 1).
+        scored_positions: all positions that predict a token that counts, K (T - 1) of plain text.
         tensors: in the order of the model.
         primary: the quantity of ``TensorSensitivity.samples``.
         candidates: label -> the candidate quantizer's JSON.
@@ -280,6 +288,7 @@ class Sensitivity:
                     others=numbers,
                     errors={str(label): float(error) for label, error in entry["errors"].items()},
                     signed=bool(entry["signed"]),
+                    may_be_zero=str(record["primary"]).startswith("kl:"),
                 )
             place = where
             if not tensors:
@@ -317,7 +326,7 @@ def _entry(tensor: TensorSensitivity) -> dict[str, Any]:
         "low": tensor.low,
         "high": tensor.high,
         "largest_share": tensor.largest_share,
-        "signed": tensor.geometric_mean is None,
+        "signed": tensor.signed,
         "errors": dict(tensor.errors),
         "samples": list(tensor.samples),
         "others": {name: list(column) for name, column in tensor.others.items()},

@@ -7,7 +7,6 @@ unless the model's folder has the files.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,9 +15,9 @@ from typing import Any
 import torch
 
 from ..errors import PlanError
-from ..export.huggingface import companions, scheme_of
+from ..export.huggingface import companions
 from ..plans import LayerPlan, Plan
-from ..targets import MLX2, TARGETS, Target, head_type
+from ..targets import TARGETS, Stored, Target, file_bytes, head_type
 
 TEXT_BYTES = {"hf": 60, "mlx": 60, "gguf": 40}
 """Bytes of tokenizer a vocabulary entry."""
@@ -75,31 +74,15 @@ def file_sizes(
 
 
 def _quantized(target: Target, layers: Mapping[str, LayerPlan], dtype: torch.dtype, *, fallback: bool) -> int:
-    for layer in layers.values():
-        target.storage(layer.spec.grid, layer.spec.group_size, layer.shape, fallback=fallback)
-    spans = [
-        (layer.spec.group_size if isinstance(layer.spec.group_size, int) else layer.shape[1], layer.shape[1])
+    tensors: list[Stored] = [
+        (
+            target.storage(layer.spec.grid, layer.spec.group_size, layer.shape, fallback=fallback),
+            layer.spec.group_size,
+            layer.shape,
+        )
         for layer in layers.values()
     ]
-    size = 0
-    if target.container == "hf":
-        bits = target.types[0].bits
-        scheme = scheme_of(spans, bits)
-        for rows, columns in (layer.shape for layer in layers.values()):
-            size += rows * -(-columns * bits // 32) * 4 + rows * scheme.columns(columns) * dtype.itemsize + 16
-        return size
-    if target.container == "mlx":
-        common = math.gcd(*(length for length, _ in spans))
-        group = next((g for g in MLX2.groups if common % g == 0), None)
-        if group is None:
-            raise PlanError(f"MLX has groups of {', '.join(map(str, MLX2.groups))}, none divides {common}")
-        for rows, columns in (layer.shape for layer in layers.values()):
-            size += rows * columns // 4 + 2 * rows * (columns // group) * dtype.itemsize
-        return size
-    for layer in layers.values():
-        storage = target.storage(layer.spec.grid, layer.spec.group_size, layer.shape, fallback=fallback)
-        size += storage.stored_bytes(layer.shape, layer.spec.group_size)
-    return size
+    return sum(file_bytes(tensors, dtype.itemsize))
 
 
 def _kept(target: Target, kept: Kept, dtype: torch.dtype, head: str) -> int:

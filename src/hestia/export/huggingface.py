@@ -30,7 +30,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -42,9 +42,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from ..errors import ExportError, VerifyError
 from ..files import sha256, write_text
+from ..targets import PACK2, PACK4, scale_group
 from .frozen import FrozenModel
 
-_GROUPS = (256, 128, 64, 32)  # powers of two that GPU kernels have; 256 costs 1/16 bit a weight in bf16
 ROW_SCALES = "its rows share no factor of 32, so each has one scale: llama.cpp's converter does not load this folder"
 _SHARD_BYTES = 4_000_000_000
 _READER_SWITCH = "HF_DEACTIVATE_ASYNC_LOAD"
@@ -167,29 +167,10 @@ def companions(folder: Path) -> list[Path]:
 
 
 def choose_scheme(frozen: FrozenModel, bits: int = 2) -> Scheme:
-    """One scheme that stores every scale of the model exactly, by repetition and never by rounding.
-
-    With ``n`` the greatest common divisor of all group lengths (a row counts as its width): ``group`` of the longest
-    of 256, 128, 64, 32 that divides ``n``; else ``channel`` if every tensor has one scale a row (or one in all), as in
-    rows of 64 and 172; else ``group`` of ``n`` itself.
-    """
-    spans = []
-    for name in frozen.quantized:
-        weight = frozen.codes(name)
-        columns = weight.shape[1]
-        spans.append((weight.group_size if isinstance(weight.group_size, int) else columns, columns))
-    return scheme_of(spans, bits)
-
-
-def scheme_of(spans: Iterable[tuple[int, int]], bits: int = 2) -> Scheme:
-    """The scheme for weights of these (group length, row length)."""
-    known = set(spans)
-    common = math.gcd(*(length for length, _ in known))
-    for group in _GROUPS:
-        if common % group == 0:
-            return Scheme("group", group, bits)
-    finer_than_rows = any(length != columns for length, columns in known)
-    return Scheme("group", common, bits) if finer_than_rows else Scheme("channel", None, bits)
+    """One scheme that stores every scale of the model exactly, by repetition and never by rounding: ``scale_group``."""
+    kind = PACK2 if bits == 2 else PACK4
+    group = scale_group(kind, ((codes.group_size, codes.shape) for codes in map(frozen.codes, frozen.quantized)))
+    return Scheme("channel" if group is None else "group", group, bits)
 
 
 def quantization_config(frozen: FrozenModel, scheme: Scheme) -> dict[str, Any]:

@@ -15,7 +15,6 @@ Source: mlx 0.32 (mlx/backend/cpu/quantized.cpp, python/mlx/nn/layers/quantized.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,8 @@ from torch import Tensor
 
 from ..errors import ExportError, PlanError
 from ..quant.grids import Grid
-from ..targets import MLX2
+from ..quant.grouping import GroupSize
+from ..targets import MLX2, scale_group, span
 from .frozen import FrozenModel
 from .gguf_families import check_activation, family_of
 from .huggingface import Entry, pack_codes, write_folder
@@ -111,17 +111,16 @@ def group_size(frozen: FrozenModel) -> int:
     Raises:
         ExportError: none does; the first tensor that stands in the way is named.
     """
-    lengths: dict[int, str] = {}
+    tensors: list[tuple[GroupSize, tuple[int, int]]] = []
     for name in frozen.quantized:
         weight = frozen.codes(name)
-        length = weight.group_size if isinstance(weight.group_size, int) else weight.shape[1]
-        lengths.setdefault(length, name)
-    common = math.gcd(*lengths)
-    fitting = [g for g in MLX2.groups if common % g == 0]
-    if not fitting:
-        length, name = next((n, p) for n, p in lengths.items() if n % MLX2.groups[-1])
-        raise ExportError(f"{name}: MLX has groups of {', '.join(map(str, MLX2.groups))}, none divides {length}")
-    return fitting[0]
+        length = span(weight.group_size, weight.shape)
+        if length % MLX2.groups[-1]:
+            raise ExportError(f"{name}: MLX has groups of {', '.join(map(str, MLX2.groups))}, none divides {length}")
+        tensors.append((weight.group_size, weight.shape))
+    group = scale_group(MLX2, tensors)
+    assert group is not None  # the shortest divides them all
+    return group
 
 
 def offset_of(codes: Tensor) -> int:

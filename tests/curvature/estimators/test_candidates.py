@@ -3,6 +3,8 @@ arithmetic."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -129,9 +131,30 @@ def test_the_quadratic_form_is_unbiased() -> None:
         assert abs(float(values.mean()) - truth) < 4 * standard_error, path
 
 
+@pytest.mark.parametrize("name", ["gnb", "fisher", "kl", "hutchinson", "hutchpp", "xtrace", "eigen"])
+def test_squares_that_nobody_measured_are_not_written(name: str, tmp_path: Path) -> None:
+    model = tiny_llama().float()
+    weights = dict([linears(model).popitem()])
+    sequences = torch.randint(0, 12, (2, 7), generator=torch.Generator().manual_seed(1))
+    found = calibrate(model, weights, sequences, estimator=name, candidates=specs(), diagonals="row")
+    found.save(tmp_path / "s.json")
+    measured = name in ("gnb", "fisher")
+    assert (tmp_path / "s.safetensors").exists() is measured
+    assert all(bool(value.any()) for value in found.diagonals.values())
+    assert bool(found.diagonals) is measured
+
+
 def test_diagonals_of_several_sequences_are_means() -> None:
     diagonals = Diagonals("row")
     for gradient in (torch.ones(2, 4), 3 * torch.ones(2, 4)):
         diagonals.add("w", gradient, positions=2)
         diagonals.sequences += 1
     assert torch.equal(diagonals.mean()["w/output_channel"], torch.full((2,), 10.0))
+
+
+def test_restored_sums_stay_where_their_weights_are() -> None:
+    """As after a kill: what the file held lies on the CPU, the model does not."""
+    diagonals = Diagonals("row", {"a": torch.empty(4, 8, device="meta")})
+    diagonals.restore({"channel/a": torch.ones(4), "group/a": torch.ones(4, 1)}, 2)
+    diagonals.add("a", torch.empty(4, 8, device="meta"), 3)
+    assert {value.device.type for value in diagonals.state().values()} == {"meta"}

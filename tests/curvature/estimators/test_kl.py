@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
+from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
 from exact_curvature import gauss_newton_blocks, linears, tiny_llama
 from torch import Tensor
+from transformers import LlamaForCausalLM
 
-from hestia.curvature import calibrate
-from hestia.curvature.estimators import Candidates, DirectKL, Problem
+from hestia.curvature import Sensitivity, calibrate
+from hestia.curvature.damage import damages
+from hestia.curvature.estimators import Candidates, DirectKL, Problem, Row
 from hestia.errors import CalibrationError
 from hestia.quant import Quantizer, QuantSpec
 
@@ -78,6 +83,47 @@ def test_the_weights_are_put_back_even_after_an_error() -> None:
         calibrate(model, weights, IDS, estimator="kl", candidates=SPECS, forward=forward)
     for path, weight in weights.items():
         assert weight.data_ptr() == kept[path][0] and torch.equal(weight, kept[path][1])
+
+
+def near_its_grid(exponent: float) -> LlamaForCausalLM:
+    """A model that is ternary already, up to noise."""
+    model = tiny_llama().float()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for weight in linears(model).values():
+            weight.copy_(0.25 * weight.sign() + 10.0**exponent * torch.randn(weight.shape, generator=generator))
+    return model
+
+
+def test_a_kl_below_rounding_is_zero_in_every_column(tmp_path: Path) -> None:
+    model = near_its_grid(-5)
+    specs = {"ternary": QuantSpec(), "by four": QuantSpec(group_size=4)}
+    found = calibrate(model, linears(model), IDS, estimator="kl", candidates=specs)
+    columns = [column for label in specs for column in found.column(f"kl:{label}").values()]
+    assert min(map(min, columns)) == 0.0 and max(map(max, columns)) < 1e-6
+    assert all(value >= 0.0 for value in found.values.values())
+    found.save(tmp_path / "s.json")
+    assert Sensitivity.load(tmp_path / "s.json") == found
+
+
+def test_no_damage_of_an_earlier_file_is_negative() -> None:
+    model = near_its_grid(-5)
+    found = calibrate(model, linears(model), IDS, estimator="kl", candidates=SPECS)
+    others = {"kl:by four": (-2.6e-8, 1e-9, 1e-9)}
+    old = replace(found, tensors={path: replace(t, others=others) for path, t in found.tensors.items()})
+    assert set(damages(old, "by four")[0].values()) == {0.0}  # type: ignore[index]
+
+
+def test_a_kl_that_is_no_number_is_not_blamed_on_a_gradient() -> None:
+    class Broken(DirectKL):
+        name: ClassVar[str] = "broken kl"
+
+        def sample(self, problem: Problem, ids: Tensor) -> Row:
+            return {path: {"kl:ternary": float("nan")} for path in problem.weights}
+
+    model = tiny_llama().float()
+    with pytest.raises(CalibrationError, match=r"sample nan: a divergence is 0 or a positive number"):
+        calibrate(model, linears(model), IDS, estimator=Broken(), candidates=SPECS)
 
 
 def test_it_measures_nothing_without_candidates() -> None:

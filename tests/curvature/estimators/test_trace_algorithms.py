@@ -50,9 +50,8 @@ def test_exact_on_low_rank(rows: int, columns: int, rank: int, seed: int) -> Non
 def test_more_vectors_than_dimensions_are_capped() -> None:
     a = symmetric(3, 3, 0)
     like = torch.empty(1, 3, dtype=torch.float64)
-    values = [hutchpp(product_with(a), like, 10, 2, draws(k)) for k in range(12)]
-    full = max(values, key=lambda value: -abs(value - float(a.trace())))
-    assert full == pytest.approx(float(a.trace()), rel=1e-9)
+    for k in range(12):  # a full basis leaves nothing to chance, even where the signs of the sketch are dependent
+        assert hutchpp(product_with(a), like, 10, 2, draws(k)) == pytest.approx(float(a.trace()), rel=1e-9)
     assert all(abs(xtrace(product_with(a), like, 9, draws(k))[0]) < 1e3 for k in range(12))
 
 

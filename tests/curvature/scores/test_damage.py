@@ -49,8 +49,8 @@ def evidence(**changes: object) -> Evidence:
 @pytest.mark.parametrize(
     ("name", "label", "damage"),
     [
-        ("omega", "ternary", {"a": 4.0 / 100 * 50.0, "b": 2.0 / 100 * 50.0}),
-        ("omega", "int4", {"a": 4.0 / 100 * 5.0, "b": 2.0 / 100 * 5.0}),
+        ("omega", "ternary", {"a": 5.0 / 100 * 50.0, "b": 2.5 / 100 * 50.0}),
+        ("omega", "int4", {"a": 5.0 / 100 * 5.0, "b": 2.5 / 100 * 5.0}),
         ("quadratic", "ternary", {"a": 1.5, "b": 1.5}),
         ("quadratic", "int4", {"a": 0.15, "b": 0.15}),
         ("delta_loss", "ternary", {"a": 6.0, "b": 6.0}),
@@ -60,6 +60,26 @@ def evidence(**changes: object) -> Evidence:
 )
 def test_formulas(name: str, label: str, damage: dict[str, float]) -> None:
     assert Score.make(name).damage(evidence(), label) == pytest.approx(damage)
+
+
+def test_an_eigenvalue_whose_sign_flips_is_not_harmless() -> None:
+    """Its mean is next to nothing; the Gauss-Newton eigenvalue stands in."""
+    columns = {"flips": [-5.0, 5.1, -5.0, 5.0], "sure": [0.9, 1.0, 1.1, 1.0]}
+    tensors = {
+        path: TensorSensitivity.of(path, 100, column, errors={"ternary": 50.0}, signed=True, gauss_newton=[5.0] * 4)
+        for path, column in columns.items()
+    }
+    found = Sensitivity(
+        estimator="eigen",
+        seed=0,
+        sequences=4,
+        scored_positions=28,
+        tensors=tensors,
+        primary="eigenvalue",
+        candidates={"ternary": SPECS["ternary"].to_json()},
+    )
+    damage = Score.make("eigen").damage(Evidence(sensitivity=found), "ternary")
+    assert damage == pytest.approx({"flips": 5.0 / 100 * 50.0, "sure": 1.0 / 100 * 50.0})
 
 
 def test_q_bert_adds_the_spread_over_data() -> None:

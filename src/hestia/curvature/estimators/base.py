@@ -170,7 +170,11 @@ class Diagonals:
         self.sequences = sequences
         for name, value in state.items():
             kind, _, path = name.partition("/")
-            (self._channel if kind == "channel" else self._group)[path] = value
+            store = self._channel if kind == "channel" else self._group
+            if path in store:
+                store[path].copy_(value)  # stays on the weight's device
+            else:
+                store[path] = value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,6 +188,7 @@ class Problem:
         candidates: what each would become.
         diagonals: where first-order estimators leave per-channel sums; None: not wanted.
         seed: with the content of a sequence it decides every random draw; order, batch and rank do not.
+        counted: bool [T - 1], the positions of the sequence at hand whose prediction counts; None: all.
     """
 
     model: nn.Module
@@ -192,6 +197,11 @@ class Problem:
     candidates: Candidates
     diagonals: Diagonals | None = None
     seed: int = 0
+    counted: Tensor | None = None
+
+    def positions(self, ids: Tensor) -> int:
+        """N: the positions of ``ids`` [T] whose prediction counts."""
+        return ids.numel() - 1 if self.counted is None else int(self.counted.sum())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,13 +214,19 @@ class CurvatureEstimator(Member, ABC):
     """The quantity whose statistics head the table; with a candidate, that of the first label."""
 
     signed: ClassVar[bool] = False
-    """Whether samples may be negative: then the Gauss-Newton value stands in where the interval contains zero."""
+    """Whether samples may be negative: then the Gauss-Newton value stands in where the interval is not positive."""
+
+    may_be_zero: ClassVar[bool] = False
+    """Whether a sample may be exactly 0: a candidate that changes nothing."""
+
+    squares: ClassVar[bool] = False
+    """Whether it leaves sums of squared gradients in ``Problem.diagonals``."""
 
     needs_candidates: ClassVar[bool] = False
     """Whether it measures nothing without a candidate quantizer."""
 
     def stand_in(self) -> CurvatureEstimator | None:
-        """What replaces a signed estimate whose interval contains zero, in the same primary quantity; None: ``gnb``."""
+        """What replaces a signed estimate that is not surely positive, in the same primary quantity; None: ``gnb``."""
         return None
 
     def prepare(self, problem: Problem, sequences: Tensor) -> None:
@@ -224,6 +240,8 @@ class CurvatureEstimator(Member, ABC):
     @abstractmethod
     def sample(self, problem: Problem, ids: Tensor) -> Row:
         """One sequence ``ids`` [T] -> one sample a tensor and quantity; the last token predicts nothing.
+
+        Only the positions ``problem.counted`` are scored, and N is their number.
 
         A tensor that the logits do not depend on is left out.
         """

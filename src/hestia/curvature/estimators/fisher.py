@@ -28,6 +28,7 @@ class Fisher(CurvatureEstimator):
     """Squared gradients of the true labels, summed over a sequence before squaring."""
 
     name: ClassVar[str] = "fisher"
+    squares: ClassVar[bool] = True
 
     def sample(self, problem: Problem, ids: Tensor) -> Row:
         logits = checked_logits(problem.forward, ids)
@@ -38,4 +39,6 @@ class Fisher(CurvatureEstimator):
             raise CalibrationError("the model's logits are not finite on the calibration text")
         p[torch.arange(len(scored), device=p.device), ids[1:]] -= 1.0
         residual[0, :-1] = p
-        return send_back(problem, logits, residual, ids.numel() - 1)
+        if problem.counted is not None:
+            residual[0, :-1][~problem.counted] = 0.0
+        return send_back(problem, logits, residual, problem.positions(ids))

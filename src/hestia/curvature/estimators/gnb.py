@@ -44,10 +44,14 @@ class GaussNewton(CurvatureEstimator):
     """Trace, quadratic form and DeltaLoss of every tensor, one backward pass a sequence."""
 
     name: ClassVar[str] = "gnb"
+    squares: ClassVar[bool] = True
 
     def sample(self, problem: Problem, ids: Tensor) -> Row:
         logits = checked_logits(problem.forward, ids)
-        return send_back(problem, logits, cotangents(logits, ids, problem.seed), ids.numel() - 1)
+        r = cotangents(logits, ids, problem.seed)
+        if problem.counted is not None:
+            r[0, :-1][~problem.counted] = 0.0
+        return send_back(problem, logits, r, problem.positions(ids))
 
 
 def cotangents(logits: Tensor, ids: Tensor, seed: int) -> Tensor:

@@ -73,6 +73,8 @@ class Curvature:
         if not bool(self.logits.isfinite().all()):
             raise CalibrationError("the model's logits are not finite on the calibration text")
         self.labels = ids[1:].long()
+        if problem.counted is not None:
+            self.logits, self.labels = self.logits[problem.counted], self.labels[problem.counted]
 
     @cached_property
     def loss(self) -> Tensor:

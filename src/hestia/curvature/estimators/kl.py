@@ -3,7 +3,8 @@
     KL_i = (1/N) sum_t sum_v p_tv (log p_tv - log p^i_tv)       p^i: tensor i replaced by its quantized self
 
 One forward pass a tensor, candidate and sequence; no gradient at all. It sees what the other tensors' formulas
-approximate, at one tensor quantized and all others whole: how errors add up is a second question.
+approximate, at one tensor quantized and all others whole: how errors add up is a second question. A KL that fp32 makes
+negative is 0.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ class DirectKL(CurvatureEstimator):
     name: ClassVar[str] = "kl"
     primary: ClassVar[str] = "kl"
     needs_candidates: ClassVar[bool] = True
+    may_be_zero: ClassVar[bool] = True
 
     @torch.no_grad()
     def sample(self, problem: Problem, ids: Tensor) -> Row:
@@ -37,7 +39,10 @@ class DirectKL(CurvatureEstimator):
                 for label in problem.candidates.labels:
                     weight.data = problem.candidates.dense(path, label).to(kept.dtype)
                     divergence = (p * (parent - _log_probabilities(problem, ids))).sum(-1)
-                    row.setdefault(path, {})[quantity("kl", label)] = float(divergence.double().mean())
+                    if problem.counted is not None:
+                        divergence = divergence[problem.counted]
+                    mean = float(divergence.double().mean())
+                    row.setdefault(path, {})[quantity("kl", label)] = 0.0 if mean < 0.0 else mean
             finally:
                 weight.data = kept
         return row

@@ -1,6 +1,8 @@
 """Direct KL: the damage as measured, one tensor quantized at a time.
 
 D_i = KL(p || p_i)                 nats a token, p_i: tensor i alone replaced by its quantized self
+
+A mean that fp32 made negative, as files of earlier versions may hold it, is 0.
 """
 
 from __future__ import annotations
@@ -22,4 +24,4 @@ class DirectKL(Score):
 
     def damage(self, evidence: Evidence, label: str) -> dict[str, float]:
         evidence.spec(label)
-        return evidence.sensitivity.means(quantity("kl", label))
+        return {path: max(0.0, mean) for path, mean in evidence.sensitivity.means(quantity("kl", label)).items()}

@@ -4,7 +4,9 @@
     q_bert   D_i = |mean_k lambda_ik| + std_k lambda_ik                     Q-BERT, Shen et al. 2020, arXiv:1909.05840
 
 lambda_ik is measured on sequence (data subset) k by power iteration. HAWQ orders bit widths by lambda/n; the squared
-error is its rule for the order of fine-tuning, used here so that candidates can be told apart.
+error is its rule for the order of fine-tuning, used here so that candidates can be told apart. Deviation: in ``hawq``,
+where the mean is not surely positive, as when signs flip from sequence to sequence, the Gauss-Newton eigenvalue takes
+its place.
 """
 
 from __future__ import annotations
@@ -26,9 +28,12 @@ class Eigen(Score):
 
     def damage(self, evidence: Evidence, label: str) -> dict[str, float]:
         evidence.spec(label)
-        columns = evidence.sensitivity.column("eigenvalue")
+        sensitivity, tensors = evidence.sensitivity, evidence.sensitivity.tensors
+        columns = sensitivity.column("eigenvalue")
         if self.form == "q_bert":
             return {path: abs(statistics.fmean(c)) + statistics.pstdev(c) for path, c in columns.items()}
-        tensors = evidence.sensitivity.tensors
-        means = {path: abs(statistics.fmean(column)) for path, column in columns.items()}
+        if sensitivity.primary == "eigenvalue":
+            means = sensitivity.values
+        else:
+            means = {path: abs(statistics.fmean(column)) for path, column in columns.items()}
         return {path: means[path] / t.weights * t.errors[label] for path, t in tensors.items()}

@@ -1,6 +1,6 @@
 """Omega: mean curvature times rounding error.
 
-    Omega_i = tr(G_i) / n_i * ||dW_i||^2
+    Omega_i = tr(G_i) / n_i * ||dW_i||^2          tr(G_i): the arithmetic mean over sequences, whatever the estimator
 
 Source: HAWQ-V2 (Dong et al. 2020, arXiv:1911.03852, eq. 5), there with the Hessian's trace. Exact where the error is
 isotropic in the eigenbasis; at 1.58 bits it is not, and Omega underestimates the KL many times over: a rank, not nats.
@@ -23,4 +23,5 @@ class Omega(Score):
     def damage(self, evidence: Evidence, label: str) -> dict[str, float]:
         evidence.spec(label)
         tensors = evidence.sensitivity.tensors
-        return {path: t.value / t.weights * t.errors[label] for path, t in tensors.items()}
+        traces = {path: t.value if t.signed else t.trace for path, t in tensors.items()}
+        return {path: traces[path] / t.weights * t.errors[label] for path, t in tensors.items()}
