@@ -13,7 +13,7 @@ import pytest
 from toy_runs import Invoke
 
 from hestia.cli.main import VERBS, spread
-from hestia.options import Options
+from hestia.options import PLANNING, Options
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -48,6 +48,7 @@ def test_quantize_takes_every_option_of_the_job(invoke: Invoke) -> None:
         ),
         ("train", "--plan --data --out --lr --tokens --resume --config --json"),
         ("export", "--to --out --list --fallback --head --refit --json"),
+        ("estimate", "--processes --plan --bits --json"),
         ("bench", "--prompt-tokens --tokens --rounds --threads --out --json"),
         ("verify", "--against --target --no-engine --json"),
         ("eval", "--data --against --tasks --tasks-dir --limit --protocol --eval-tokens --json"),
@@ -58,6 +59,12 @@ def test_a_verb_lists_its_options(verb: str, flags: str, invoke: Invoke) -> None
     _, out, _ = invoke(verb, "--help")
     for flag in flags.split():
         assert f"{flag} " in out, flag
+
+
+def test_train_offers_nothing_that_its_plan_has_decided(invoke: Invoke) -> None:
+    _, out, _ = invoke("train", "--help")
+    for name in PLANNING:
+        assert f"--{name.replace('_', '-')} " not in out, name
 
 
 @pytest.mark.parametrize(

@@ -7,10 +7,15 @@ import shutil
 from pathlib import Path
 
 import pytest
+import yaml
 from safetensors.torch import load_file, save_file
 from toy_runs import QUICK, Invoke
 
 from hestia.cli.main import main
+from hestia.files import sha256
+from hestia.options import PLANNING
+
+ESTIMATED = ("--memory", "1G", "--disk", "1G", "--flops", "1T", "--bandwidth", "10G", "--json")
 
 
 def one_object(out: str) -> dict[str, object]:
@@ -71,7 +76,56 @@ def test_train_follows_its_plan(invoke: Invoke, toy_parent: Path, toy_text: Path
     assert invoke("plan", toy_parent, "--recipe", "bitnet_ste", "--out", plan)[0] == 0
     status, _, err = invoke(*again)
     assert status == 2
-    assert "holds a run by another plan" in err
+    assert "holds a different run: plan_sha256 is " in err
+
+
+def test_a_run_by_a_plan_repeats_from_its_run_yaml(
+    invoke: Invoke, toy_parent: Path, toy_text: Path, tmp_path: Path, lean: None
+) -> None:
+    """Two bits in groups of 32, some tensors left out: nothing that the defaults would do."""
+    plan, run, again = tmp_path / "plan.json", tmp_path / "run", tmp_path / "again"
+    words = ("--recipe", "bitnet_ste", "--bits", "2", "--group-size", "32", "--skip", "*.v_proj", "--out")
+    assert invoke("plan", toy_parent, *words, plan)[0] == 0
+    quick = [word for word in QUICK if word not in ("--calibrate", "2")]
+    status, _, err = invoke("train", toy_parent, "--plan", plan, "--data", toy_text, "--out", run, *quick)
+    assert status == 0, err
+    told = yaml.safe_load((run / "run.yaml").read_text(encoding="utf-8"))
+    assert (told["plan"], told["plan_sha256"]) == (str(plan), sha256(plan))
+    assert not set(PLANNING) & set(told)
+    status, _, err = invoke("quantize", "--config", run / "run.yaml", "--out", again)
+    assert status == 0, err
+    ours, theirs = (load_file(folder / "codes.safetensors") for folder in (run, again))
+    assert ours.keys() == theirs.keys() and all((ours[name] == theirs[name]).all() for name in ours)
+
+    status, _, err = invoke("quantize", "--config", run / "run.yaml", "--out", tmp_path / "more", "--bits", "3")
+    assert status == 2 and "has decided --bits" in err
+    assert invoke("plan", toy_parent, "--recipe", "bitnet_ste", "--out", plan)[0] == 0
+    status, _, err = invoke("quantize", "--config", run / "run.yaml", "--out", tmp_path / "more")
+    assert status == 2 and f"{plan}: not the plan of these options" in err
+    assert not (tmp_path / "more").exists()
+
+
+def test_a_plan_that_falls_back_is_trained_and_exported(
+    invoke: Invoke, toy_parent: Path, toy_text: Path, tmp_path: Path, lean: None
+) -> None:
+    """Rows of 64 and 128 do not fit TQ2_0's blocks of 256, so that every tensor is stored as another type."""
+    plan, run = tmp_path / "plan.json", tmp_path / "run"
+    target = ("--target", "gguf:tq2_0", "--group-size", "64")
+    assert invoke("plan", toy_parent, *target, "--fallback", "--out", plan)[0] == 0
+    quick = [word for word in QUICK if word not in ("--calibrate", "2")]
+    words = ("--plan", plan, "--data", toy_text, "--out", run, *quick, "--teacher", "none", "--json")
+    status, out, err = invoke("train", toy_parent, *words)
+    assert status == 0, err
+    (export,) = one_object(out)["exports"]  # type: ignore[misc]
+    assert export["verify"]["codes_equal"] is True
+    stored = {
+        layer["stored"]["gguf:tq2_0"] for layer in json.loads(plan.read_text(encoding="utf-8"))["layers"].values()
+    }
+    assert stored == {"Q2_0"}
+    status, out, err = invoke("estimate", toy_parent, "--plan", plan, *ESTIMATED)
+    assert status == 0, err
+    sizes = {row["target"]: row["bytes"] for row in one_object(out)["files"]}  # type: ignore[attr-defined]
+    assert sizes["gguf:tq2_0"] == pytest.approx(export["bytes"], rel=0.1)
 
 
 def test_export_then_verify(invoke: Invoke, toy_run: Path, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from ..jobs import LARGEST_DEFAULT_BATCH, choose_device, longest_block
 from ..nn.select import EMBEDDING, HEAD
 from ..options import Options, count
 from ..pipeline.delivery import probe_shape
+from ..pipeline.planning import given_plan
 from ..planner import plan as make_plan
 from ..plans import Plan
 from ..resources import free_disk
@@ -191,9 +192,9 @@ def estimate(
         vocabulary=model.sizes.vocabulary,
         folder=model.folder,
         head=options.head,
-        fallback=options.fallback,
+        fallback=options.fallback or any(map(model.plan.falls_back, model.plan.targets)),
     )
-    exported = {row.target: row.bytes for row in files if row.target in options.target and row.bytes is not None}
+    exported = {row.target: row.bytes for row in files if row.target in model.plan.targets and row.bytes is not None}
     others = [
         dataclasses.replace(stage, name=f"train, {label}")
         for label, sharded in (("DDP", False), ("FSDP2", True))
@@ -236,6 +237,9 @@ def _machine(
 
 def _plan(empty: Any, options: Options) -> Plan:
     """The plan of the options; a budget of bits, which needs a sensitivity, is planned at the nearest width."""
+    _, given = given_plan(options)
+    if given is not None:
+        return given
     recipe = recipes.get(options.recipe, **options.options)
     bits = options.bits
     if options.sensitivity is None:
