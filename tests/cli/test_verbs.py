@@ -325,6 +325,30 @@ def test_compare_report_and_recipes(invoke: Invoke, toy_run: Path, tmp_path: Pat
     assert "widths: 1, 1.58, 2, 3, 4 bits" in out
 
 
+def test_compare_tells_settings_apart_by_run_yaml(invoke: Invoke, toy_run: Path, tmp_path: Path) -> None:
+    """Two settings of two seeds each, which report.json alone could not tell apart."""
+    runs = []
+    for name, seed, decay in (("a0", 0, 0.01), ("a1", 1, 0.01), ("b0", 0, 0.1), ("b1", 1, 0.1)):
+        run = tmp_path / name
+        run.mkdir()
+        report = json.loads((toy_run / "report.json").read_text(encoding="utf-8"))
+        (run / "report.json").write_text(json.dumps({**report, "seed": seed}), encoding="utf-8")
+        told = yaml.safe_load((toy_run / "run.yaml").read_text(encoding="utf-8"))
+        (run / "run.yaml").write_text(yaml.safe_dump({**told, "seed": seed, "weight_decay": decay}), encoding="utf-8")
+        shutil.copy(toy_run / "scores.json", run)
+        runs.append(run)
+
+    def over_seeds() -> list[tuple[str, str]]:
+        status, out, err = invoke("compare", *runs, "--json")
+        assert status == 0, err
+        found = one_object(out)["differences"]
+        return [(d["name"], d["reference"]) for d in found if d["over"] == "seeds"]  # type: ignore[attr-defined]
+
+    assert over_seeds() == [(str(tmp_path / "b0"), str(tmp_path / "a0"))]
+    (runs[3] / "run.yaml").unlink()
+    assert over_seeds() == []
+
+
 def test_run_needs_a_gguf_file_that_is_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name, content, status in (("model.bin", b"x", 2), ("missing.gguf", None, 2), ("broken.gguf", b"GGML....", 3)):
         file = tmp_path / name
