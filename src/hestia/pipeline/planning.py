@@ -44,6 +44,11 @@ def needs_curvature(options: Options) -> bool:
     return options.plan is None and (_recipe(options).uses_curvature or _is_mixed(options))
 
 
+def calibrates(options: Options) -> bool:
+    """Whether a run with these options measures that sensitivity itself."""
+    return needs_curvature(options) and options.sensitivity is None and options.calibrate > 0
+
+
 def plan_without_curvature(work: Workspace, given: Plan | None) -> Plan:
     """The plan before calibration: refuses at once what could not be exported at the end."""
     curvature.CurvatureEstimator.make(work.options.estimator)  # an unknown name is one even where nothing is measured
