@@ -297,6 +297,37 @@ def test_eval_by_the_papers_protocol(invoke: Invoke, toy_run: Path, toy_held_out
     assert record["perplexity"] > 1  # type: ignore[operator]
 
 
+def test_the_papers_documents_are_lines_of_text_and_rows_of_anything_else(
+    invoke: Invoke, toy_run: Path, tmp_path: Path
+) -> None:
+    """A web page of three lines is one document, and so longer than one sequence; a line is never."""
+    page = "the cat saw a ball\nthe dog lost a red hat\n\na girl found the river"
+    text, pages = tmp_path / "lines.txt", tmp_path / "pages.jsonl"
+    text.write_text(page, encoding="utf-8")
+    pages.write_text("\n".join(json.dumps({"text": page}) for _ in range(2)), encoding="utf-8")
+    words = ("eval", toy_run, "--protocol", "hestia", "--json", "--data")
+    assert one_object(invoke(*words, text)[1])["documents"] == 3
+    assert one_object(invoke(*words, pages)[1])["documents"] == 2
+    assert one_object(invoke(*words, pages, text)[1])["documents"] == 5
+
+
+@pytest.mark.parametrize(
+    ("ignored", "flag"),
+    [
+        (("--against", "parent"), "--against"),
+        (("--eval-tokens", "1k"), "--eval-tokens"),
+        (("--joiner", "eos"), "--joiner"),
+    ],
+)
+def test_the_papers_protocol_ignores_nothing(
+    invoke: Invoke, toy_run: Path, toy_held_out: Path, ignored: tuple[str, str], flag: str
+) -> None:
+    status, _, err = invoke("eval", toy_run, "--data", toy_held_out, "--protocol", "hestia", *ignored)
+    assert status == 2 and f"leave out {flag}" in err
+    status, _, err = invoke("eval", toy_run, "--tasks", "some", "--protocol", "hestia")
+    assert status == 2 and "--protocol says how --data is scored" in err
+
+
 def test_compare_report_and_recipes(invoke: Invoke, toy_run: Path, tmp_path: Path) -> None:
     status, out, _ = invoke("compare", toy_run, toy_run)
     assert status == 0
