@@ -12,6 +12,7 @@ import time
 import pytest
 from toy_runs import Invoke
 
+from hestia.cli import export, verify
 from hestia.cli.main import VERBS, spread
 from hestia.options import PLANNING, Options
 
@@ -107,6 +108,25 @@ def test_several_values_after_one_option() -> None:
         "gguf:q4_0",
     ]  # fmt: skip
     assert spread(["eval", "m", "--data", "a", "--data", "b"]) == ["eval", "m", "--data", "a", "--data", "b"]
+
+
+def test_an_option_of_one_value_leaves_the_argument_behind_it_alone() -> None:
+    words = spread(["export", "--to", "gguf:tq2_0", "RUN", "--out", "m.gguf"])
+    assert export.command.make_context("export", words[1:]).params["run"] == "RUN"
+    words = spread(["verify", "--target", "gguf:tq2_0", "m.gguf"])
+    assert verify.command.make_context("verify", words[1:]).params["path"] == "m.gguf"
+
+
+@pytest.mark.parametrize("verb", ["plan", "calibrate", "eval"])
+def test_a_verb_speaks_of_its_own_output_and_text(verb: str, invoke: Invoke) -> None:
+    page = " ".join(invoke(verb, "--help")[1].split())
+    assert "the run's folder" not in page
+    assert {
+        "plan": "the JSON file to write; default plan.json",
+        "calibrate": "the JSON file to write; default sensitivity.json",
+        "eval": "most tokens of --data to score, evenly spread",
+    }[verb] in page
+    assert verb != "eval" or "training text" not in page
 
 
 def test_importing_hestia_and_reading_help_load_nothing_heavy() -> None:

@@ -16,7 +16,12 @@ from .shared import DATA, MACHINE, job_options, json_option, options_from, show
 @click.option("--tasks-dir", metavar="DIR", help="folder of NAME.jsonl files that --tasks names")
 @click.option("--limit", type=int, help="items a task")
 @click.option("--protocol", type=click.Choice(["hestia"]), help="the paper's packing of all of --data")
-@job_options((*DATA, *MACHINE, "eval_tokens"), leave_out=("eval_data", "held_out_share"))
+@job_options(
+    (*DATA, *MACHINE, "eval_tokens"),
+    leave_out=("eval_data", "held_out_share"),
+    data="text to score: files, saved data sets or hub ids",
+    eval_tokens="most tokens of --data to score, evenly spread",
+)
 @json_option
 def command(
     model: str,
@@ -28,7 +33,7 @@ def command(
     as_json: bool,
     **typed: Any,
 ) -> None:
-    """Score MODEL (a folder, hub id, run or .gguf file) on all of --data and on lm-eval tasks."""
+    """Score MODEL (a folder, hub id, run or .gguf file) on --data, up to --eval-tokens of it, and on lm-eval tasks."""
     from ..jobs import evaluate_model
 
     if protocol is not None:
