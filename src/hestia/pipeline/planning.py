@@ -9,7 +9,7 @@ from typing import Any
 
 from .. import curvature, loading, nn, processes, recipes
 from ..errors import ConfigError
-from ..files import sha256
+from ..files import sha256, write_bytes
 from ..jobs import calibrate_on
 from ..mixed import candidates, is_mixed
 from ..options import Options
@@ -78,7 +78,10 @@ def plan_run(work: Workspace, given: Plan | None, plan: Plan) -> Plan:
         if sensitivity is not None:
             plan = _make_plan(work, sensitivity)
     if processes.first():
-        plan.save(path)
+        if work.options.plan is None:
+            plan.save(path)
+        else:
+            write_bytes(path, Path(work.options.plan).read_bytes())  # as it is: run.yaml holds its digest
     return plan
 
 
