@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hestia.errors import ConfigError
-from hestia.options import Options, count, load_config
+from hestia.options import PLANNING, Options, count, load_config
 
 
 def test_run_yaml_repeats_every_option_exactly(tmp_path: Path) -> None:
@@ -33,6 +33,30 @@ def test_run_yaml_repeats_every_option_exactly(tmp_path: Path) -> None:
     path.write_text(made.to_yaml(), encoding="utf-8")
     assert Options(**load_config(path)) == made
     assert set(load_config(path)) == {field.name for field in dataclasses.fields(Options)}
+
+
+def test_run_yaml_leaves_out_what_a_plan_decided(tmp_path: Path) -> None:
+    made = Options(model="m", plan="plan.json", plan_sha256="ab12", steps=7)
+    path = tmp_path / "run.yaml"
+    path.write_text(made.to_yaml(), encoding="utf-8")
+    assert Options(**load_config(path)) == made
+    left_out = {field.name for field in dataclasses.fields(Options)} - set(load_config(path))
+    assert left_out == set(PLANNING)
+
+
+@pytest.mark.parametrize(
+    ("values", "flag"),
+    [
+        ({"bits": 2.0}, "--bits"),
+        ({"options": {"alpha": 0}}, "--option"),
+        ({"target": ("gguf:q4_0",)}, "--target"),
+        ({"max_kl": 0.1}, "--max-kl"),
+        ({"recipe": "bitnet_ste", "skip": ("*",)}, "--recipe, --skip"),
+    ],
+)
+def test_what_a_plan_has_decided_is_refused_beside_it(values: dict[str, object], flag: str) -> None:
+    with pytest.raises(ConfigError, match=f"--plan p.json has decided {flag}; leave it out"):
+        Options(plan="p.json", **values)  # type: ignore[arg-type]
 
 
 def test_every_option_has_a_help_text_that_names_real_defaults() -> None:
@@ -114,6 +138,7 @@ def test_a_file_that_is_no_configuration_is_refused(tmp_path: Path, content: str
         ({"weight_decay": -1.0}, "--weight-decay"),
         ({"clip": float("nan")}, "--clip"),
         ({"clip": -1.0}, "--clip"),
+        ({"plan_sha256": "ab12"}, "--plan-sha256 is the digest of a --plan"),
     ],
 )
 def test_a_bad_value_is_refused_and_its_option_named(values: dict[str, object], named: str) -> None:

@@ -273,7 +273,33 @@ def test_auto_runs_the_pilot_and_takes_its_best_rate(invoke: Invoke, job: Job, t
     assert report["learning_rate"] == best["learning_rate"]
     assert report["seconds"]["pilot"] > 0
     assert [row["step"] for row in rows(tmp_path / "run") if "loss" in row] == [1, 2, 3, 4]
-    assert not (tmp_path / "run" / "sensitivity.json").exists() or report["recipe"] == "bitnet_ste"
+    assert not (tmp_path / "run" / "sensitivity.json").exists()
+
+
+def test_the_interval_of_chats_is_around_the_reported_difference(
+    invoke: Invoke, parent_copy: Path, toy_text: Path, tmp_path: Path, lean: None
+) -> None:
+    """Blocks of chats have few counted tokens or many; the report's losses are means over tokens."""
+    tokenizer = loading.load_tokenizer(loading.resolve(str(parent_copy)))
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}{% endgeneration %}"
+        "{% else %}{{ m['content'] }}{% endif %}{% endfor %}"
+    )
+    tokenizer.save_pretrained(parent_copy)
+    chats = tmp_path / "chats.jsonl"
+    turns = [("the cat saw a ball " * (1 + i % 7), "a girl found the river " * (1 + i % 3)) for i in range(40)]
+    lines = [[{"role": "user", "content": ask}, {"role": "assistant", "content": answer}] for ask, answer in turns]
+    chats.write_text("\n".join(json.dumps({"messages": line}) for line in lines), encoding="utf-8")
+    words = ("--data", toy_text, "--eval-data", chats, "--out", tmp_path / "run", "--recipe", "bitnet_ste")
+    status, _, err = invoke("quantize", parent_copy, *words, *QUICK, "--teacher", "none")
+    assert status == 0, err
+    report, scores = (read(tmp_path / "run" / name) for name in ("report.json", "scores.json"))
+    tokens = scores["quantized"]["block_tokens"]
+    assert len(set(tokens)) > 1 and sum(tokens) == scores["quantized"]["tokens"]
+    interval = report["nll_interval"]["quantized_minus_round_to_nearest"]
+    difference = report["nll"]["quantized"] - report["nll"]["round_to_nearest"]
+    assert interval["mean"] == pytest.approx(difference, abs=1e-9)
+    assert not {"block_tokens", "block_nll"} & set(report["scores"]["quantized"])
 
 
 def test_a_bf16_parent_with_a_tied_head_and_frozen_embeddings(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from . import curvature, loading, recipes
 from .data import Blocks, TokenizedText, epoch_order, pack_all, prepare, read_documents
+from .data.sources import resolve
 from .errors import ConfigError
 from .evaluation import Logits, hestia_protocol_perplexity, model_logits, run_tasks, score
 from .export import llama_cpp
@@ -146,15 +147,22 @@ def _llama_logits(path: Path) -> Logits:
 def _paper_protocol(
     logits: Logits, options: Options, tokenizer: PreTrainedTokenizerBase, longest: int
 ) -> dict[str, Any]:
-    documents = (d.text for d in read_documents(options.data, separator=options.separator) if d.text is not None)
-    lines = (line for text in documents for line in text.splitlines() if line.strip())
-    ids = (tokenizer(line, add_special_tokens=False)["input_ids"] for line in lines)
+    ids = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in _paper_documents(options))
     adds_bos = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]  # type: ignore[index]
     if not isinstance(tokenizer.eos_token_id, int):
         raise ConfigError("--protocol hestia needs a tokenizer with an EOS token")
     bos = tokenizer.bos_token_id if adds_bos and isinstance(tokenizer.bos_token_id, int) else None
     result = hestia_protocol_perplexity(logits, ids, eos=tokenizer.eos_token_id, bos=bos, max_len=longest)  # type: ignore[arg-type]
     return {**result.score.to_json(), "documents": result.documents, "dropped": result.dropped}
+
+
+def _paper_documents(options: Options) -> Iterator[str]:
+    """The paper's documents: every line of a .txt, and the whole text of a row of anything else."""
+    for given in options.data:
+        is_text = resolve(given).kind == "text"
+        for document in read_documents([given], separator=options.separator):
+            if document.text is not None:
+                yield from (line for line in document.text.splitlines() if line.strip()) if is_text else [document.text]
 
 
 def choose_device(options: Options) -> torch.device:

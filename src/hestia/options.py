@@ -19,6 +19,12 @@ import yaml
 from .errors import ConfigError, nearest
 from .files import read_text
 
+PLANNING = (
+    "target", "recipe", "options", "bits", "widths", "max_kl", "group_size", "skip", "fallback", "allow_partial",
+    "calibrate", "estimator", "sensitivity",
+)  # fmt: skip
+"""The options that make a plan, and that a plan made beforehand has decided."""
+
 
 def _option(default: Any, text: str, **extra: Any) -> Any:
     if isinstance(default, (list, dict)):
@@ -53,6 +59,8 @@ class Options:
     fallback: bool = _option(False, "let single tensors use another exact type of the target format")
     head: str = _option("auto", "embedding and head of .gguf files: auto (exact), f16, bf16, q8_0 or f32")
     allow_partial: bool = _option(False, "accept a plan that quantizes under half of the non-embedding weights")
+    plan: str | None = _option(None, "follow this plan.json, from `hestia plan`, instead of making a plan")
+    plan_sha256: str | None = _option(None, "digest that the file of --plan must have; run.yaml records it")
     tokens: str = _option("2M", "tokens to train on, such as 600k or 2M")
     steps: int | None = _option(None, "optimizer steps, instead of --tokens")
     seq_len: int | None = _option(None, "tokens a block; default min(1024, the model's maximum)")
@@ -136,6 +144,21 @@ class Options:
         self.group()
         self.mix()
         self.learning_rate()
+        self._check_plan()
+
+    def _check_plan(self) -> None:
+        """Refuse what a plan made beforehand has decided."""
+        if self.plan is None:
+            if self.plan_sha256 is not None:
+                raise ConfigError("--plan-sha256 is the digest of a --plan; give that too")
+            return
+        told = [
+            "--option" if item.name == "options" else f"--{item.name.replace('_', '-')}"
+            for item in fields(self)
+            if item.name in PLANNING and getattr(self, item.name) != _default(item)
+        ]
+        if told:
+            raise ConfigError(f"--plan {self.plan} has decided {', '.join(told)}; leave it out, or plan again with it")
 
     def group(self) -> Any:
         """The group size as the quantizer wants it.
@@ -178,8 +201,10 @@ class Options:
         return rate
 
     def to_yaml(self) -> str:
-        """run.yaml: every option, so that ``--config run.yaml`` repeats the run."""
-        record = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+        """run.yaml: every option but those that a plan decided, so that ``--config run.yaml`` repeats the run."""
+        decided = PLANNING if self.plan is not None else ()
+        values = {k: v for k, v in dataclasses.asdict(self).items() if k not in decided}
+        record = {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
         return yaml.safe_dump(record, sort_keys=False, allow_unicode=True)
 
 
@@ -231,6 +256,10 @@ def count(text: str, name: str) -> int:
     if not 1 <= value <= 10**18:
         raise ConfigError(f"--{name.replace('_', '-')} must be a positive number such as 600k or 2M, got {text!r}")
     return value
+
+
+def _default(item: dataclasses.Field[Any]) -> Any:
+    return {} if item.default is dataclasses.MISSING else item.default
 
 
 def _choice(name: str, value: str, allowed: tuple[str, ...]) -> None:

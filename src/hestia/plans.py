@@ -147,6 +147,11 @@ class Plan:
         """Module path -> bytes of every quantized weight in ``target_name``, scales and padding included."""
         return stored_bytes(self.layers, target_name, self.itemsize)
 
+    def falls_back(self, target_name: str) -> bool:
+        """Whether single tensors use another exact type of ``target_name`` than its own."""
+        own = target(target_name).types[0].name
+        return any(layer.stored[target_name] != own for layer in self.layers.values())
+
     def save(self, path: Path) -> None:
         """Write plan.json atomically."""
         write_json(path, self.to_json())

@@ -673,7 +673,7 @@ def options() -> Iterator[Case]:
         ("--report-to", "../x"), ("--recipe", "../x"), ("--recipe", ""), ("--target", "../x"), ("--option", "rho=NaN"),
         ("--option", "rho=[1]"), ("--option", "=1"), ("--skip", "["), ("--group-size", "²"), ("--eval-tokens", "0"),
         ("--calibrate", "2", "--estimator", "os.system"), ("--save-every", "0"), ("--log-every", "-1"),
-        ("--option", "tau0=1e400"),
+        ("--option", "tau0=1e400"), ("--plan", "/nothing"), ("--plan", "/dev/zero"), ("--plan-sha256", "x"),
     ):  # fmt: skip
         yield Case(f"option {' '.join(words)}", lambda good, w=words: good.quantize(*w))
     for number, content in enumerate(
@@ -712,11 +712,12 @@ def runs() -> Iterator[Case]:
         return make
 
     for verb, names in (
-        ("report", ("report.json", "sensitivity.json", "plan.json", "log.jsonl", "diagnostics.json", "scores.json")),
-        ("compare", ("report.json", "scores.json")),
+        ("report", ("report.json", "sensitivity.json", "plan.json", "log.jsonl", "diagnostics.json", "scores.json",
+                    "run.yaml")),
+        ("compare", ("report.json", "scores.json", "run.yaml")),
         ("export", ("plan.json", "codes.safetensors", "model/config.json", "model/model.safetensors")),
         ("verify", ("exports/hf/config.json", "exports/hf/model.safetensors", "codes.safetensors", "plan.json")),
-    ):
+    ):  # fmt: skip
         for name in names:
             for number, content in enumerate((b"", b"{", b"[]", b"{}", b"\xff\xfe", b"[" * 100_000, None)):
                 yield Case(f"{verb} {name} {number}", damaged(name, content, verb), (0, 2, 3))

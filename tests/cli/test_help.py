@@ -12,8 +12,9 @@ import time
 import pytest
 from toy_runs import Invoke
 
+from hestia.cli import export, verify
 from hestia.cli.main import VERBS, spread
-from hestia.options import Options
+from hestia.options import PLANNING, Options
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -48,6 +49,7 @@ def test_quantize_takes_every_option_of_the_job(invoke: Invoke) -> None:
         ),
         ("train", "--plan --data --out --lr --tokens --resume --config --json"),
         ("export", "--to --out --list --fallback --head --refit --json"),
+        ("estimate", "--processes --plan --bits --json"),
         ("bench", "--prompt-tokens --tokens --rounds --threads --out --json"),
         ("verify", "--against --target --no-engine --json"),
         ("eval", "--data --against --tasks --tasks-dir --limit --protocol --eval-tokens --json"),
@@ -58,6 +60,12 @@ def test_a_verb_lists_its_options(verb: str, flags: str, invoke: Invoke) -> None
     _, out, _ = invoke(verb, "--help")
     for flag in flags.split():
         assert f"{flag} " in out, flag
+
+
+def test_train_offers_nothing_that_its_plan_has_decided(invoke: Invoke) -> None:
+    _, out, _ = invoke("train", "--help")
+    for name in PLANNING:
+        assert f"--{name.replace('_', '-')} " not in out, name
 
 
 @pytest.mark.parametrize(
@@ -100,6 +108,25 @@ def test_several_values_after_one_option() -> None:
         "gguf:q4_0",
     ]  # fmt: skip
     assert spread(["eval", "m", "--data", "a", "--data", "b"]) == ["eval", "m", "--data", "a", "--data", "b"]
+
+
+def test_an_option_of_one_value_leaves_the_argument_behind_it_alone() -> None:
+    words = spread(["export", "--to", "gguf:tq2_0", "RUN", "--out", "m.gguf"])
+    assert export.command.make_context("export", words[1:]).params["run"] == "RUN"
+    words = spread(["verify", "--target", "gguf:tq2_0", "m.gguf"])
+    assert verify.command.make_context("verify", words[1:]).params["path"] == "m.gguf"
+
+
+@pytest.mark.parametrize("verb", ["plan", "calibrate", "eval"])
+def test_a_verb_speaks_of_its_own_output_and_text(verb: str, invoke: Invoke) -> None:
+    page = " ".join(invoke(verb, "--help")[1].split())
+    assert "the run's folder" not in page
+    assert {
+        "plan": "the JSON file to write; default plan.json",
+        "calibrate": "the JSON file to write; default sensitivity.json",
+        "eval": "most tokens of --data to score, evenly spread",
+    }[verb] in page
+    assert verb != "eval" or "training text" not in page
 
 
 def test_importing_hestia_and_reading_help_load_nothing_heavy() -> None:

@@ -7,11 +7,16 @@ import shutil
 from pathlib import Path
 
 import pytest
+import yaml
 from safetensors.torch import load_file, save_file
 from toy_runs import QUICK, Invoke
 
 from hestia.cli.export import summary
 from hestia.cli.main import main
+from hestia.files import sha256
+from hestia.options import PLANNING
+
+ESTIMATED = ("--memory", "1G", "--disk", "1G", "--flops", "1T", "--bandwidth", "10G", "--json")
 
 
 def one_object(out: str) -> dict[str, object]:
@@ -72,7 +77,57 @@ def test_train_follows_its_plan(invoke: Invoke, toy_parent: Path, toy_text: Path
     assert invoke("plan", toy_parent, "--recipe", "bitnet_ste", "--out", plan)[0] == 0
     status, _, err = invoke(*again)
     assert status == 2
-    assert "holds a run by another plan" in err
+    assert "holds a different run: plan_sha256 is " in err
+
+
+def test_a_run_by_a_plan_repeats_from_its_run_yaml(
+    invoke: Invoke, toy_parent: Path, toy_text: Path, tmp_path: Path, lean: None
+) -> None:
+    """Two bits in groups of 32, some tensors left out: nothing that the defaults would do."""
+    plan, run, again = tmp_path / "plan.json", tmp_path / "run", tmp_path / "again"
+    words = ("--recipe", "bitnet_ste", "--bits", "2", "--group-size", "32", "--skip", "*.v_proj", "--out")
+    assert invoke("plan", toy_parent, *words, plan)[0] == 0
+    plan.write_text(json.dumps(json.loads(plan.read_text(encoding="utf-8"))), encoding="utf-8")  # edited by hand
+    quick = [word for word in QUICK if word not in ("--calibrate", "2")]
+    status, _, err = invoke("train", toy_parent, "--plan", plan, "--data", toy_text, "--out", run, *quick)
+    assert status == 0, err
+    told = yaml.safe_load((run / "run.yaml").read_text(encoding="utf-8"))
+    assert (told["plan"], told["plan_sha256"]) == (str(plan), sha256(plan))
+    assert not set(PLANNING) & set(told)
+    status, _, err = invoke("quantize", "--config", run / "run.yaml", "--plan", run / "plan.json", "--out", again)
+    assert status == 0, err
+    ours, theirs = (load_file(folder / "codes.safetensors") for folder in (run, again))
+    assert ours.keys() == theirs.keys() and all((ours[name] == theirs[name]).all() for name in ours)
+
+    status, _, err = invoke("quantize", "--config", run / "run.yaml", "--out", tmp_path / "more", "--bits", "3")
+    assert status == 2 and "has decided --bits" in err
+    assert invoke("plan", toy_parent, "--recipe", "bitnet_ste", "--out", plan)[0] == 0
+    status, _, err = invoke("quantize", "--config", run / "run.yaml", "--out", tmp_path / "more")
+    assert status == 2 and f"{plan}: not the plan of these options" in err
+    assert not (tmp_path / "more").exists()
+
+
+def test_a_plan_that_falls_back_is_trained_and_exported(
+    invoke: Invoke, toy_parent: Path, toy_text: Path, tmp_path: Path, lean: None
+) -> None:
+    """Rows of 64 and 128 do not fit TQ2_0's blocks of 256, so that every tensor is stored as another type."""
+    plan, run = tmp_path / "plan.json", tmp_path / "run"
+    target = ("--target", "gguf:tq2_0", "--group-size", "64")
+    assert invoke("plan", toy_parent, *target, "--fallback", "--out", plan)[0] == 0
+    quick = [word for word in QUICK if word not in ("--calibrate", "2")]
+    words = ("--plan", plan, "--data", toy_text, "--out", run, *quick, "--teacher", "none", "--json")
+    status, out, err = invoke("train", toy_parent, *words)
+    assert status == 0, err
+    (export,) = one_object(out)["exports"]  # type: ignore[misc]
+    assert export["verify"]["codes_equal"] is True
+    stored = {
+        layer["stored"]["gguf:tq2_0"] for layer in json.loads(plan.read_text(encoding="utf-8"))["layers"].values()
+    }
+    assert stored == {"Q2_0"}
+    status, out, err = invoke("estimate", toy_parent, "--plan", plan, *ESTIMATED)
+    assert status == 0, err
+    sizes = {row["target"]: row["bytes"] for row in one_object(out)["files"]}  # type: ignore[attr-defined]
+    assert sizes["gguf:tq2_0"] == pytest.approx(export["bytes"], rel=0.1)
 
 
 def test_what_an_export_gives_up_is_said(tmp_path: Path) -> None:
@@ -252,6 +307,37 @@ def test_eval_by_the_papers_protocol(invoke: Invoke, toy_run: Path, toy_held_out
     assert record["perplexity"] > 1  # type: ignore[operator]
 
 
+def test_the_papers_documents_are_lines_of_text_and_rows_of_anything_else(
+    invoke: Invoke, toy_run: Path, tmp_path: Path
+) -> None:
+    """A web page of three lines is one document, and so longer than one sequence; a line is never."""
+    page = "the cat saw a ball\nthe dog lost a red hat\n\na girl found the river"
+    text, pages = tmp_path / "lines.txt", tmp_path / "pages.jsonl"
+    text.write_text(page, encoding="utf-8")
+    pages.write_text("\n".join(json.dumps({"text": page}) for _ in range(2)), encoding="utf-8")
+    words = ("eval", toy_run, "--protocol", "hestia", "--json", "--data")
+    assert one_object(invoke(*words, text)[1])["documents"] == 3
+    assert one_object(invoke(*words, pages)[1])["documents"] == 2
+    assert one_object(invoke(*words, pages, text)[1])["documents"] == 5
+
+
+@pytest.mark.parametrize(
+    ("ignored", "flag"),
+    [
+        (("--against", "parent"), "--against"),
+        (("--eval-tokens", "1k"), "--eval-tokens"),
+        (("--joiner", "eos"), "--joiner"),
+    ],
+)
+def test_the_papers_protocol_ignores_nothing(
+    invoke: Invoke, toy_run: Path, toy_held_out: Path, ignored: tuple[str, str], flag: str
+) -> None:
+    status, _, err = invoke("eval", toy_run, "--data", toy_held_out, "--protocol", "hestia", *ignored)
+    assert status == 2 and f"leave out {flag}" in err
+    status, _, err = invoke("eval", toy_run, "--tasks", "some", "--protocol", "hestia")
+    assert status == 2 and "--protocol says how --data is scored" in err
+
+
 def test_compare_report_and_recipes(invoke: Invoke, toy_run: Path, tmp_path: Path) -> None:
     status, out, _ = invoke("compare", toy_run, toy_run)
     assert status == 0
@@ -278,6 +364,30 @@ def test_compare_report_and_recipes(invoke: Invoke, toy_run: Path, tmp_path: Pat
     assert "arXiv:2601.20745" in out
     assert "--option alpha=0.4" in out
     assert "widths: 1, 1.58, 2, 3, 4 bits" in out
+
+
+def test_compare_tells_settings_apart_by_run_yaml(invoke: Invoke, toy_run: Path, tmp_path: Path) -> None:
+    """Two settings of two seeds each, which report.json alone could not tell apart."""
+    runs = []
+    for name, seed, decay in (("a0", 0, 0.01), ("a1", 1, 0.01), ("b0", 0, 0.1), ("b1", 1, 0.1)):
+        run = tmp_path / name
+        run.mkdir()
+        report = json.loads((toy_run / "report.json").read_text(encoding="utf-8"))
+        (run / "report.json").write_text(json.dumps({**report, "seed": seed}), encoding="utf-8")
+        told = yaml.safe_load((toy_run / "run.yaml").read_text(encoding="utf-8"))
+        (run / "run.yaml").write_text(yaml.safe_dump({**told, "seed": seed, "weight_decay": decay}), encoding="utf-8")
+        shutil.copy(toy_run / "scores.json", run)
+        runs.append(run)
+
+    def over_seeds() -> list[tuple[str, str]]:
+        status, out, err = invoke("compare", *runs, "--json")
+        assert status == 0, err
+        found = one_object(out)["differences"]
+        return [(d["name"], d["reference"]) for d in found if d["over"] == "seeds"]  # type: ignore[attr-defined]
+
+    assert over_seeds() == [(str(tmp_path / "b0"), str(tmp_path / "a0"))]
+    (runs[3] / "run.yaml").unlink()
+    assert over_seeds() == []
 
 
 def test_run_needs_a_gguf_file_that_is_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

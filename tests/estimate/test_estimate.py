@@ -167,7 +167,8 @@ def test_the_command_prints_and_writes_json(invoke: Invoke, toy_parent: Path) ->
     arguments = ("estimate", toy_parent, "--steps", "8", "--seq-len", "32", "--batch-size", "4", *GIVEN)
     status, out, err = invoke(*arguments)
     assert (status, err) == (0, "")
-    for word in ("calibrate", "train", "score", "export", "pilot", "total", "gguf:tq2_0", "fits", "run folder"):
+    assert "calibrate" not in out, "the default recipe reads no curvature"
+    for word in ("train", "score", "export", "pilot", "total", "gguf:tq2_0", "fits", "run folder"):
         assert word in out, word
     status, out, _ = invoke(*arguments, "--json")
     record = json.loads(out)
@@ -176,6 +177,47 @@ def test_the_command_prints_and_writes_json(invoke: Invoke, toy_parent: Path) ->
     assert all(stage["bytes"] == sum(stage["parts"].values()) for stage in record["memory"])
     assert record["job"]["training_tokens"] == 8 * 4 * 32
     assert record["seconds"]["pilot"] > record["seconds"]["train"] > 0  # eight steps: the pilot is longer than the run
+
+
+@pytest.mark.parametrize(
+    ("asked", "calibrated"),
+    [
+        ({}, False),
+        ({"recipe": "hestia"}, True),
+        ({"recipe": "hestia", "calibrate": 0}, False),
+        ({"bits": 1.9}, True),
+        ({"max_kl": 0.1}, True),
+        ({"recipe": "hestia", "sensitivity": "sensitivity.json"}, False),
+    ],
+    ids=str,
+)
+def test_calibration_is_counted_where_the_run_calibrates(
+    asked: dict[str, Any], calibrated: bool, toy_parent: Path, toy_run: Path
+) -> None:
+    if "sensitivity" in asked:
+        asked = {**asked, "sensitivity": str(toy_run / "sensitivity.json")}
+    options = Options(model=str(toy_parent), steps=8, batch_size=4, seq_len=32, **asked)
+    found = estimate(options, memory="1G", disk="1G", flops="1T", bandwidth="10G")
+    assert ("calibrate" in {stage.name for stage in found.stages}) is calibrated
+    assert ("calibrate" in found.seconds) is calibrated
+    assert found.job.sequences == (256 if calibrated else 0)
+
+
+def test_processes_on_a_processor_share_its_memory(toy_parent: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hestia.estimate.whole.memory_of", lambda device: 8 * 10**9)
+    options = Options(model=str(toy_parent), steps=8, batch_size=4, seq_len=32, device="cpu")
+
+    def there(processes: int, memory: str | None = None) -> tuple[int | None, bool | None]:
+        layout = Layout(processes=processes)
+        found = estimate(options, layout, memory=memory, disk="1G", flops="1T", bandwidth="10G")
+        return found.machine.memory, found.fits_memory
+
+    peak = estimate(options, Layout(processes=2), memory="1G", disk="1G", flops="1T", bandwidth="10G").peak
+    assert there(1) == (8 * 10**9, True)
+    assert there(2) == (4 * 10**9, True)
+    assert there(2, memory="8G")[0] == 8 * 10**9
+    monkeypatch.setattr("hestia.estimate.whole.memory_of", lambda device: 2 * peak - 2)
+    assert there(2)[1] is False
 
 
 def test_a_configuration_alone_is_enough(invoke: Invoke, toy_parent: Path, tmp_path: Path) -> None:

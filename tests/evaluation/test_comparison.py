@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from hestia.errors import ConfigError
 from hestia.evaluation import ScoredRun, compare_runs, paired_difference, paired_p_value
 from hestia.evaluation.comparison import pairable, scored_run
+from hestia.options import Options
 
 PARENT = (2.0, 2.5, 3.0)
 
@@ -54,11 +56,66 @@ def test_other_parents_or_blocks_are_not_paired() -> None:
 
 
 def test_a_run_is_read_from_its_files() -> None:
-    report: dict[str, Any] = {"recipe": "hestia", "seed": 3, "tokens": 10, "learning_rate": 1e-3}
-    scores = {"quantized": {"block_nll": [3.0, 4.0]}, "parent": {"block_nll": [2.0, 3.0]}}
-    read = scored_run("r", report, scores)
-    assert (read.seed, read.nll, read.block_nll, read.parent_block_nll) == (3, 3.5, (3.0, 4.0), (2.0, 3.0))
-    assert scored_run("q", {**report, "seed": 4}, scores).arm == read.arm
-    assert scored_run("q", {**report, "tokens": 20}, scores).arm != read.arm
-    with pytest.raises(ConfigError, match="no per-block losses"):
-        scored_run("r", report, {"parent": {"block_nll": [2.0]}})
+    report: dict[str, Any] = {"recipe": "hestia", "seed": 3}
+    scores = {"quantized": {"nll": 3.9, "block_nll": [3.0, 4.0], "block_tokens": [5, 45]},
+              "parent": {"nll": 2.9, "block_nll": [2.0, 3.0]}}  # fmt: skip
+    read = scored_run("r", report, scores, options())
+    assert (read.seed, read.nll, read.block_nll, read.parent_block_nll) == (3, 3.9, (3.0, 4.0), (2.0, 3.0))
+    assert read.block_tokens == (5, 45)
+    older = {"quantized": {"nll": 3.5, "block_nll": [3.0, 4.0]}, "parent": scores["parent"]}
+    assert scored_run("r", report, older, options()).block_tokens is None
+    for damaged in ({"parent": scores["parent"]}, {**scores, "quantized": [3.0, 4.0]}):
+        with pytest.raises(ConfigError, match="no per-block losses"):
+            scored_run("r", report, damaged, options())
+
+
+def options(**told: Any) -> dict[str, Any]:
+    return dataclasses.asdict(Options(model="m", data=("a.txt",), out="r", **told))
+
+
+def arm(told: dict[str, Any] | None, name: str = "r", **report: Any) -> str:
+    scores = {"nll": 3.5, "block_nll": [3.0, 4.0]}
+    return scored_run(name, {"seed": 0, **report}, {"quantized": scores, "parent": scores}, told).arm
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        {"seed": 1}, {"device": "cpu"}, {"threads": 2}, {"report_to": ("tensorboard",)}, {"log_every": 7},
+        {"save_every": 9},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_seeds_and_machines_make_no_arm(told: dict[str, Any]) -> None:
+    assert arm(options(**told)) == arm({**options(), "out": "elsewhere"})
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        {"bits": 2.0}, {"bits": 1.9, "widths": ("1.58", "4")}, {"group_size": "64"}, {"skip": ("*.v_proj",)},
+        {"weight_decay": 0.1}, {"lr_decay": 0.5}, {"precision": "bf16"}, {"embeddings": "freeze"}, {"lr": "1e-3"},
+        {"teacher": "none"}, {"options": {"alpha": 1}}, {"tokens": "1M"},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_every_other_option_makes_an_arm(told: dict[str, Any]) -> None:
+    assert arm(options(**told)) != arm(options())
+
+
+def test_arms_are_told_by_what_was_asked_and_plans_by_their_content() -> None:
+    assert arm(options(), learning_rate=1e-3) == arm(options(), learning_rate=3e-3), "what the pilot chose"
+    assert arm(options(options={"a": 1, "b": 2})) == arm(options(options={"b": 2, "a": 1}))
+    plan, moved, other = (
+        arm(options(plan=path, plan_sha256=digest)) for path, digest in (("p", "ab"), ("q", "ab"), ("p", "cd"))
+    )
+    assert plan == moved != other
+    assert arm(None, "a") != arm(None, "b"), "without run.yaml nobody knows"
+
+
+def test_blocks_are_weighted_by_their_tokens_where_the_scores_tell_them() -> None:
+    first, second = run("a", 0, (3.0, 1.5, 1.4)), run("b", 0, (3.1, 1.0, 1.1))
+    (plain,) = compare_runs([first, second])
+    (weighted,) = compare_runs([first, dataclasses.replace(second, block_tokens=(255, 5, 5))])
+    assert plain.difference.mean < 0 < weighted.difference.mean
+    assert weighted.difference == paired_difference([3.1, 1.0, 1.1], [3.0, 1.5, 1.4], weights=[255, 5, 5])

@@ -39,6 +39,51 @@ def test_pairing_sees_what_two_separate_intervals_hide():
     assert not paired_difference([1.0, 2.0, 3.0], [2.0, 2.0, 2.1]).excludes_zero
 
 
+def test_blocks_count_by_their_tokens() -> None:
+    """A block of 255 targets that got worse and many of 5 that got better: a token got worse."""
+    a, b, tokens = [3.1, 1.0, 1.1, 0.9], [3.0, 1.5, 1.4, 1.6], [255, 5, 5, 5]
+    plain, weighted = paired_difference(a, b), paired_difference(a, b, weights=tokens)
+    assert plain.mean < 0 < weighted.mean
+
+    def loss(nll: list[float]) -> float:
+        return sum(t * x for t, x in zip(tokens, nll, strict=True)) / sum(tokens)
+
+    assert weighted.mean == pytest.approx(loss(a) - loss(b), abs=1e-12)
+
+
+def test_equal_weights_change_nothing() -> None:
+    a, b = np.random.default_rng(2).normal(3.0, 0.5, size=(2, 40)).tolist()
+    plain, weighted = paired_difference(a, b), paired_difference(a, b, weights=[255] * 40)
+    assert weighted.mean == plain.mean
+    assert (weighted.low, weighted.high) == pytest.approx((plain.low, plain.high), rel=1e-12)
+
+
+def test_the_weighted_interval_covers_as_often_as_it_says() -> None:
+    """Blocks of very different sizes whose difference a token is 0.1 on average."""
+    draw = np.random.default_rng(3)
+    rounds, blocks = 2000, 60
+    covered = 0
+    for _ in range(rounds):
+        tokens = draw.integers(5, 256, size=blocks)
+        d = 0.1 + draw.normal(0.0, 1.0, size=blocks) / np.sqrt(tokens)
+        found = paired_difference(d.tolist(), [0.0] * blocks, weights=tokens.tolist())
+        covered += found.low <= 0.1 <= found.high
+    assert 0.93 < covered / rounds < 0.97
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ([1.0], "got 1 weights for 2 pairs"),
+        ([1.0, 0.0], "weight of pair 1 must be a positive number"),
+        ([math.nan, 1.0], "weight of pair 0"),
+    ],
+)
+def test_bad_weights_are_refused(weights: list[float], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        paired_difference([1.0, 2.0], [1.0, 1.0], weights=weights)
+
+
 def test_json_round_trip():
     difference = paired_difference([1.0, 2.0, 4.0], [0.0, 0.5, 1.0])
     assert PairedDifference(**json.loads(json.dumps(difference.to_json()))) == difference

@@ -149,6 +149,39 @@ def test_the_page_holds_what_the_issue_asks_for(full: str) -> None:
         assert words in text, words
 
 
+def test_the_pilots_losses_are_not_called_held_out(full: str) -> None:
+    section = (
+        " ".join(Page(full).text.split()).split("The pilot that chose the learning rate")[1].split("Sensitivity")[0]
+    )
+    assert "hard loss" in section and "tuning blocks" in section and "held-out" not in section
+
+
+@pytest.mark.parametrize(
+    ("primary", "signed", "said", "unsaid"),
+    [
+        ("trace", False, ("the trace of its curvature, geometric mean over 64", "not the trace beside it"), ()),
+        ("trace", True, ("the trace of its curvature, mean over 64", "covers the mean."), ("geometric",)),
+        ("eigenvalue", True, ("largest in magnitude, mean over 64", "eigenvalue ± standard error"), ("trace",)),
+        ("kl:ternary", False, ("alone is rounded to ternary: KL in nats per token", "KL ± standard error"), ("trace",)),
+        ("<b>new", False, ("What was measured of each weight matrix: <b>new, geometric mean",), ("trace",)),
+    ],
+)  # fmt: skip
+def test_the_sensitivity_is_called_by_what_was_measured(
+    primary: str, signed: bool, said: tuple[str, ...], unsaid: tuple[str, ...], tmp_path: Path
+) -> None:
+    record = sensitivity() | {"primary": primary}
+    if signed:
+        for i, entry in enumerate(record["tensors"].values()):
+            entry["geometric_mean"] = None
+            entry["low"] = -entry["low"] if i == 0 else entry["low"]
+    page = Page(write_report(make_run(tmp_path / "run", sensitivity=record)).read_text(encoding="utf-8"))
+    section = " ".join(page.text.split()).split("Sensitivity")[-1].split("Weights, before and after")[0]
+    for words in said:
+        assert words in section, words
+    for words in unsaid:
+        assert words not in section, words
+
+
 def test_what_the_watch_saw_is_told_once_each(tmp_path: Path) -> None:
     lines = [
         {"step": 30, "loss_spike": 9.25, "highest_before": 4.5},

@@ -14,7 +14,10 @@ if TYPE_CHECKING:
 
 @click.command(name="calibrate")
 @click.argument("model")
-@job_options((*DATA, *MACHINE, "calibrate", "estimator", "group_size", "skip", "out"))
+@job_options(
+    (*DATA, *MACHINE, "calibrate", "estimator", "group_size", "skip", "out"),
+    out="the JSON file to write; default sensitivity.json",
+)
 @json_option
 def command(model: str, as_json: bool, **typed: Any) -> None:
     """Measure which tensors of MODEL matter: curvature and predicted damage, with intervals."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..options import Options, load_config
 from .shared import json_option, show
 
 if TYPE_CHECKING:
@@ -21,7 +23,8 @@ def command(runs: tuple[str, ...], as_json: bool) -> None:
     """The headline numbers of several RUNs in one table.
 
     Runs from one parent on the same held-out blocks are also compared with the first RUN, with 95 % intervals of the
-    paired difference: over blocks always, over seeds where two settings were run with the same two or more seeds.
+    paired difference: over blocks always, over seeds where two settings (run.yaml but for the seed) were run with the
+    same two or more seeds.
     """
     from ..evaluation.comparison import compare_runs, pairable, scored_run
     from ..files import read_json
@@ -32,7 +35,7 @@ def command(runs: tuple[str, ...], as_json: bool) -> None:
     table = compare([RunRecord.load(folder) for folder in folders])
     reports = {run: read_json(Path(run) / "report.json") for run in runs}
     scored = [
-        scored_run(run, reports[run], read_json(folder / "scores.json"))
+        scored_run(run, reports[run], read_json(folder / "scores.json"), told(folder))
         for run, folder in zip(runs, folders, strict=True)
         if (folder / "scores.json").is_file()
     ]
@@ -43,6 +46,12 @@ def command(runs: tuple[str, ...], as_json: bool) -> None:
         lines.append(f"not paired with {scored[0].name} (another parent or other blocks): {', '.join(apart)}")
     record = {**reports, "differences": [comparison.to_json() for comparison in found]} if as_json else {}
     show(record, as_json, "\n".join(lines))
+
+
+def told(folder: Path) -> dict[str, Any] | None:
+    """The options of a run's run.yaml, defaults filled in; None where it is gone."""
+    path = folder / "run.yaml"
+    return asdict(Options(**load_config(path))) if path.is_file() else None
 
 
 def differences(found: Sequence[Comparison]) -> list[str]:

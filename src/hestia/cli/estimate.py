@@ -18,7 +18,7 @@ NOT_ASKED = ("data", "eval_data", "separator", "joiner", "held_out_share", "seed
 @click.argument("model")
 @click.option("--processes", type=int, default=1, show_default=True, help="that share the training (torchrun)")
 @click.option("--fsdp", is_flag=True, help="processes shard weights, gradients and moments (FSDP2) instead of DDP")
-@click.option("--memory", metavar="BYTES", help="to hold the run against, such as 80G; default: what is free here")
+@click.option("--memory", metavar="BYTES", help="to hold a process against, such as 80G; default: its share here")
 @click.option("--disk", metavar="BYTES", help="to hold the run's folder against; default: what is free at --out")
 @click.option("--flops", metavar="NUMBER", help="FLOP/s of one process in training precision, such as 300T; or probed")
 @click.option("--bandwidth", metavar="NUMBER", help="bytes/s of one process's memory, such as 2T; default: probed")
@@ -79,7 +79,7 @@ def table(found: Estimate) -> str:
         "",
         f"run folder: {amount(sum(found.folder.values()))} ({folder})",
         f"machine: {machine.flops:.3g} FLOP/s, {machine.bandwidth:.3g} bytes/s ({machine.source})",
-        verdict("memory", found.peak, machine.memory),
+        verdict("memory", found.peak, machine.memory) + (" (each process)" if found.layout.processes > 1 else ""),
         verdict("disk", sum(found.folder.values()), machine.disk),
     ]
     if found.fits_memory is False:

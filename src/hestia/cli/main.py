@@ -38,7 +38,7 @@ VERBS = {
 LONGEST_MESSAGE = 1200
 """Characters of an error message; what is longer repeats the input it complains about."""
 
-_VARIADIC = ("--data", "--eval-data", "--target", "--to", "--skip", "--tasks")
+_VARIADIC = ("--data", "--eval-data", "--target", "--skip", "--tasks")
 
 
 class Verbs(click.Group):
@@ -104,12 +104,13 @@ def spread(arguments: list[str]) -> list[str]:
     >>> spread(["quantize", "m", "--data", "a", "b", "--out", "r"])
     ['quantize', 'm', '--data', 'a', '--data', 'b', '--out', 'r']
     """
+    variadic = () if arguments[:1] == ["verify"] else _VARIADIC  # its --target takes one value
     out: list[str] = []
     current: str | None = None
     taken = 0
     for argument in arguments:
         if argument.startswith("-"):
-            current, taken = (argument, 0) if argument in _VARIADIC else (None, 0)
+            current, taken = (argument, 0) if argument in variadic else (None, 0)
         elif current is not None:
             taken += 1
             if taken > 1:

@@ -19,7 +19,7 @@ PLANNING = (
 
 @click.command(name="plan")
 @click.argument("model")
-@job_options(PLANNING)
+@job_options(PLANNING, out="the JSON file to write; default plan.json")
 @json_option
 def command(model: str, as_json: bool, **typed: Any) -> None:
     """Plan MODEL: every weight accounted for, every tensor checked against the target. Reads no weights.

@@ -22,8 +22,10 @@ DATA = ("data", "eval_data", "separator", "joiner", "held_out_share", "seq_len",
 MACHINE = ("device", "threads", "trust_remote_code")
 
 
-def job_options(names: Iterable[str] | None = None, leave_out: Iterable[str] = ()) -> Callable[[F], F]:
+def job_options(names: Iterable[str] | None = None, leave_out: Iterable[str] = (), **texts: str) -> Callable[[F], F]:
     """Add an option for every named field of ``Options`` (all without ``names``), with the field's help text.
+
+    ``texts`` are those of a verb that means something else by a field.
 
     Nothing is filled in for an option that was not typed, so that ``--config`` can.
     """
@@ -35,7 +37,8 @@ def job_options(names: Iterable[str] | None = None, leave_out: Iterable[str] = (
         for item in reversed(fields(Options)):
             if item.name in left_out or (wanted is not None and item.name not in wanted):
                 continue
-            function = _option(item.name, hints[item.name], item.default, str(item.metadata["help"]))(function)
+            text = texts.get(item.name, str(item.metadata["help"]))
+            function = _option(item.name, hints[item.name], item.default, text)(function)
         return function
 
     return decorate

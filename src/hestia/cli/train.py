@@ -7,41 +7,27 @@ from typing import Any
 
 import click
 
+from ..options import PLANNING
 from .quantize import summary
 from .shared import config_option, job_options, json_option, options_from, resume_option, show
-
-PLANNED = (
-    "recipe",
-    "options",
-    "bits",
-    "group_size",
-    "skip",
-    "fallback",
-    "allow_partial",
-    "calibrate",
-    "sensitivity",
-    "target",
-)
 
 
 @click.command(name="train")
 @click.argument("model")
-@click.option("--plan", "plan_file", required=True, metavar="FILE", help="plan.json, from `hestia plan`")
-@job_options(leave_out=PLANNED)
+@click.option("--plan", required=True, metavar="FILE", help="plan.json, from `hestia plan`")
+@job_options(leave_out=(*PLANNING, "plan"))
 @config_option
 @resume_option
 @json_option
-def command(model: str, plan_file: str, config: str | None, resume: bool, as_json: bool, **typed: Any) -> None:
+def command(model: str, config: str | None, resume: bool, as_json: bool, **typed: Any) -> None:
     """Train MODEL by a plan, freeze it, export it to the plan's targets, and report."""
     from .. import processes, progress
     from ..pipeline import quantize
-    from ..plans import Plan
 
-    plan = Plan.load(Path(plan_file))
-    options = options_from(config, {"model": model, "target": plan.targets, "recipe": plan.recipe["name"], **typed})
+    options = options_from(config, {"model": model, **typed})
     with processes.joined() as first:
         if not first:
             progress.enable(False)
-        record = quantize(options, resume=resume, plan=plan)
+        record = quantize(options, resume=resume)
     if first:
         show(record, as_json, summary(Path(options.out)))

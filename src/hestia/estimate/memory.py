@@ -1,6 +1,7 @@
 """Memory of every stage, from the configuration alone.
 
-    calibrate   4 P + candidates + forward and backward of one sequence, one gradient at a time
+    calibrate   4 P + candidates + forward and backward of one sequence, one gradient at a time; only where the plan
+                needs a sensitivity that is not given
     train       4 P weights + 8 P_t AdamW + gradients and activations of a micro-batch (with a teacher 4 P more, and its
                 forward pass beside what the student's has left), or, where that is more, an evaluation in the middle
                 of the run: 12 P and the logits of eight blocks
@@ -22,6 +23,7 @@ from typing import Any
 
 from ..curvature.estimators.base import CHUNK
 from ..options import Options
+from ..pipeline.planning import calibrates
 from ..plans import Plan
 from .pretend import Step, Work, pretend
 
@@ -140,7 +142,7 @@ def passes(
         return pretend(of, Step(tokens=tokens, **step), trust_remote_code=remote)
 
     return Passes(
-        calibrate=run(batch=1, calibrating=True) if options.calibrate else None,
+        calibrate=run(batch=1, calibrating=True) if calibrates(options) else None,
         train=run(
             batch=batch,
             plan=plan,

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..options import Options, count
+from ..pipeline.planning import calibrates
 from ..training import pilot
 from .machine import Machine
 from .memory import EVALUATED_BLOCKS, Passes, Sizes
@@ -35,7 +36,7 @@ class Job:
         micro: blocks of one process and micro-batch.
         processes: that share training, calibration and evaluation.
         pilot: whether the learning rate is searched for.
-        sequences: of calibration at most.
+        sequences: of calibration at most; 0 where there is none.
         scored: held-out tokens.
     """
 
@@ -62,7 +63,7 @@ def job(options: Options, *, tokens: int, batch: int, steps: int, processes: int
         micro=max(1, batch // options.accumulation // processes),
         processes=processes,
         pilot=trains and options.learning_rate() is None,
-        sequences=options.calibrate,
+        sequences=options.calibrate if calibrates(options) else 0,
         scored=count(options.eval_tokens, "eval_tokens"),
     )
 

@@ -17,6 +17,7 @@ from ..jobs import LARGEST_DEFAULT_BATCH, choose_device, longest_block
 from ..nn.select import EMBEDDING, HEAD
 from ..options import Options, count
 from ..pipeline.delivery import probe_shape
+from ..pipeline.planning import given_plan
 from ..planner import plan as make_plan
 from ..plans import Plan
 from ..resources import free_disk
@@ -77,7 +78,7 @@ class Estimate:
 
     @property
     def fits_memory(self) -> bool | None:
-        """Whether all processes on this machine fit its memory (a GPU each has its own); None where it is unknown."""
+        """Whether every process fits the memory it may use; None where that is unknown."""
         return None if self.machine.memory is None else self.peak <= self.machine.memory
 
     @property
@@ -164,7 +165,8 @@ def estimate(
     Args:
         options: of the run; data and out need not be given.
         layout: processes.
-        memory, disk: bytes to hold it against, such as ``80G``; None asks this machine.
+        memory, disk: bytes to hold a process and the run's folder against, such as ``80G``; None asks this machine,
+            whose processors share their memory, while a GPU each has its own.
         flops, bandwidth: speed of one process, such as ``300T`` and ``2T``; None probes this machine for a second.
 
     Raises:
@@ -175,7 +177,7 @@ def estimate(
     speed = {k: quantity(v, k) for k, v in {"flops": flops, "bandwidth": bandwidth}.items() if v is not None}
     device = choose_device(options)
     model = _Model(options, layout)
-    machine = _machine(options, device, given, speed, bf16=model.bf16)
+    machine = _machine(options, device, given, speed, bf16=model.bf16, processes=layout.processes)
     run = job(
         options,
         tokens=model.tokens,
@@ -191,9 +193,9 @@ def estimate(
         vocabulary=model.sizes.vocabulary,
         folder=model.folder,
         head=options.head,
-        fallback=options.fallback,
+        fallback=options.fallback or any(map(model.plan.falls_back, model.plan.targets)),
     )
-    exported = {row.target: row.bytes for row in files if row.target in options.target and row.bytes is not None}
+    exported = {row.target: row.bytes for row in files if row.target in model.plan.targets and row.bytes is not None}
     others = [
         dataclasses.replace(stage, name=f"train, {label}")
         for label, sharded in (("DDP", False), ("FSDP2", True))
@@ -217,7 +219,13 @@ def estimate(
 
 
 def _machine(
-    options: Options, device: torch.device, given: Mapping[str, float], speed: Mapping[str, float], *, bf16: bool
+    options: Options,
+    device: torch.device,
+    given: Mapping[str, float],
+    speed: Mapping[str, float],
+    *,
+    bf16: bool,
+    processes: int,
 ) -> Machine:
     flops, bandwidth = speed.get("flops"), speed.get("bandwidth")
     source = "given"
@@ -228,14 +236,22 @@ def _machine(
     return Machine(
         flops=flops,
         bandwidth=bandwidth,
-        memory=int(given["memory"]) if "memory" in given else memory_of(device),
+        memory=int(given["memory"]) if "memory" in given else _share(memory_of(device), device, processes),
         disk=int(given["disk"]) if "disk" in given else free_disk(Path(options.out or ".")),
         source=source,
     )
 
 
+def _share(there: int | None, device: torch.device, processes: int) -> int | None:
+    """What one of ``processes`` may use of the memory there is: on a CPU they share it."""
+    return there if there is None or device.type != "cpu" else there // processes
+
+
 def _plan(empty: Any, options: Options) -> Plan:
     """The plan of the options; a budget of bits, which needs a sensitivity, is planned at the nearest width."""
+    _, given = given_plan(options)
+    if given is not None:
+        return given
     recipe = recipes.get(options.recipe, **options.options)
     bits = options.bits
     if options.sensitivity is None:

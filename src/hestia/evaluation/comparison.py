@@ -3,24 +3,29 @@
 Two runs can be paired where the parent scored the same on every held-out block: that is the same parent and the same
 text, whatever the records call them. Then
 
-    over blocks    d_i = nll(run, block i) - nll(first run, block i): these two very models, on other such text
+    over blocks    d_i = nll(run, block i) - nll(first run, block i), weighted by the block's tokens: these two very
+                   models, on other such text
     over seeds     d_k = nll(arm, seed k) - nll(first run's arm, seed k): the two methods, trained again
 
-An arm is everything but the seed. Seeds are what a claim about a method needs; they are compared where two arms share
-at least two of them, with Holm's correction over all arms compared.
+An arm is what the run was told (run.yaml) but its seed and what decides no number (``_FREE``); the rate that a pilot
+chooses is one setting. A run without its run.yaml is an arm of its own. Seeds are what a claim about a method needs;
+they are compared where two arms share at least two of them, with Holm's correction over all arms compared.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from statistics import fmean
 from typing import Any, Literal
 
 from ..errors import ConfigError
 from .paired import PairedDifference, holm, paired_difference, paired_p_value
 
 _SAME = 1e-3  # nats a block: one model scored twice in fp32, on any two machines, differs by less
+
+_FREE = frozenset({"seed", "out", "device", "threads", "report_to", "log_every", "save_every", "plan"})
+"""Options that make no other arm; of a plan its digest counts, not its place."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,8 +36,9 @@ class ScoredRun:
         name: of the run.
         arm: everything that was chosen but the seed, as one string.
         seed: of the run.
-        nll: nats a token of the frozen model.
+        nll: nats a token of the frozen model, as reported.
         block_nll, parent_block_nll: of every held-out block, the frozen model's and the parent's.
+        block_tokens: counted tokens of every block; None: all alike.
     """
 
     name: str
@@ -41,6 +47,7 @@ class ScoredRun:
     nll: float
     block_nll: tuple[float, ...]
     parent_block_nll: tuple[float, ...]
+    block_tokens: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +86,7 @@ def compare_runs(runs: Sequence[ScoredRun]) -> list[Comparison]:
     once over seeds.
 
     Raises:
-        ConfigError: a loss that is not finite.
+        ConfigError: a loss that is not finite, or a block that counts no token.
     """
     if not runs:
         return []
@@ -90,7 +97,9 @@ def compare_runs(runs: Sequence[ScoredRun]) -> list[Comparison]:
             over="blocks",
             name=run.name,
             reference=first.name,
-            difference=paired_difference(run.block_nll, first.block_nll),
+            difference=paired_difference(
+                run.block_nll, first.block_nll, weights=run.block_tokens or first.block_tokens
+            ),
         )
         for run in others
         if len(first.block_nll) > 1
@@ -123,22 +132,26 @@ def pairable(a: ScoredRun, b: ScoredRun) -> bool:
     return len(ours) == len(theirs) and all(abs(x - y) < _SAME for x, y in zip(ours, theirs, strict=True))
 
 
-def scored_run(name: str, report: dict[str, Any], scores: dict[str, Any]) -> ScoredRun:
-    """From the report.json and scores.json of a run.
+def scored_run(
+    name: str, report: dict[str, Any], scores: dict[str, Any], options: Mapping[str, Any] | None
+) -> ScoredRun:
+    """From the report.json and scores.json of a run, and what it was told; None where that is not known.
 
     Raises:
         ConfigError: they lack what a comparison needs.
     """
-    settings = ("recipe", "recipe_options", "teacher", "target", "tokens", "batch_size", "seq_len", "learning_rate")
+    settings = {key: value for key, value in (options or {"run": name}).items() if key not in _FREE}
     try:
         quantized, parent = scores["quantized"], scores["parent"]
+        tokens = quantized.get("block_tokens")
         return ScoredRun(
             name=name,
-            arm=repr([report.get(key) for key in settings]),
+            arm=json.dumps(settings, sort_keys=True),
             seed=int(report["seed"]),
-            nll=fmean(quantized["block_nll"]),
+            nll=float(quantized["nll"]),
             block_nll=tuple(map(float, quantized["block_nll"])),
             parent_block_nll=tuple(map(float, parent["block_nll"])),
+            block_tokens=None if tokens is None else tuple(map(float, tokens)),
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
         raise ConfigError(f"{name}: no per-block losses to compare by ({type(error).__name__}: {error})") from None

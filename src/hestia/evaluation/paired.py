@@ -6,6 +6,13 @@ Pairing removes what both sides share (the seed's data order, the text of the bl
 is much narrower than the two intervals apart. What a pair is decides what the interval speaks about: pairs of seeds
 about training the method again, pairs of blocks about other text with these two very models.
 
+Blocks of w_i counted tokens each give the difference of the two losses a token as a ratio, with the error of the delta
+method,
+
+    mean(d) = sum w_i d_i / sum w_i,   std(d) of  (w_i / mean(w)) (d_i - mean(d))
+
+which equal weights leave as it was.
+
 Of several methods compared with one, some would "win" by luck: Holm's step-down correction (Holm 1979, "A simple
 sequentially rejective multiple test procedure") bounds the chance of any false claim by the level of a single one,
 
@@ -45,15 +52,19 @@ class PairedDifference:
         return asdict(self)
 
 
-def paired_difference(a: Sequence[float], b: Sequence[float], level: float = 0.95) -> PairedDifference:
+def paired_difference(
+    a: Sequence[float], b: Sequence[float], level: float = 0.95, weights: Sequence[float] | None = None
+) -> PairedDifference:
     """The t interval of the mean of ``a[i] - b[i]``.
 
     Args:
         a, b: one number a pair (a seed, a block), in the same order.
         level: coverage, in (0, 1).
+        weights: what each pair counts, such as a block's tokens; None: all alike.
 
     Raises:
-        ConfigError: lengths differ, fewer than two pairs, a value that is not finite, a level outside (0, 1).
+        ConfigError: lengths differ, fewer than two pairs, a value that is not finite, a weight that is not positive, a
+            level outside (0, 1).
 
     >>> paired_difference([2.0, 2.5, 3.0], [1.0, 1.0, 1.0]).mean
     1.5
@@ -72,9 +83,25 @@ def paired_difference(a: Sequence[float], b: Sequence[float], level: float = 0.9
     from scipy.special import stdtrit
 
     n = len(differences)
-    mean = fmean(differences)
-    half = float(stdtrit(n - 1, 0.5 + level / 2)) * stdev(differences) / math.sqrt(n)
+    if weights is None:
+        mean, pulls = fmean(differences), differences
+    else:
+        shares = _shares(weights, n)
+        mean = fmean([share * d for share, d in zip(shares, differences, strict=True)])
+        pulls = [share * (d - mean) for share, d in zip(shares, differences, strict=True)]
+    half = float(stdtrit(n - 1, 0.5 + level / 2)) * stdev(pulls) / math.sqrt(n)
     return PairedDifference(mean=mean, low=mean - half, high=mean + half, n=n, level=level)
+
+
+def _shares(weights: Sequence[float], n: int) -> list[float]:
+    """``weights`` over their mean."""
+    if len(weights) != n:
+        raise ConfigError(f"pairs need one weight each, got {len(weights)} weights for {n} pairs")
+    for i, weight in enumerate(weights):
+        if not 0.0 < weight < math.inf:
+            raise ConfigError(f"the weight of pair {i} must be a positive number, got {weight}")
+    average = fmean(weights)
+    return [weight / average for weight in weights]
 
 
 def paired_p_value(a: Sequence[float], b: Sequence[float]) -> float:

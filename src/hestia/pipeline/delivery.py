@@ -17,6 +17,7 @@ from ..export.refit import refit as refit_scales
 from ..export.verify import PROBE_FILE, kept_text, require_ok, verify
 from ..files import read_json, sha256, write_json
 from ..lock import locked
+from ..plans import Plan
 from ..progress import announce as say
 from ..targets import target as find_target
 from .artefacts import EXPORTS_FOLDER, REPORT_FILE, SENSITIVITY_FILE
@@ -37,12 +38,13 @@ def probe_shape(tokens: int, vocabulary: int) -> tuple[int, int]:
     return max(1, min(PROBE_ROWS, PROBE_LOGITS // (tokens * vocabulary))), tokens
 
 
-def deliver(work: Workspace, name: str, frozen: FrozenModel) -> dict[str, Any]:
+def deliver(work: Workspace, plan: Plan, name: str, frozen: FrozenModel) -> dict[str, Any]:
     path = work.folder / EXPORTS_FOLDER / name.replace(":", "-")
     if name.startswith("gguf"):
         path = path / f"{Path(work.options.model).name}-{name.split(':')[1]}.gguf"
     probe, o = _verification_text(work), work.options
-    return work.clock.measure("export", lambda: export_and_verify(frozen, name, path, o.fallback, probe, head=o.head))
+    fallback = o.fallback or plan.falls_back(name)  # a plan made beforehand was allowed to where it does
+    return work.clock.measure("export", lambda: export_and_verify(frozen, name, path, fallback, probe, head=o.head))
 
 
 def export_and_verify(

@@ -2,19 +2,51 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 from typing import Any
 
 from .. import curvature, loading, nn, processes, recipes
 from ..errors import ConfigError
+from ..files import sha256, write_bytes
 from ..jobs import calibrate_on
 from ..mixed import candidates, is_mixed
+from ..options import Options
 from ..planner import plan as make_plan
 from ..plans import Plan
 from ..quant import QuantSpec
+from ..recipes import Recipe
 from .artefacts import PARTIAL_FILE, PLAN_FILE, SENSITIVITY_FILE
 from .workspace import Workspace
+
+
+def given_plan(options: Options) -> tuple[Options, Plan | None]:
+    """The plan that ``--plan`` names, and the options with its digest; None where a plan is to be made.
+
+    Raises:
+        ConfigError, PlanError: no plan, or another one than the digest says.
+    """
+    if options.plan is None:
+        return options, None
+    path = Path(options.plan)
+    plan, digest = Plan.load(path), sha256(path)
+    if options.plan_sha256 not in (None, digest):
+        raise ConfigError(
+            f"{path}: not the plan of these options: its SHA-256 is {digest}, theirs {options.plan_sha256}. Give "
+            "--plan that one (a run keeps its own as plan.json), or leave out --plan-sha256 to follow this one"
+        )
+    return dataclasses.replace(options, plan_sha256=digest), plan
+
+
+def needs_curvature(options: Options) -> bool:
+    """Whether the plan that ``options`` ask for needs a sensitivity: its recipe reads one, or widths may differ."""
+    return options.plan is None and (_recipe(options).uses_curvature or _is_mixed(options))
+
+
+def calibrates(options: Options) -> bool:
+    """Whether a run with these options measures that sensitivity itself."""
+    return needs_curvature(options) and options.sensitivity is None and options.calibrate > 0
 
 
 def plan_without_curvature(work: Workspace, given: Plan | None) -> Plan:
@@ -23,7 +55,7 @@ def plan_without_curvature(work: Workspace, given: Plan | None) -> Plan:
     if given is not None:
         nn.apply(work.empty_model(), given)  # refuses a plan of another model
         return given
-    if not _is_mixed(work) or work.options.sensitivity is not None:
+    if not _is_mixed(work.options) or work.options.sensitivity is not None:
         return _make_plan(work, work.options.sensitivity)
     if work.options.calibrate == 0:
         raise ConfigError(
@@ -41,13 +73,15 @@ def plan_run(work: Workspace, given: Plan | None, plan: Plan) -> Plan:
         if given is not None and made.to_json() != given.to_json():
             raise ConfigError(f"{work.folder} holds a run by another plan than the one given. Choose another --out")
         return made
-    recipe = recipes.get(work.options.recipe, **work.options.options)
-    if given is None and (recipe.uses_curvature or _is_mixed(work)):
+    if needs_curvature(work.options):
         sensitivity = _sensitivity(work, plan)
         if sensitivity is not None:
             plan = _make_plan(work, sensitivity)
     if processes.first():
-        plan.save(path)
+        if work.options.plan is None:
+            plan.save(path)
+        else:
+            write_bytes(path, Path(work.options.plan).read_bytes())  # as it is: run.yaml holds its digest
     return plan
 
 
@@ -74,10 +108,13 @@ def _sensitivity(work: Workspace, plan: Plan) -> curvature.Sensitivity | None:
     return sensitivity
 
 
-def _is_mixed(work: Workspace) -> bool:
+def _recipe(options: Options) -> Recipe:
+    return recipes.get(options.recipe, **options.options)
+
+
+def _is_mixed(options: Options) -> bool:
     """Whether the plan may give tensors different widths, which needs a sensitivity whatever the recipe."""
-    o = work.options
-    return is_mixed(recipes.get(o.recipe, **o.options), o.bits, o.mix(), o.max_kl)
+    return is_mixed(_recipe(options), options.bits, options.mix(), options.max_kl)
 
 
 def _make_plan(work: Workspace, sensitivity: str | curvature.Sensitivity | None, *, alike: bool = False) -> Plan:
@@ -87,7 +124,7 @@ def _make_plan(work: Workspace, sensitivity: str | curvature.Sensitivity | None,
     even = {path: {width: 4.0**-width for width in recipes.GRIDS} for path in nn.select(model, o.skip).candidates}
     return make_plan(
         model,
-        recipes.get(o.recipe, **o.options),
+        _recipe(o),
         o.target,
         sensitivity,
         bits=o.bits,
@@ -103,8 +140,8 @@ def _make_plan(work: Workspace, sensitivity: str | curvature.Sensitivity | None,
 
 def _to_measure(work: Workspace, plan: Plan) -> tuple[list[str], dict[str, QuantSpec]]:
     """The tensors that calibration looks at, and by label every quantizer that they may get."""
-    if not _is_mixed(work):
+    if not _is_mixed(work.options):
         return list(plan.layers), {layer.spec.grid.name: layer.spec for layer in plan.layers.values()}
     o = work.options
-    specs = candidates(recipes.get(o.recipe, **o.options), o.group(), o.mix())
+    specs = candidates(_recipe(o), o.group(), o.mix())
     return list(nn.select(work.empty_model(), o.skip).candidates), specs

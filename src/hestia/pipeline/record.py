@@ -50,7 +50,7 @@ def record_of(
         "tokens_per_second": tokens / seconds["train"] if seconds.get("train") else None,
         "exports": exports,
         "scores": {
-            kind: {k: v for k, v in scores[kind].items() if k != "block_nll"}
+            kind: {k: v for k, v in scores[kind].items() if not k.startswith("block_")}
             for kind in ("parent", "round_to_nearest", "quantized")
         },
         "nll_interval": {k: scores[k] for k in ("quantized_minus_round_to_nearest",) if scores[k] is not None},

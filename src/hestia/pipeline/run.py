@@ -29,13 +29,13 @@ from .artefacts import CACHE_FOLDER, EXPORTS_FOLDER, OPTIONS_FILE
 from .delivery import deliver
 from .fitting import check_teacher, train_and_freeze
 from .inputs import check_inputs, keep_inputs
-from .planning import plan_run, plan_without_curvature
+from .planning import given_plan, plan_run, plan_without_curvature
 from .record import publish, record_of
 from .scoring import score_run
 from .workspace import Workspace
 
 
-def quantize(options: Options, *, resume: bool = False, plan: Plan | None = None) -> dict[str, Any]:
+def quantize(options: Options, *, resume: bool = False) -> dict[str, Any]:
     """From a pretrained checkpoint to verified low-bit files.
 
     Under torchrun or accelerate every process calls it: they share calibration, training and scoring; the first alone
@@ -44,7 +44,6 @@ def quantize(options: Options, *, resume: bool = False, plan: Plan | None = None
     Args:
         options: what to do; see ``Options``.
         resume: continue the run in ``options.out``, or start it where none is.
-        plan: use this plan instead of making one (``hestia train``).
 
     Returns:
         The record that report.json holds.
@@ -55,7 +54,7 @@ def quantize(options: Options, *, resume: bool = False, plan: Plan | None = None
         VerifyError: an exported file differs from the frozen model.
     """
     with processes.joined():
-        return Run(options, resume=resume, plan=plan).execute()
+        return Run(options, resume=resume).execute()
 
 
 class Run:
@@ -64,11 +63,11 @@ class Run:
     Args:
         options: what to do.
         resume: continue where an earlier call stopped.
-        plan: a plan made beforehand.
     """
 
-    def __init__(self, options: Options, *, resume: bool = False, plan: Plan | None = None) -> None:
-        self.work, self.given_plan = Workspace(options, resume=resume), plan
+    def __init__(self, options: Options, *, resume: bool = False) -> None:
+        options, self.given_plan = given_plan(options)
+        self.work = Workspace(options, resume=resume)
         self.started = datetime.now(UTC)
         self._taken = False
         self.baselines: list[dict[str, Any]] = []
@@ -115,7 +114,7 @@ class Run:
         processes.leave()
         if not first:
             return {}
-        exports = [deliver(work, name, frozen) for name in plan.targets]
+        exports = [deliver(work, plan, name, frozen) for name in plan.targets]
         total = work.clock.seconds.get("total", 0.0) + time.perf_counter() - started
         record = record_of(work, plan, scores, exports, self.started)
         record["baselines"] = self.baselines

@@ -40,7 +40,8 @@ def score_run(work: Workspace, plan: Plan, reference: dict[str, Any] | None = No
     if not processes.first():
         return {}
     ours, theirs = of_frozen["block_nll"], of_rounded["block_nll"]
-    interval = paired_difference(ours, theirs).to_json() if len(ours) > 1 else None
+    tokens = of_frozen["block_tokens"]
+    interval = paired_difference(ours, theirs, weights=tokens).to_json() if len(ours) > 1 else None
     diagnostics = read_json(work.folder / DIAGNOSTICS_FILE)
     diagnostics["samples"] = continuations(parent, frozen, work.tokenizer, blocks)
     write_json(work.folder / DIAGNOSTICS_FILE, diagnostics)
@@ -82,5 +83,7 @@ def _score_against(parent: PreTrainedModel, model: Any, blocks: Blocks, descript
 
 
 def _numbers(result: Score) -> dict[str, Any]:
-    """A score as scores.json keeps it: the means, and every block's NLL for paired comparisons."""
-    return {**result.to_json(), "block_nll": result.block_nll[result.block_tokens > 0].tolist()}
+    """A score as scores.json keeps it: the means, and every block's NLL and tokens for paired comparisons."""
+    counted = result.block_tokens > 0
+    blocks = {"block_nll": result.block_nll[counted].tolist(), "block_tokens": result.block_tokens[counted].tolist()}
+    return {**result.to_json(), **blocks}

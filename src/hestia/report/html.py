@@ -60,6 +60,7 @@ def render(record: RunRecord) -> str:
         shrink=_shrink(record),
         figures=_figures(record),
         heat=heat_map(record.sensitivity.tensors) if record.sensitivity else None,
+        measured=wording.measured(record.sensitivity) if record.sensitivity else None,
         intervals=_intervals(record.sensitivity),
         intervals_open=_INTERVALS_OPEN,
         doubtful=_DOUBTFUL_SHARE,
@@ -152,7 +153,7 @@ def _svg(drawing: str | None) -> Markup | None:
 
 @dataclass(frozen=True)
 class _IntervalRow:
-    """A trace with the place of its interval and its geometric mean on a common log axis, in percent."""
+    """A tensor with the place of its interval and of the mean that it covers on a common log axis, in percent."""
 
     trace: Trace
     left: float
@@ -164,19 +165,26 @@ def _intervals(sensitivity: Sensitivity | None) -> list[_IntervalRow]:
     """Every tensor, most sensitive first."""
     if sensitivity is None:
         return []
-    ends = [v for t in sensitivity.tensors for v in (t.low, t.geometric_mean, t.high) if v is not None and v > 0]
+    ends = [v for t in sensitivity.tensors for v in (t.low, _mean(t), t.high) if v is not None and v > 0]
     bottom, top = (math.log(min(ends)), math.log(max(ends))) if ends else (0.0, 0.0)
     span = (top - bottom) or 1.0
 
     def place(value: float | None, default: float) -> float:
-        return default if value is None or value <= 0 else 100.0 * (math.log(value) - bottom) / span
+        if value is None:
+            return default
+        return 0.0 if value <= 0 else 100.0 * (math.log(value) - bottom) / span
 
     rows: list[_IntervalRow] = []
-    for trace in sorted(sensitivity.tensors, key=lambda t: -(t.geometric_mean or t.trace or 0.0)):
-        mark = place(trace.geometric_mean, 0.0)
+    for trace in sorted(sensitivity.tensors, key=lambda t: -(_mean(t) or 0.0)):
+        mark = place(_mean(trace), 0.0)
         left, right = place(trace.low, mark), place(trace.high, mark)
         rows.append(_IntervalRow(trace, round(left, 2), round(max(0.0, right - left), 2), round(mark, 2)))
     return rows
+
+
+def _mean(trace: Trace) -> float | None:
+    """The mean that the interval covers: the geometric one, or the plain one of a signed estimate."""
+    return trace.geometric_mean if trace.geometric_mean is not None else trace.trace
 
 
 @dataclass(frozen=True)

@@ -109,13 +109,14 @@ class Interval:
 
 @dataclass(frozen=True, kw_only=True)
 class Trace:
-    """The curvature of one weight matrix (sensitivity.json).
+    """What was measured of one weight matrix (sensitivity.json), by the file's ``primary`` quantity.
 
     Attributes:
         path: its module path.
         trace: arithmetic mean over sequences, and ``standard_error`` of it.
-        geometric_mean: exp of the mean log, which ``low`` to ``high`` covers.
-        largest_share: the part of the sum that one sequence gives; a trace above 0.1 rests on few sequences.
+        geometric_mean: exp of the mean log, which ``low`` to ``high`` covers; None for signed estimates, whose interval
+            covers ``trace``.
+        largest_share: the part of the sum that one sequence gives; a mean above 0.1 rests on few sequences.
         weights: number of weights.
     """
 
@@ -131,9 +132,10 @@ class Trace:
 
 @dataclass(frozen=True, kw_only=True)
 class Sensitivity:
-    """sensitivity.json without its samples."""
+    """sensitivity.json without its samples; ``primary`` names the quantity, such as ``trace`` or ``kl:ternary``."""
 
     estimator: str
+    primary: str
     seed: int | None
     sequences: int | None
     scored_positions: int | None
@@ -193,8 +195,8 @@ class TrainingLog:
         rows: the training lines in order of step; of steps that a resumed run repeated, the later line.
         hard: (step, loss of the model that would be exported at this step, on text it is not trained on; not
             the held-out blocks of the report, which no decision of a run may see).
-        pilots: (learning rate, steps, held-out loss) of the pilot runs; the loss is None where the pilot diverged, the
-            steps where an older log does not say.
+        pilots: (learning rate, steps, hard loss on that same text) of the pilot runs; the loss is None where the pilot
+            diverged, the steps where an older log does not say.
         events: (step, what happened): losses that jumped, tensors whose codes collapsed or came back.
         skipped: lines that could not be read.
     """
@@ -529,7 +531,7 @@ def _options(path: Path) -> Mapping[str, Any]:
         return {}
     try:
         options = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise ConfigError(f"{path}: not a readable YAML file ({error})") from None
     return _mapping(options)
 
@@ -557,6 +559,7 @@ def _sensitivity(record: _Object | None) -> Sensitivity | None:
     seed, sequences, positions = (number(record.raw.get(k)) for k in ("seed", "sequences", "scored_positions"))
     return Sensitivity(
         estimator=text(record.raw.get("estimator")),
+        primary=text(record.raw.get("primary")) or "trace",
         seed=None if seed is None else int(seed),
         sequences=None if sequences is None else int(sequences),
         scored_positions=None if positions is None else int(positions),

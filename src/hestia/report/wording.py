@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from .records import Interval, RunRecord
+from .records import Interval, RunRecord, Sensitivity
 
 UNKNOWN = "–"
 _GRIDS = {(-1.0, 1.0): "binary", (-1.0, 0.0, 1.0): "ternary", (-2.0, -1.0, 0.0, 1.0): "2-bit"}
@@ -108,6 +108,38 @@ def grid_name(record: RunRecord) -> str:
     """``ternary``, ``binary``, ``2-bit``, or ``low-bit`` where the plan mixes grids or is absent."""
     names = {_GRIDS.get(levels_of(layer), "low-bit") for layer in record.layers.values()}
     return names.pop() if len(names) == 1 else "low-bit"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a sensitivity holds, in words.
+
+    Attributes:
+        sentence: what was measured of each weight matrix.
+        name: what one number is.
+        mean: which mean over sequences is shown, and covered by the interval.
+    """
+
+    sentence: str
+    name: str
+    mean: str
+
+
+def measured(sensitivity: Sensitivity) -> Measured:
+    """By its primary quantity; signed estimates have no geometric mean."""
+    kind, _, label = sensitivity.primary.partition(":")
+    bends = "How sharply the loss bends along each weight matrix: the"
+    sentence, name = {
+        "trace": (f"{bends} trace of its curvature", "trace"),
+        "eigenvalue": (f"{bends} eigenvalue of its curvature that is largest in magnitude", "eigenvalue"),
+        "kl": (
+            "How far the predictions move from the parent's where each weight matrix alone is rounded"
+            f"{f' to {label}' if label else ''}: KL in nats per token",
+            "KL",
+        ),
+    }.get(kind, (f"What was measured of each weight matrix: {sensitivity.primary}", sensitivity.primary))
+    geometric = any(tensor.geometric_mean is not None for tensor in sensitivity.tensors)
+    return Measured(sentence, name, "geometric mean" if geometric else "mean")
 
 
 def levels_of(layer: Any) -> tuple[float, ...]:
