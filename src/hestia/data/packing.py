@@ -1,7 +1,7 @@
 """From documents to rows of token ids: tokenize, join, cut.
 
 stream = [BOS] doc_1 [EOS] [BOS] doc_2 [EOS] ...        which of the two marks is written is the joiner's choice
-rows   = stream[: B*T].reshape(B, T)                    the partial last row is dropped
+rows   = stream[: B*T].reshape(B, T)                    the partial last row is dropped, and rows without a target
 """
 
 from __future__ import annotations
@@ -65,6 +65,11 @@ class Blocks:
         return Blocks(self.input_ids[rows], self.loss_mask[rows])
 
     @property
+    def with_target(self) -> Tensor:
+        """Rows that teach something, bool [B]: one of their tokens but the first counts."""
+        return self.loss_mask[:, 1:].any(dim=1)
+
+    @property
     def tokens(self) -> int:
         """Tokens in all rows, B * T."""
         return self.input_ids.numel()
@@ -101,8 +106,11 @@ def tokenize(
     return pieces
 
 
-def pack(pieces: Sequence[Piece], seq_len: int, *, what: str, limit: int | None = None) -> Blocks:
+def pack(pieces: Sequence[Piece], seq_len: int, *, what: str, limit: int | None = None) -> tuple[Blocks, int]:
     """Join ``pieces`` and cut them into rows of ``seq_len`` tokens, at most ``limit`` tokens in all.
+
+    Returns:
+        The rows with something to learn, and how many there were without: a loss over no target is 0/0.
 
     Raises:
         ConfigError: less than one row, or no target in any; ``what`` names the text.
@@ -111,16 +119,16 @@ def pack(pieces: Sequence[Piece], seq_len: int, *, what: str, limit: int | None 
     rows = tokens // seq_len
     if rows == 0:
         raise too_short(what, tokens, seq_len, seq_len)
-    if limit is not None:
-        rows = min(rows, max(1, limit // seq_len))
-    stream = torch.from_numpy(np.concatenate([piece.ids for piece in pieces])[: rows * seq_len]).long()
+    stream = torch.from_numpy(np.concatenate([piece.ids for piece in pieces])[: rows * seq_len])
     counts = np.concatenate(
         [np.ones(len(piece), dtype=np.bool_) if piece.counts is None else piece.counts for piece in pieces]
     )
-    mask = torch.from_numpy(counts[: rows * seq_len]).view(rows, seq_len)
-    if not mask[:, 1:].any():
+    blocks = Blocks(stream.view(rows, seq_len), torch.from_numpy(counts[: rows * seq_len]).view(rows, seq_len))
+    taught = blocks.with_target.nonzero().flatten()
+    if not len(taught):
         raise ConfigError(f"{what}: no token to learn from; chats need at least one turn with the role 'assistant'")
-    return Blocks(stream.view(rows, seq_len), mask)
+    kept = taught if limit is None else taught[: max(1, limit // seq_len)]
+    return Blocks(blocks.input_ids[kept].long(), blocks.loss_mask[kept]), rows - len(taught)
 
 
 def too_short(what: str, tokens: int, needed: int, seq_len: int) -> ConfigError:
