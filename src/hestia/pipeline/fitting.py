@@ -109,6 +109,7 @@ def _config_for(work: Workspace, rate: float, steps: int, *, save: bool) -> Trai
         eval_blocks=min(TUNING_BLOCKS, max(8, steps * work.batch_size // 160)),  # about 2 % of the run's time
         save_every=(o.save_every or max(1, steps // 5)) if save else 0,
         report_to=o.report_to if save else (),
+        device=work.device.type,
     )
 
 

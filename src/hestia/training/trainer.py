@@ -43,7 +43,7 @@ from .watch import SpikeWatch, collapsed_layers
 
 LOG_FILE = "log.jsonl"
 CHECKPOINTS = "checkpoints"
-_BYSTANDERS = {"log_every", "eval_every", "save_every", "eval_blocks", "keep", "report_to"}
+_BYSTANDERS = {"log_every", "eval_every", "save_every", "eval_blocks", "keep", "report_to", "device"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +70,7 @@ class TrainConfig:
         eval_blocks: held-out blocks of the logged hard loss.
         keep: checkpoints that rotation leaves.
         report_to: the Trainer's loggers, such as ("tensorboard",).
+        device: "cpu", "cuda", or "auto": CUDA where there is any.
     """
 
     steps: int
@@ -96,8 +97,11 @@ class TrainConfig:
     eval_blocks: int = 32
     keep: int = 2
     report_to: tuple[str, ...] = ()
+    device: str = "auto"
 
     def __post_init__(self) -> None:
+        if self.device not in ("auto", "cpu", "cuda"):
+            raise ConfigError(f"device must be auto, cpu or cuda, got {self.device!r}")
         for name in ("scale_rate", "norm_rate", "embedding_rate"):
             if not 0.0 <= getattr(self, name) < math.inf:
                 raise ConfigError(f"{name} must be 0 or a positive number, got {getattr(self, name)}")
@@ -149,7 +153,8 @@ class HestiaTrainer(Trainer):
         teacher: the model that ``config.distill`` learns from; it is put in evaluation mode and never trained.
 
     Raises:
-        ConfigError: a teacher without ``config.distill`` or the other way round, or one of another vocabulary.
+        ConfigError: a teacher without ``config.distill`` or the other way round, or one of another vocabulary; one of
+            several processes that have not joined.
     """
 
     def __init__(
@@ -165,6 +170,7 @@ class HestiaTrainer(Trainer):
         callbacks: list[TrainerCallback] | None = None,
         teacher: nn.Module | None = None,
     ) -> None:
+        processes.require_joined()
         self.plan, self.config, self.folder, self.held_out = plan, config, folder, held_out
         self.seconds = 0.0
         self._earlier, self._took, self._began = 0.0, 0.0, time.perf_counter()
@@ -575,7 +581,7 @@ class _WatchCallback(TrainerCallback):
 
 
 def _arguments(config: TrainConfig, folder: Path) -> TrainingArguments:
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(folder / CHECKPOINTS),
         max_steps=config.steps,
         per_device_train_batch_size=_blocks_a_process(config),
@@ -597,8 +603,13 @@ def _arguments(config: TrainConfig, folder: Path) -> TrainingArguments:
         disable_tqdm=True,
         dataloader_pin_memory=False,
         remove_unused_columns=False,
-        use_cpu=not torch.cuda.is_available(),
+        use_cpu=config.device == "cpu" or not torch.cuda.is_available(),
     )
+    if arguments.n_gpu > 1:  # the Trainer would take the batch that many times, and copy the model at every step
+        if config.log_every:
+            announce(f"one of {arguments.n_gpu} GPUs is used; torchrun --nproc-per-node {arguments.n_gpu} uses all")
+        arguments._n_gpu = 1
+    return arguments
 
 
 def _blocks_a_process(config: TrainConfig) -> int:
