@@ -95,9 +95,7 @@ def test_processes_that_have_not_joined_are_refused(tmp_path: Path, monkeypatch:
     """Each would take the whole batch for its own, and all would write the same files."""
     model, plan = converted()
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(
-        ConfigError, match=r"WORLD_SIZE is 2, but .* not joined; do this within `with hestia"
-    ):
+    with pytest.raises(ConfigError, match=r"WORLD_SIZE is 2, but .* not joined; do this within `with hestia"):
         trainer(tmp_path, model, plan)
 
 
