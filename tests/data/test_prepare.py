@@ -161,6 +161,7 @@ def test_held_out_text_is_never_trained_on(tokenizer, tmp_path: Path, lengths, c
     assert len(made.train) >= 1
     assert len(made.held_out) >= 1
     assert made.held_out.tokens <= max(2 * share * total + 2, 2 * 16)
+    assert made.held_out.tokens > share * len(joined(tokenizer, list({*documents}), "bos")) / 2 - 16
     again = prepare([path], None, tokenizer, seq_len=16, held_out_share=share, seed=seed)
     assert torch.equal(made.train.input_ids, again.train.input_ids)
     assert torch.equal(made.held_out.input_ids, again.held_out.input_ids)
@@ -202,6 +203,15 @@ def test_two_long_documents_do_not_lose_one_of_them(tokenizer, tmp_path: Path) -
     documents = [random_text(rng, 3000), random_text(rng, 3100)]
     made = prepare([write(tmp_path / "a.txt", documents)], None, tokenizer, seq_len=16)
     assert made.held_out.tokens < 0.07 * (made.train.tokens + made.held_out.tokens)
+
+
+def test_a_short_document_beside_long_ones_is_not_the_held_out_text(tokenizer, tmp_path: Path) -> None:
+    rng = random.Random(3)
+    documents = [random_text(rng, n) for n in (3000, 3100, 40, 3200)]
+    for seed in range(4):
+        made = prepare([write(tmp_path / "a.txt", documents)], None, tokenizer, seq_len=16, seed=seed)
+        assert 0.05 < made.held_out.tokens / (made.train.tokens + made.held_out.tokens) < 0.06
+        assert "tokens of the longest document" in made.record["held_out_rule"]
 
 
 def test_copies_of_held_out_documents_are_dropped_and_counted(tokenizer, tmp_path: Path) -> None:
