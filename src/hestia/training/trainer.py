@@ -43,6 +43,9 @@ from .watch import SpikeWatch, collapsed_layers
 
 LOG_FILE = "log.jsonl"
 CHECKPOINTS = "checkpoints"
+SAVE_SECONDS = 30 * 60.0
+"""Seconds after which a run that saves at all is saved, wherever ``save_every`` stands."""
+
 _BYSTANDERS = {"log_every", "eval_every", "save_every", "eval_blocks", "keep", "report_to", "device"}
 
 
@@ -66,7 +69,7 @@ class TrainConfig:
         gradient_checkpointing: recompute activations in the backward pass.
         compile: run the model through torch.compile.
         seed: order of the data and every random draw.
-        log_every, eval_every, save_every: steps; 0 means never.
+        log_every, eval_every, save_every: steps; 0 means never. A run that is saved is so every half hour, too.
         eval_blocks: held-out blocks of the logged hard loss.
         keep: checkpoints that rotation leaves.
         report_to: the Trainer's loggers, such as ("tensorboard",).
@@ -203,7 +206,7 @@ class HestiaTrainer(Trainer):
             data_collator=_stack,
             callbacks=[
                 QATCallback(plan),
-                _StopCallback(self._signals),
+                _SaveCallback(self._signals),
                 _WatchCallback(self),
                 self._bar,
                 *(callbacks or []),
@@ -554,18 +557,32 @@ def check_loggers(names: Sequence[str]) -> None:
             raise ConfigError(f"--report-to {name}: its package is not installed; install it first")
 
 
-class _StopCallback(TrainerCallback):
-    """Ends the run after the current step, saved, once a signal has asked for it."""
+class _SaveCallback(TrainerCallback):
+    """Saves the run when the last checkpoint is old, and ends it, saved, once a signal has asked for it."""
 
     def __init__(self, signals: StopSignals) -> None:
         self.signals = signals
+        self._saved = 0.0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Start the clock, and go by today's intervals: those of a checkpoint are its first call's."""
+        state.compute_steps(args, state.max_steps)
+        self._saved = time.perf_counter()
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Start the clock again."""
+        self._saved = time.perf_counter()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Ask the Trainer to save and stop, all processes after the same step."""
-        requested = processes.largest(self.signals.requested or 0)
-        if requested:
-            self.signals.requested = requested
-            control.should_save = args.save_strategy != SaveStrategy.NO  # a pilot's state is nobody's checkpoint
+        """Ask the Trainer to save, or to save and stop, all processes after the same step."""
+        due = time.perf_counter() - self._saved >= SAVE_SECONDS
+        asked = processes.largest(self.signals.requested or int(due))  # an exit status is larger than 1
+        if asked and args.save_strategy != SaveStrategy.NO:  # a pilot's state is nobody's checkpoint
+            control.should_save = True
+        if asked > 1:
+            self.signals.requested = asked
             control.should_training_stop = True
 
 
