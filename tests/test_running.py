@@ -187,6 +187,16 @@ def test_a_run_from_the_hub_goes_on_with_its_commits_whatever_the_hub_says_today
     assert "holds a different run: model is 'owner/parent' there and 'owner/other' here" in err
 
 
+def test_a_run_is_one_run_however_its_folders_are_written_and_wherever_it_saves(
+    job: Job, toy_parent: Path, tmp_path: Path, invoke: Invoke
+) -> None:
+    run = stopped(lambda *more: job("--teacher", toy_parent, *more), tmp_path)
+    words = job("--teacher", toy_parent, "--resume", "--save-every", "1", "--log-every", "1")
+    status, _, err = invoke(*(f"{word}/" if word in (toy_parent, run) else word for word in words))
+    assert status == 0, err
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["step-000007", "step-000008"]
+
+
 def test_seconds_of_a_killed_process_are_not_forgotten(job: Job, tmp_path: Path, invoke: Invoke) -> None:
     run = stopped(job, tmp_path)
     state = read_json(run / "checkpoints" / "step-000004" / "state.json")

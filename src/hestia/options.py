@@ -88,9 +88,7 @@ class Options:
     precision: str = _option("auto", "bf16 (autocast over fp32 weights), fp32, or auto")
     gradient_checkpointing: bool = _option(False, "recompute activations to save memory")
     compile: bool = _option(False, "run the model through torch.compile")
-    save_every: int | None = _option(
-        None, "steps between checkpoints; default a fifth of the run; never over half an hour"
-    )
+    save_every: int | None = _option(None, "steps between checkpoints; default a fifth of the run or half an hour")
     log_every: int | None = _option(None, "steps between log lines; default a fiftieth of the run")
     report_to: tuple[str, ...] = _option((), "the Trainer's loggers, such as tensorboard (repeatable)")
     seed: int = _option(0, "order of the data, probes, every random draw")

@@ -135,11 +135,11 @@ class Run:
         recorded = folder / OPTIONS_FILE
         if recorded.is_file():
             before = Options(**load_config(recorded))
-            ignored = {"threads", "device", "report_to", "log_every"}
+            ignored = {"out", "threads", "device", "report_to", "log_every", "save_every"}
             differing = [
                 f"{item.name} is {getattr(before, item.name)!r} there and {getattr(options, item.name)!r} here"
                 for item in dataclasses.fields(Options)
-                if item.name not in ignored and getattr(before, item.name) != getattr(options, item.name)
+                if item.name not in ignored and _meant(before, item.name) != _meant(options, item.name)
             ]
             if differing:
                 raise ConfigError(f"{folder} holds a different run: {'; '.join(differing)}. Choose another --out")
@@ -173,6 +173,12 @@ class Run:
                 token_cache.save(cache, text.record["key"], text.train, text.held_out, text.record)
         work.clock.kept = processes.first()
         processes.barrier()
+
+
+def _meant(options: Options, name: str) -> Any:
+    """An option's value; of a model's folder the path, however it was written: MODEL, MODEL/ or ./MODEL."""
+    value = getattr(options, name)
+    return Path(value).resolve() if name in ("model", "teacher") and value and Path(value).is_dir() else value
 
 
 def _left_behind(path: Path) -> bool:

@@ -46,7 +46,7 @@ CHECKPOINTS = "checkpoints"
 SAVE_SECONDS = 30 * 60.0
 """Seconds after which a run that saves at all is saved, wherever ``save_every`` stands."""
 
-_BYSTANDERS = {"log_every", "eval_every", "save_every", "eval_blocks", "keep", "report_to", "device"}
+_BYSTANDERS = {"log_every", "eval_every", "save_every", "eval_blocks", "keep", "report_to", "device", "teacher"}
 
 
 @dataclass(frozen=True, kw_only=True)
