@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hestia.data import blocks as blocks_module
-from hestia.data import pack_all, prepare
+from hestia.data import pack_all, packing, prepare, read_documents
 from hestia.data.tokenizer import find_joiner, tokenizer_fingerprint
 from hestia.errors import ConfigError
 
@@ -105,8 +105,6 @@ def test_rows_are_the_joined_stream(tokenizer, tmp_path: Path, lengths, seq_len:
 
 
 def test_batches_of_documents_keep_their_order(tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from hestia.data import packing
-
     rng = random.Random(0)
     documents = [random_text(rng, 30) for _ in range(50)]
     write(tmp_path / "a.txt", documents[:30])
@@ -116,6 +114,32 @@ def test_batches_of_documents_keep_their_order(tokenizer, tmp_path: Path, monkey
     made = prepare([tmp_path / "a.txt", tmp_path / "b.txt"], [held], tokenizer, seq_len=10)
     stream = joined(tokenizer, documents, "bos")
     assert made.train.input_ids.flatten().tolist() == stream[: len(stream) // 10 * 10]
+
+
+def test_a_long_text_is_tokenized_in_parts_behind_line_breaks(
+    tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The toy's tokenizer, as GPT-2's, joins no line break with the word behind it: the ids are those of the whole."""
+    rng = random.Random(0)
+    lines = [random_text(rng, n) for n in (60, 60, 300, 60, 60, 60)]  # one line is longer than a part
+    text = "\n".join(lines)
+    whole = joined(tokenizer, [text, lines[0]], "both")
+    path = write(tmp_path / "a.txt", [text, lines[0]])
+    monkeypatch.setattr(packing, "_PART_CHARACTERS", 130)
+    seen: list[str] = []
+    encoded = packing._encoded
+    monkeypatch.setattr(packing, "_encoded", lambda texts, tokenizer: seen.extend(texts) or encoded(texts, tokenizer))
+    made = pack_all([path], tokenizer, seq_len=8, joiner="both")
+    assert made.input_ids.flatten().tolist() == whole[: len(whole) // 8 * 8]
+    parts = [text for text in seen if text != lines[0]]
+    assert len(parts) > 3 and "".join(parts) == text
+    assert all(part.endswith("\n") for part in parts[:-1])
+    assert [part for part in parts if len(part) > 130] == [lines[2] + "\n"]
+    (document,) = read_documents([write(tmp_path / "b.txt", [text])])
+    seen.clear()
+    (piece,) = packing.tokenize([document], tokenizer, find_joiner(tokenizer, "bos"), enough=30)
+    assert len(seen) == 1, "no part beyond what is enough"
+    assert piece.ids.tolist() == joined(tokenizer, seen, "bos")
 
 
 def test_pack_all_holds_nothing_out_and_slices(tokenizer, tmp_path: Path) -> None:
