@@ -5,6 +5,7 @@ Each field is a key of ``--config`` files and an option of ``hestia quantize``; 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import types
@@ -239,7 +240,7 @@ def _choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
 
 
 def _coerce(name: str, value: Any, hint: Any) -> Any:
-    """``value`` as the declared type; lists become tuples, numbers written as text are read."""
+    """``value`` as the declared type; lists become tuples, and 1e-2, which is text in YAML, a number."""
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     if value is None and type(None) in options:
         return None
@@ -253,8 +254,9 @@ def _coerce(name: str, value: Any, hint: Any) -> Any:
             return value
     elif kind is int and isinstance(value, int):
         return value
-    elif kind is float and isinstance(value, (int, float)):
-        return float(value)
+    elif kind is float and isinstance(value, (int, float, str)):
+        with contextlib.suppress(ValueError):
+            return float(value)
     elif kind is str and isinstance(value, (str, int, float, Path)):
         return str(value)
     elif typing.get_origin(kind) is not None and isinstance(value, Mapping):

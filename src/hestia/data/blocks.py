@@ -27,7 +27,8 @@ class TokenizedText:
 
     Attributes:
         train: blocks to train on.
-        held_out: blocks that no training block shares text with.
+        held_out: blocks to evaluate on. No document that equals one of theirs is trained on; a passage that recurs in
+            another document may be.
         record: how both came to be, for run.yaml.
     """
 

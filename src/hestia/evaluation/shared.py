@@ -26,7 +26,7 @@ def shared_score(
     """``score``, called by every process with the same blocks; alone it is ``score`` itself.
 
     Raises:
-        ConfigError, GuardError: as ``score``, on all processes together; the one with the bad blocks says what is wrong.
+        ConfigError, GuardError: as ``score``, on all processes together; the one with bad blocks says what is wrong.
     """
     world = processes.world_size()
     if world == 1:
