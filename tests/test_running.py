@@ -24,6 +24,7 @@ import hestia
 from hestia import loading
 from hestia.files import read_json, require_inside, sweep, write_json
 from hestia.lock import LOCK_FILE, locked
+from hestia.training import checkpoints
 
 Job = Callable[..., list[str | Path]]
 
@@ -202,8 +203,17 @@ def test_seconds_of_a_killed_process_are_not_forgotten(job: Job, tmp_path: Path,
     state = read_json(run / "checkpoints" / "step-000004" / "state.json")
     before = state["memory"]["seconds"]
     assert before > 0
+    began = read_json(run / "timing.json")["started"]
+    long = {**state["memory"], "seconds": 1000.0}
+    record = {key: value for key, value in {**state, "memory": long}.items() if key != "sha256"}
+    write_json(run / "checkpoints" / "step-000004" / "state.json", {**record, "sha256": checkpoints._own_hash(record)})
     assert invoke(*job("--resume"))[0] == 0
-    assert read_json(run / "report.json")["seconds"]["train"] > before
+    report = read_json(run / "report.json")
+    assert report["seconds"]["train"] > 1000.0
+    assert report["seconds"]["total"] >= sum(v for k, v in report["seconds"].items() if k != "total")
+    assert report["started"] == began[:19] + began[-6:], "the first process's, to the second"
+    assert invoke(*job("--resume"))[0] == 0
+    assert read_json(run / "report.json")["started"] == report["started"]
 
 
 def test_links_out_of_the_run_and_links_inside_it(tmp_path: Path) -> None:

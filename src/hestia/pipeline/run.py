@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +68,6 @@ class Run:
 
     def __init__(self, options: Options, *, resume: bool = False, plan: Plan | None = None) -> None:
         self.work, self.given_plan = Workspace(options, resume=resume), plan
-        self.started = datetime.now(UTC)
         self._taken = False
         self.baselines: list[dict[str, Any]] = []
         self.reference: dict[str, Any] | None = None
@@ -116,8 +114,8 @@ class Run:
         if not first:
             return {}
         exports = [deliver(work, name, frozen) for name in plan.targets]
-        total = work.clock.seconds.get("total", 0.0) + time.perf_counter() - started
-        record = record_of(work, plan, scores, exports, self.started)
+        total = work.clock.total(time.perf_counter() - started)
+        record = record_of(work, plan, scores, exports)
         record["baselines"] = self.baselines
         record["seconds"]["total"] = total
         publish(work.folder, record)
@@ -171,7 +169,7 @@ class Run:
             if not (work.folder / CACHE_FOLDER).is_dir():
                 text, cache = work.text, work.folder / CACHE_FOLDER
                 token_cache.save(cache, text.record["key"], text.train, text.held_out, text.record)
-        work.clock.kept = processes.first()
+            work.clock.keep()
         processes.barrier()
 
 
