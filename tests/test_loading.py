@@ -257,12 +257,34 @@ def test_a_file_is_no_model_folder(toy_parent: Path) -> None:
 
 
 def test_a_hub_id_is_pinned_to_its_commit(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Info:
-        sha = "0123abcd"
+    commits = {None: "0123abcd", "v1": "4567cdef", "refs/pr/2": "89abcdef"}
+    info = type("Info", (), {})
 
-    monkeypatch.setattr(loading.HfApi, "model_info", lambda self, name, timeout: Info())
+    def asked(self: Any, name: str, *, revision: str | None, timeout: float) -> Any:
+        assert name == "owner/name"
+        found = info()
+        found.sha = commits[revision]
+        return found
+
+    monkeypatch.setattr(loading.HfApi, "model_info", asked)
     source = loading.resolve("owner/name")
     assert (source.location, source.commit, source.is_local) == ("owner/name", "0123abcd", False)
+    for revision in ("v1", "refs/pr/2"):
+        source = loading.resolve(f"owner/name@{revision}")
+        assert (source.name, source.location, source.commit) == (
+            f"owner/name@{revision}",
+            "owner/name",
+            commits[revision],
+        )
+
+
+def test_a_commit_that_is_known_is_not_asked_for(monkeypatch: pytest.MonkeyPatch, toy_parent: Path) -> None:
+    monkeypatch.setattr(loading.HfApi, "model_info", lambda *_, **__: pytest.fail("the hub was asked"))
+    whole = "0123456789abcdef" * 2 + "01234567"
+    source = loading.resolve(f"owner/name@{whole}")
+    assert (source.location, source.commit) == ("owner/name", whole)
+    assert loading.resolve("owner/name@main", "c0ffee").commit == "c0ffee"
+    assert loading.resolve(str(toy_parent), "c0ffee").is_local
 
 
 @pytest.mark.parametrize(

@@ -70,6 +70,14 @@ def test_dashes_in_a_config_file_are_the_same_as_underscores(tmp_path: Path) -> 
     assert (options.batch_size, options.eval_tokens, options.learning_rate(), options.group()) == (4, "32k", 1e-3, 64)
 
 
+def test_a_number_that_yaml_takes_for_text_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("weight_decay: 1e-2\nsecond_stage: 5E-1\n", encoding="utf-8")
+    assert load_config(path) == {"weight_decay": "1e-2", "second_stage": "5E-1"}
+    options = Options(**load_config(path))
+    assert (options.weight_decay, options.second_stage) == (0.01, 0.5)
+
+
 def test_an_unknown_key_is_refused_with_the_nearest_valid_name(tmp_path: Path) -> None:
     path = tmp_path / "c.yaml"
     path.write_text("learning_rat: 1\nbatchsize: 4\n", encoding="utf-8")
@@ -139,6 +147,8 @@ def test_a_file_that_is_no_configuration_is_refused(tmp_path: Path, content: str
         ({"clip": float("nan")}, "--clip"),
         ({"clip": -1.0}, "--clip"),
         ({"plan_sha256": "ab12"}, "--plan-sha256 is the digest of a --plan"),
+        ({"clip": "one"}, "--clip wants a float, got 'one'"),
+        ({"clip": "nan"}, "--clip"),
     ],
 )
 def test_a_bad_value_is_refused_and_its_option_named(values: dict[str, object], named: str) -> None:

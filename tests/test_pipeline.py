@@ -391,6 +391,28 @@ def test_a_damaged_newest_checkpoint_costs_only_the_steps_since_the_one_before(
     assert same_codes(toy_run, run)
 
 
+def test_chats_with_long_turns_of_the_user_are_trained_on(
+    invoke: Invoke, job: Job, parent_copy: Path, tmp_path: Path, lean: None
+) -> None:
+    """Blocks within such a turn have no target, and a batch of them alone has the loss 0/0."""
+    (parent_copy / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}",
+        encoding="utf-8",
+    )
+    question = {"role": "user", "content": "what did the cat see? " * 9}
+    chats = [json.dumps({"messages": [question, {"role": "assistant", "content": f"{i} balls"}]}) for i in range(80)]
+    text, held_out = tmp_path / "chats.jsonl", tmp_path / "held_out.jsonl"
+    text.write_text("\n".join(chats[:60]), encoding="utf-8")
+    held_out.write_text("\n".join(chats[60:]), encoding="utf-8")
+    more = ["--out", tmp_path / "run", *QUICK, "--batch-size", "1", "--steps", "30", "--log-every", "1"]
+    status, _, err = invoke("quantize", parent_copy, "--data", text, "--eval-data", held_out, *more)
+    assert status == 0, err
+    assert "tokens are left out: none of their tokens is the assistant's" in err
+    assert len([row for row in rows(tmp_path / "run") if "loss" in row]) == 30
+    assert read(tmp_path / "run" / "report.json")["data"]["blocks_without_target"]["train"] > 0
+
+
 def test_a_guard_stops_the_command_with_status_4(
     invoke: Invoke, job: Job, tmp_path: Path, lean: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

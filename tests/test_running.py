@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import os
 import resource
 import shutil
@@ -12,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import forks
@@ -19,8 +21,10 @@ import pytest
 from toy_runs import CALIBRATED, QUICK, Invoke, write_stories
 
 import hestia
+from hestia import loading
 from hestia.files import read_json, require_inside, sweep, write_json
 from hestia.lock import LOCK_FILE, locked
+from hestia.training import checkpoints
 
 Job = Callable[..., list[str | Path]]
 
@@ -150,13 +154,66 @@ def test_resuming_with_other_inputs_under_the_same_names_is_refused(
     assert invoke(*job("--resume", model=parent_copy))[0] == 0
 
 
+def test_a_run_from_the_hub_goes_on_with_its_commits_whatever_the_hub_says_today(
+    job: Job, toy_parent: Path, tmp_path: Path, invoke: Invoke, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The hub: every commit of owner/parent and owner/teacher holds the toy; which one was read is kept."""
+    hub, read, from_the_hub = SimpleNamespace(today="first"), set[tuple[str, str]](), loading._read
+
+    def model_info(self: Any, name: str, *, revision: str | None, timeout: float) -> Any:
+        if not hub.today:
+            raise OSError("no network")
+        return SimpleNamespace(sha=f"{hub.today} of {name}")
+
+    def reading(source: loading.Source, what: str, reader: Any, **options: Any) -> Any:
+        if source.commit is not None:
+            read.add((source.location, source.commit))
+            source = dataclasses.replace(source, location=str(toy_parent))
+        return from_the_hub(source, what, reader, **options)
+
+    monkeypatch.setattr(loading.HfApi, "model_info", model_info)
+    monkeypatch.setattr(loading, "_read", reading)
+    monkeypatch.setattr(loading, "snapshot_download", lambda *_, **__: toy_parent)
+    words = ["--teacher", "owner/teacher", "--resume", "--calibrate", "0"]
+    run, begun = tmp_path / "run", {(name, f"first of {name}") for name in ("owner/parent", "owner/teacher")}
+    for hub.today in ("first", "second", ""):
+        status, _, err = invoke(*job(*words, model=Path("owner/parent")))
+        assert status == 0, err
+        assert read == begun
+        (run / "codes.safetensors").unlink()
+    assert read_json(run / "report.json")["model"]["commit"] == "first of owner/parent"
+    hub.today = "second"
+    status, _, err = invoke(*job(*words, model=Path("owner/other")))
+    assert status == 2
+    assert "holds a different run: model is 'owner/parent' there and 'owner/other' here" in err
+
+
+def test_a_run_is_one_run_however_its_folders_are_written_and_wherever_it_saves(
+    job: Job, toy_parent: Path, tmp_path: Path, invoke: Invoke
+) -> None:
+    run = stopped(lambda *more: job("--teacher", toy_parent, *more), tmp_path)
+    words = job("--teacher", toy_parent, "--resume", "--save-every", "1", "--log-every", "1")
+    status, _, err = invoke(*(f"{word}/" if word in (toy_parent, run) else word for word in words))
+    assert status == 0, err
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["step-000007", "step-000008"]
+
+
 def test_seconds_of_a_killed_process_are_not_forgotten(job: Job, tmp_path: Path, invoke: Invoke) -> None:
     run = stopped(job, tmp_path)
     state = read_json(run / "checkpoints" / "step-000004" / "state.json")
     before = state["memory"]["seconds"]
     assert before > 0
+    began = read_json(run / "timing.json")["started"]
+    long = {**state["memory"], "seconds": 1000.0}
+    record = {key: value for key, value in {**state, "memory": long}.items() if key != "sha256"}
+    write_json(run / "checkpoints" / "step-000004" / "state.json", {**record, "sha256": checkpoints._own_hash(record)})
     assert invoke(*job("--resume"))[0] == 0
-    assert read_json(run / "report.json")["seconds"]["train"] > before
+    report = read_json(run / "report.json")
+    assert report["seconds"]["train"] > 1000.0
+    assert report["seconds"]["total"] >= sum(v for k, v in report["seconds"].items() if k != "total")
+    assert report["started"] == began[:19] + began[-6:], "the first process's, to the second"
+    assert invoke(*job("--resume"))[0] == 0
+    assert read_json(run / "report.json")["started"] == report["started"]
 
 
 def test_links_out_of_the_run_and_links_inside_it(tmp_path: Path) -> None:
@@ -302,8 +359,6 @@ def test_a_link_in_a_model_folder_does_not_carry_a_secret_into_the_frozen_one(
 
 
 def test_the_hubs_cache_may_link_to_its_blobs(toy_parent: Path, tmp_path: Path) -> None:
-    from hestia import loading
-
     blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "abc"
     blobs.mkdir()
     snapshot.mkdir(parents=True)

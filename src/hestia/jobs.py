@@ -122,7 +122,7 @@ def evaluate_model(
         loading.check_vocabulary(source, config, int(blocks.input_ids.max()))
         parent: Logits | None = None
         if against is not None:
-            parent_model: Any = loading.load_model(_model_source(against))
+            parent_model: Any = loading.load_model(_model_source(against), trust_remote_code=options.trust_remote_code)
             parent = model_logits(parent_model.to(device))
         record |= score(logits, blocks, parent=parent).to_json()
     if tasks:

@@ -42,6 +42,8 @@ _CLIENT_ERROR: type[Exception] = HfHubHTTPError.__bases__[
     0
 ]  # of whichever HTTP client this version of the hub library uses
 
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 
@@ -52,7 +54,7 @@ class Source:
 
     Attributes:
         name: what the user typed.
-        location: local folder or hub id that transformers reads.
+        location: local folder or hub id that transformers reads, without a revision.
         commit: hub commit; None for a local folder.
     """
 
@@ -66,8 +68,12 @@ class Source:
         return self.commit is None
 
 
-def resolve(name: str) -> Source:
-    """Find a model by local folder or hub id; hub ids are pinned to their current commit.
+def resolve(name: str, commit: str | None = None) -> Source:
+    """Find a model by local folder or hub id; hub ids are pinned to a commit.
+
+    Args:
+        name: a folder, owner/name, or owner/name@REVISION: a branch, a tag or a commit.
+        commit: of a hub id, where it is known; as with a whole commit in ``name``, the hub is not asked for today's.
 
     Raises:
         ConfigError: neither a folder with a config.json nor a reachable hub model; a folder with weights in a format
@@ -77,10 +83,15 @@ def resolve(name: str) -> Source:
     if folder.is_dir():
         _check_folder(folder)
         return Source(name=name, location=str(folder))
-    if folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
+    location, _, revision = name.partition("@")
+    if folder.exists() or name.startswith((".", "/", "~")) or location.count("/") > 1:
         raise ConfigError(f"{name}: no such model folder")
+    if commit is None and _COMMIT.fullmatch(revision):
+        commit = revision
+    if commit is not None:
+        return Source(name=name, location=location, commit=commit)
     try:
-        commit = HfApi().model_info(name, timeout=20).sha
+        commit = HfApi().model_info(location, revision=revision or None, timeout=20).sha
     except HFValidationError:
         raise ConfigError(f"{name}: no such model folder, and not a hub id (owner/name)") from None
     except (HfHubHTTPError, _CLIENT_ERROR, OSError, RuntimeError) as error:
@@ -88,7 +99,7 @@ def resolve(name: str) -> Source:
         raise ConfigError(
             f"{name}: no such local folder, and the hub could not be asked ({type(error).__name__}: {''.join(first)})"
         ) from None
-    return Source(name=name, location=name, commit=commit)
+    return Source(name=name, location=location, commit=commit)
 
 
 LARGEST = {
@@ -460,7 +471,7 @@ def fingerprint(source: Source, config: Any) -> dict[str, Any]:
     """What a run records of its parent: name, commit, architecture, shape."""
     keys = ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")
     shape = {k: getattr(config, k) for k in keys if hasattr(config, k)}
-    name = Path(source.name).resolve().name if source.is_local else source.name
+    name = Path(source.name).resolve().name if source.is_local else source.location
     return {"name": name, "commit": source.commit, **shape}
 
 

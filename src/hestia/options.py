@@ -5,6 +5,7 @@ Each field is a key of ``--config`` files and an option of ``hestia quantize``; 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import types
@@ -96,7 +97,7 @@ class Options:
     precision: str = _option("auto", "bf16 (autocast over fp32 weights), fp32, or auto")
     gradient_checkpointing: bool = _option(False, "recompute activations to save memory")
     compile: bool = _option(False, "run the model through torch.compile")
-    save_every: int | None = _option(None, "steps between checkpoints; default a fifth of the run")
+    save_every: int | None = _option(None, "steps between checkpoints; default a fifth of the run or half an hour")
     log_every: int | None = _option(None, "steps between log lines; default a fiftieth of the run")
     report_to: tuple[str, ...] = _option((), "the Trainer's loggers, such as tensorboard (repeatable)")
     seed: int = _option(0, "order of the data, probes, every random draw")
@@ -268,7 +269,7 @@ def _choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
 
 
 def _coerce(name: str, value: Any, hint: Any) -> Any:
-    """``value`` as the declared type; lists become tuples, numbers written as text are read."""
+    """``value`` as the declared type; lists become tuples, and 1e-2, which is text in YAML, a number."""
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     if value is None and type(None) in options:
         return None
@@ -282,8 +283,9 @@ def _coerce(name: str, value: Any, hint: Any) -> Any:
             return value
     elif kind is int and isinstance(value, int):
         return value
-    elif kind is float and isinstance(value, (int, float)):
-        return float(value)
+    elif kind is float and isinstance(value, (int, float, str)):
+        with contextlib.suppress(ValueError):
+            return float(value)
     elif kind is str and isinstance(value, (str, int, float, Path)):
         return str(value)
     elif typing.get_origin(kind) is not None and isinstance(value, Mapping):

@@ -45,6 +45,19 @@ def joined() -> Iterator[bool]:
         leave()
 
 
+def require_joined() -> None:
+    """Check that processes which torchrun started have joined: each would do the whole work, in the other's files.
+
+    Raises:
+        ConfigError: they have not.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not running():
+        raise ConfigError(
+            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but the processes have not joined; do this within "
+            "`with hestia.processes.joined():`, or unset WORLD_SIZE"
+        )
+
+
 def leave() -> None:
     """End the group when the shared work is done: a loader of packed models would wait for processes that left."""
     if dist.is_available() and dist.is_initialized():

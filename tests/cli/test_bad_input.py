@@ -369,3 +369,22 @@ def test_calibrate_and_plan_into_a_place_that_is_none(
 def test_a_place_that_may_not_be_written(refuse: Refuse, job: Job, tmp_path: Path) -> None:
     (tmp_path / "locked").mkdir(mode=0o500)
     assert "locked" in refuse(*job("--out", tmp_path / "locked" / "run"))
+
+
+def test_a_full_gpu_is_one_message_and_other_failures_are_not_hidden(
+    invoke: Invoke, job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(error: Exception) -> None:
+        def load(*_: object, **__: object) -> None:
+            raise error
+
+        monkeypatch.setattr("hestia.loading.load_model", load)
+
+    fails(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."))
+    status, out, err = invoke(*job())
+    assert (status, out) == (1, "")
+    assert "hestia: the GPU's memory is full; what a run had saved is intact" in err
+    assert "Traceback" not in err
+    fails(RuntimeError("a defect"))
+    with pytest.raises(RuntimeError, match="a defect"):
+        invoke(*job())

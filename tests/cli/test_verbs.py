@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 from safetensors.torch import load_file, save_file
 from toy_runs import QUICK, Invoke
 
+from hestia import loading
 from hestia.cli.export import summary
 from hestia.cli.main import main
 from hestia.files import sha256
@@ -297,6 +299,26 @@ def test_eval_of_model_run_and_export_against_the_parent(
     status, out, _ = invoke("eval", toy_run, *words[:-1])
     assert status == 0
     assert "nll: " in out
+
+
+def test_trust_in_a_models_code_reaches_the_teacher_and_what_is_compared_with(
+    invoke: Invoke, toy_parent: Path, parent_copy: Path, toy_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trusted: dict[str, set[bool]] = {}
+    read = loading._read
+
+    def reading(source: loading.Source, what: str, reader: Any, **options: Any) -> Any:
+        trusted.setdefault(source.name, set()).add(options["trust_remote_code"])
+        return read(source, what, reader, **options)
+
+    monkeypatch.setattr(loading, "_read", reading)
+    more = ["--data", toy_text, "--seq-len", "32", "--trust-remote-code"]
+    assert invoke("eval", toy_parent, "--against", parent_copy, *more, "--eval-tokens", "64")[0] == 0
+    assert trusted == {str(toy_parent): {True}, str(parent_copy): {True}}
+    trusted.clear()
+    words = ["quantize", toy_parent, "--teacher", parent_copy, "--out", tmp_path / "run", *QUICK, "--steps", "1", *more]
+    assert invoke(*words)[0] == 0
+    assert trusted[str(toy_parent)] == trusted[str(parent_copy)] == {True}
 
 
 def test_eval_by_the_papers_protocol(invoke: Invoke, toy_run: Path, toy_held_out: Path) -> None:

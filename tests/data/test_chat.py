@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from hestia.data import prepare
+from hestia.data import Blocks, cache, prepare
 from hestia.data.chat import chat_tokens
 from hestia.errors import ConfigError
 
@@ -100,7 +100,7 @@ def test_template_that_refuses(make_tokenizer, template: str) -> None:
 @pytest.mark.parametrize("template", [CHATML, TAGGED])
 @pytest.mark.parametrize("joiner", ["bos", "eos", "both"])
 def test_chats_in_blocks(make_tokenizer, tmp_path: Path, template: str, joiner: Any) -> None:
-    """Rows and masks are those of the joined stream; the joiners themselves do not count."""
+    """Rows and masks are those of the joined stream, where there is a target; the joiners themselves do not count."""
     tokenizer = make_tokenizer(template=template)
     path = tmp_path / "chats.jsonl"
     chats = [[*CHAT[:2], {"role": "assistant", "content": f"answer {i}"}] for i in range(6)]
@@ -114,11 +114,28 @@ def test_chats_in_blocks(make_tokenizer, tmp_path: Path, template: str, joiner: 
         before = [(tokenizer.bos_token_id, False)] if joiner != "eos" else []
         after = [(tokenizer.eos_token_id, False)] if joiner != "bos" else []
         stream += [*before, *zip(ids, counts, strict=True), *after]
-    rows = len(stream) // 16
-    assert len(made.train) == rows
-    assert made.train.input_ids.flatten().tolist() == [token for token, _ in stream[: rows * 16]]
-    assert made.train.loss_mask.flatten().tolist() == [counts for _, counts in stream[: rows * 16]]
+    rows = [stream[start : start + 16] for start in range(0, len(stream) - 15, 16)]
+    taught = [row for row in rows if any(counts for _, counts in row[1:])]
+    assert 0 < len(taught) < len(rows)
+    assert made.train.input_ids.tolist() == [[token for token, _ in row] for row in taught]
+    assert made.train.loss_mask.tolist() == [[counts for _, counts in row] for row in taught]
     assert made.train.loss_mask.dtype == torch.bool
+    assert made.record["blocks"]["train"] == len(taught)
+    assert made.record["blocks_without_target"]["train"] == len(rows) - len(taught)
+
+
+def test_a_cache_with_blocks_without_a_target_is_stale(make_tokenizer, tmp_path: Path) -> None:
+    """Earlier versions kept them; a cache of theirs whose blocks all have one stays as it is."""
+    tokenizer, path, folder = make_tokenizer(template=CHATML), tmp_path / "chats.jsonl", tmp_path / "cache"
+    path.write_text("\n".join(json.dumps({"messages": [*CHAT, {"role": "user", "content": str(i)}]}) for i in range(9)))
+    made = prepare([path], None, tokenizer, seq_len=16, cache=folder)
+    key = made.record["key"]
+    assert cache.load(folder, key) is not None
+    mask = made.train.loss_mask.clone()
+    mask[0, 1:] = False
+    cache.save(folder, key, Blocks(made.train.input_ids, mask), made.held_out, made.record)
+    assert cache.load(folder, key) is None
+    assert torch.equal(prepare([path], None, tokenizer, seq_len=16, cache=folder).train.loss_mask, made.train.loss_mask)
 
 
 def test_marks_that_the_template_writes_are_not_doubled(make_tokenizer, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hestia.data import blocks as blocks_module
-from hestia.data import pack_all, prepare
+from hestia.data import pack_all, packing, prepare, read_documents
 from hestia.data.tokenizer import find_joiner, tokenizer_fingerprint
 from hestia.errors import ConfigError
 
@@ -105,8 +105,6 @@ def test_rows_are_the_joined_stream(tokenizer, tmp_path: Path, lengths, seq_len:
 
 
 def test_batches_of_documents_keep_their_order(tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from hestia.data import packing
-
     rng = random.Random(0)
     documents = [random_text(rng, 30) for _ in range(50)]
     write(tmp_path / "a.txt", documents[:30])
@@ -116,6 +114,32 @@ def test_batches_of_documents_keep_their_order(tokenizer, tmp_path: Path, monkey
     made = prepare([tmp_path / "a.txt", tmp_path / "b.txt"], [held], tokenizer, seq_len=10)
     stream = joined(tokenizer, documents, "bos")
     assert made.train.input_ids.flatten().tolist() == stream[: len(stream) // 10 * 10]
+
+
+def test_a_long_text_is_tokenized_in_parts_behind_line_breaks(
+    tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The toy's tokenizer, as GPT-2's, joins no line break with the word behind it: the ids are those of the whole."""
+    rng = random.Random(0)
+    lines = [random_text(rng, n) for n in (60, 60, 300, 60, 60, 60)]  # one line is longer than a part
+    text = "\n".join(lines)
+    whole = joined(tokenizer, [text, lines[0]], "both")
+    path = write(tmp_path / "a.txt", [text, lines[0]])
+    monkeypatch.setattr(packing, "_PART_CHARACTERS", 130)
+    seen: list[str] = []
+    encoded = packing._encoded
+    monkeypatch.setattr(packing, "_encoded", lambda texts, tokenizer: seen.extend(texts) or encoded(texts, tokenizer))
+    made = pack_all([path], tokenizer, seq_len=8, joiner="both")
+    assert made.input_ids.flatten().tolist() == whole[: len(whole) // 8 * 8]
+    parts = [text for text in seen if text != lines[0]]
+    assert len(parts) > 3 and "".join(parts) == text
+    assert all(part.endswith("\n") for part in parts[:-1])
+    assert [part for part in parts if len(part) > 130] == [lines[2] + "\n"]
+    (document,) = read_documents([write(tmp_path / "b.txt", [text])])
+    seen.clear()
+    (piece,) = packing.tokenize([document], tokenizer, find_joiner(tokenizer, "bos"), enough=30)
+    assert len(seen) == 1, "no part beyond what is enough"
+    assert piece.ids.tolist() == joined(tokenizer, seen, "bos")
 
 
 def test_pack_all_holds_nothing_out_and_slices(tokenizer, tmp_path: Path) -> None:
@@ -161,6 +185,7 @@ def test_held_out_text_is_never_trained_on(tokenizer, tmp_path: Path, lengths, c
     assert len(made.train) >= 1
     assert len(made.held_out) >= 1
     assert made.held_out.tokens <= max(2 * share * total + 2, 2 * 16)
+    assert made.held_out.tokens > share * len(joined(tokenizer, list({*documents}), "bos")) / 2 - 16
     again = prepare([path], None, tokenizer, seq_len=16, held_out_share=share, seed=seed)
     assert torch.equal(made.train.input_ids, again.train.input_ids)
     assert torch.equal(made.held_out.input_ids, again.held_out.input_ids)
@@ -202,6 +227,15 @@ def test_two_long_documents_do_not_lose_one_of_them(tokenizer, tmp_path: Path) -
     documents = [random_text(rng, 3000), random_text(rng, 3100)]
     made = prepare([write(tmp_path / "a.txt", documents)], None, tokenizer, seq_len=16)
     assert made.held_out.tokens < 0.07 * (made.train.tokens + made.held_out.tokens)
+
+
+def test_a_short_document_beside_long_ones_is_not_the_held_out_text(tokenizer, tmp_path: Path) -> None:
+    rng = random.Random(3)
+    documents = [random_text(rng, n) for n in (3000, 3100, 40, 3200)]
+    for seed in range(4):
+        made = prepare([write(tmp_path / "a.txt", documents)], None, tokenizer, seq_len=16, seed=seed)
+        assert 0.05 < made.held_out.tokens / (made.train.tokens + made.held_out.tokens) < 0.06
+        assert "tokens of the longest document" in made.record["held_out_rule"]
 
 
 def test_copies_of_held_out_documents_are_dropped_and_counted(tokenizer, tmp_path: Path) -> None:

@@ -102,6 +102,36 @@ def test_bf16_checkpointing_and_a_teacher(flags: tuple[str, ...], tmp_path: Path
     assert numbers(tmp_path / "two") == pytest.approx(numbers(tmp_path / "one"), rel=2e-2 if "bf16" in flags else 1e-4)
 
 
+PILOT = """
+import sys
+from pathlib import Path
+import torch
+from hestia import processes
+from hestia.data import Blocks
+from hestia.evaluation import shared_score
+from hestia.training import pilot
+
+blocks = Blocks(torch.arange(8).view(4, 2), torch.ones(4, 2, dtype=torch.bool))
+
+def trial(rate, steps):
+    bad = 2 if rate == 0.3 else -1  # block 1, which the second process scores
+    return shared_score(lambda ids: torch.zeros(*ids.shape, 8) + torch.where(ids == bad, torch.nan, rate)[..., None]
+                        * torch.arange(8), blocks).nll
+
+with processes.joined():
+    print(pilot.choose(trial, [0.3, 0.2, 0.1], 20, Path(sys.argv[1])))
+"""
+
+
+@pytest.mark.slow
+def test_a_rate_that_diverges_on_one_process_is_passed_over_by_all(tmp_path: Path) -> None:
+    script = tmp_path / "pilot_worker.py"
+    script.write_text(PILOT, encoding="utf-8")
+    alone, together = (run(world, script, tmp_path / f"{world}.jsonl") for world in (1, 2))
+    assert together == alone * 2
+    assert float(alone[0]) in (0.1, 0.2)
+
+
 def test_a_batch_that_cannot_be_shared_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     config = TrainConfig(steps=1, batch_size=6, accumulation=2, learning_rate=1e-3)
     assert _blocks_a_process(config) == 3

@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from hestia import processes
 from hestia.data import Blocks
 from hestia.errors import ConfigError, GuardError
-from hestia.evaluation import model_logits, score, scoring
+from hestia.evaluation import model_logits, score, scoring, shared_score
 
 V = 11
 
@@ -211,3 +212,18 @@ def test_model_logits_restores_the_mode_after_an_error():
     with pytest.raises(IndexError):
         model_logits(model)(torch.tensor([[V]]))
     assert model.training and model.drop.training
+
+
+@pytest.mark.parametrize("mine", ["good", "bad"])
+def test_processes_stop_together_where_one_cannot_score(mine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other process is bad too, or alone; nobody is left waiting for sums that never come."""
+    told: list[int] = []
+    monkeypatch.setattr(processes, "world_size", lambda: 2)
+    monkeypatch.setattr(processes, "largest", lambda value: told.append(value) or GuardError.exit_status)
+    monkeypatch.setattr(processes, "added", lambda values: pytest.fail("waits for the other process"))
+    model = Bigram(0)
+    if mine == "bad":
+        model.table[3] = torch.nan
+    with pytest.raises(GuardError, match="NLL is nan" if mine == "bad" else "another process could not score"):
+        shared_score(model, random_blocks(1))
+    assert told == [GuardError.exit_status if mine == "bad" else 0]

@@ -9,6 +9,7 @@ import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ import torch
 import toy_models
 from safetensors.torch import load_file
 from toy_training import At, blocks, converted, log_rows, trainer
+from transformers import TrainerCallback
 
 import hestia
 from hestia import digests, recipes
@@ -82,10 +84,10 @@ def test_model_optimizer_and_scheduler_come_back_bit_for_bit(tmp_path: Path, mak
 
 
 def test_ties_are_stored_once(tmp_path: Path) -> None:
-    trained(tmp_path, toy_models.tied_llama)
+    model, _ = trained(tmp_path, toy_models.tied_llama)
     stored = load_file(tmp_path / "checkpoints" / "step-000006" / "model.safetensors")
     assert ("lm_head.weight" in stored) != ("model.embed_tokens.weight" in stored)
-    assert all(not name.startswith("_hestia") for name in stored)
+    assert set(stored) == {name for name, _ in model.named_parameters()}, "nothing of the knobs, which have a clock"
 
 
 def test_every_random_generator_comes_back(finished: Finished, tmp_path: Path) -> None:
@@ -354,6 +356,34 @@ def test_every_recipe_resumes_exactly(tmp_path: Path, recipe: str) -> None:
     again, plan = converted(recipe=recipe)
     trainer(tmp_path / "again", again, plan).fit(tmp_path / "checkpoints" / "step-000004")
     assert digests.of_tensors(model.state_dict()) == digests.of_tensors(again.state_dict())
+
+
+def test_a_resumed_run_logs_and_saves_at_its_own_intervals(tmp_path: Path) -> None:
+    trained(tmp_path, save_every=2, log_every=2)
+    shutil.rmtree(tmp_path / "checkpoints" / "step-000006")
+    model, plan = converted()
+    trainer(tmp_path, model, plan, save_every=1, log_every=1, keep=9).fit(tmp_path / "checkpoints" / "step-000004")
+    assert [row["step"] for row in log_rows(tmp_path) if "loss" in row] == [2, 4, 5, 6]
+    names = [f"step-{step:06d}" for step in (2, 4, 5, 6)]
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == names[1:]
+
+
+def test_a_checkpoint_is_never_older_than_half_an_hour(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps of eleven minutes by the test's own clock: 3 and 8 are due, 5 is that of the interval, 10 the last."""
+    now = [100.0]
+    monkeypatch.setattr("hestia.training.trainer.time", SimpleNamespace(perf_counter=lambda: now[0]))
+    model, plan = converted()
+
+    class Slow(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            now[0] += 11 * 60
+
+    trainer(tmp_path / "saved", model, plan, steps=10, save_every=5, keep=9, callbacks=[Slow()]).fit()
+    names = [p.name for p in (tmp_path / "saved" / "checkpoints").iterdir()]
+    assert sorted(names) == [f"step-{step:06d}" for step in (3, 5, 8, 10)]
+    model, plan = converted()
+    trainer(tmp_path / "pilot", model, plan, steps=10, callbacks=[Slow()]).fit()
+    assert not any((tmp_path / "pilot" / "checkpoints").iterdir())
 
 
 @pytest.mark.parametrize("step", [1, 6])

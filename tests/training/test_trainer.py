@@ -18,8 +18,8 @@ from hestia.errors import ConfigError
 from hestia.evaluation import model_logits, score
 from hestia.nn import knobs_of, quantized_modules
 from hestia.schedules import LearningRateSchedule
-from hestia.training import check_loggers
-from hestia.training.trainer import BlockStream, saturated_share
+from hestia.training import TrainConfig, check_loggers
+from hestia.training.trainer import BlockStream, _arguments, saturated_share
 
 
 class Recorder(TrainerCallback):
@@ -55,6 +55,47 @@ def test_sharding_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(Trainer, "create_accelerator_and_postprocess", sharded)
     model, plan = converted()
     with pytest.raises(ConfigError, match=r"does not shard by FSDP.*hestia\.QATCallback"):
+        trainer(tmp_path, model, plan)
+
+
+@pytest.fixture
+def two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What torch says of a machine with two GPUs, as far as the Trainer's arguments ask."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+
+
+def test_one_process_takes_its_batch_once_whatever_gpus_it_sees(
+    tmp_path: Path, two_gpus: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr("hestia.training.trainer.announce", said.append)
+    config = TrainConfig(steps=1, batch_size=4, learning_rate=1e-3, bf16=False)
+    arguments = _arguments(config, tmp_path)
+    assert (arguments.device.type, arguments.n_gpu, arguments.train_batch_size) == ("cuda", 1, 4)
+    assert said == ["one of 2 GPUs is used; torchrun --nproc-per-node 2 uses all"]
+
+
+def test_the_cpu_is_used_where_it_was_asked_for(tmp_path: Path, two_gpus: None) -> None:
+    config = TrainConfig(steps=1, batch_size=4, learning_rate=1e-3, bf16=False, device="cpu")
+    assert _arguments(config, tmp_path).device.type == "cpu"
+    with pytest.raises(ConfigError, match="device must be auto, cpu or cuda, got 'gpu'"):
+        TrainConfig(steps=1, batch_size=4, learning_rate=1e-3, device="gpu")
+
+
+def test_a_run_is_resumed_on_another_device(tmp_path: Path) -> None:
+    model, plan = converted()
+    trainer(tmp_path, model, plan, save_every=3).fit()
+    model, plan = converted()
+    trainer(tmp_path, model, plan, save_every=3, device="cpu").fit(tmp_path / "checkpoints" / "step-000003")
+
+
+def test_processes_that_have_not_joined_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each would take the whole batch for its own, and all would write the same files."""
+    model, plan = converted()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match=r"WORLD_SIZE is 2, but .* not joined; do this within `with hestia"):
         trainer(tmp_path, model, plan)
 
 

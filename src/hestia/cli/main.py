@@ -89,8 +89,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(f"{error.format_message()}{where}", 2)
     except HestiaError as error:
         return _fail(str(error), error.exit_status)
-    except MemoryError:
-        return _fail("the memory is full; what a run had saved is intact", 1)
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, MemoryError):
+            return _fail("the memory is full; what a run had saved is intact", 1)
+        if type(error).__name__ != "OutOfMemoryError":  # torch's own; to import torch for its name takes seconds
+            raise
+        return _fail(
+            "the GPU's memory is full; what a run had saved is intact: free memory, then --resume, or begin in another "
+            "--out with --gradient-checkpointing or a smaller --batch-size",
+            1,
+        )
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             return _fail(f"the disk is full ({error}); earlier checkpoints are intact: make room, then --resume", 1)

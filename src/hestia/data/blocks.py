@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
-from ..progress import track
+from ..progress import announce, track
 from . import cache as token_cache
 from .documents import AUTO, Document, documents_of
 from .held_out import SAMPLE_STREAM, Split, split
@@ -27,7 +27,8 @@ class TokenizedText:
 
     Attributes:
         train: blocks to train on.
-        held_out: blocks that no training block shares text with.
+        held_out: blocks to evaluate on. No document that equals one of theirs is trained on; a passage that recurs in
+            another document may be.
         record: how both came to be, for run.yaml.
     """
 
@@ -123,8 +124,8 @@ def prepare(
         parts = Split(pieces, held_out_documents, dropped, "the given files", (len(pieces), len(held_out_documents)))
     else:
         parts = split(documents, pieces, share=held_out_share, seq_len=seq_len, seed=seed)
-    train_blocks = pack(parts.train, seq_len, what=f"--data {_names(train)}", limit=max_train_tokens)
-    held_out_blocks = pack(
+    train_blocks, train_empty = pack(parts.train, seq_len, what=f"--data {_names(train)}", limit=max_train_tokens)
+    held_out_blocks, held_out_empty = pack(
         parts.held_out, seq_len, what="the held-out text" if evaluation is None else f"--eval-data {_names(evaluation)}"
     )
     record = {
@@ -138,9 +139,12 @@ def prepare(
             "dropped_because_held_out": parts.dropped,
         },
         "blocks": {"train": len(train_blocks), "held_out": len(held_out_blocks)},
+        "blocks_without_target": {"train": train_empty, "held_out": held_out_empty},
         "tokens": {"train": train_blocks.tokens, "held_out": held_out_blocks.tokens},
         "max_token_id": int(max(train_blocks.input_ids.max(), held_out_blocks.input_ids.max())),
     }
+    if empty := train_empty + held_out_empty:
+        announce(f"{empty:,} blocks of {seq_len} tokens are left out: none of their tokens is the assistant's")
     if cache is not None:
         token_cache.save(cache, key, train_blocks, held_out_blocks, record)
     return TokenizedText(train_blocks, held_out_blocks, record)
@@ -165,7 +169,7 @@ def pack_all(
     documents = _read(resolved, separator, separators, "reading")
     _check_separator(separator, separators, resolved)
     pieces = tokenize(documents, tokenizer, find_joiner(tokenizer, joiner))
-    return pack(pieces, seq_len, what=f"--data {_names(resolved)}")
+    return pack(pieces, seq_len, what=f"--data {_names(resolved)}")[0]
 
 
 def _check(

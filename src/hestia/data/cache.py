@@ -3,7 +3,8 @@
     FOLDER/tokens.safetensors   train.ids, held_out.ids int32 [B, T]; train.mask, held_out.mask bool [B, T]
     FOLDER/tokens.json          schema, key (what the tokens were made from), sha256 of the other file, record
 
-The JSON is written last. A cache whose key differs is stale, one whose hash differs is damaged; both are made anew.
+The JSON is written last. A cache whose key differs is stale, as is one with blocks without a target (earlier versions
+kept them), one whose hash differs is damaged; all are made anew.
 """
 
 from __future__ import annotations
@@ -48,6 +49,6 @@ def load(folder: Path, key: str) -> tuple[Blocks, Blocks, dict[str, Any]] | None
         train, held_out = (
             Blocks(arrays[f"{name}.ids"].long(), arrays[f"{name}.mask"]) for name in ("train", "held_out")
         )
-        return train, held_out, found["record"]
+        return (train, held_out, found["record"]) if all(bool(b.with_target.all()) for b in (train, held_out)) else None
     except (ConfigError, OSError, SafetensorError, KeyError):
         return None

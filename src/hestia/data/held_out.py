@@ -1,8 +1,9 @@
 """Which part of the text is kept from training when the user names none.
 
-By document where that comes out near the share asked for: whole documents, in an order fixed by the seed, until the
-share is reached. Else (one document, or a few long ones) the tail of the longest document. A training document that is
-identical to one that was held out, in whole or in part, is dropped.
+By document where that comes out near the share asked for, half of it to twice: whole documents, in an order fixed by
+the seed, until the share is reached. Else (one document, or a few long ones, whatever short ones lie beside them) the
+tail of the longest document. A training document that is identical to one that was held out, in whole or in part, is
+dropped.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from .packing import Piece, too_short
 # Stream numbers of permutations: epochs count up from 0.
 HELD_OUT_STREAM = -1
 SAMPLE_STREAM = -2
-# A choice by document may overshoot the share this many times, not more.
+# A choice by document may miss the share by this factor, above or below, not more.
 _SLACK = 2
 
 
@@ -51,7 +52,7 @@ def split(documents: Sequence[Document], pieces: Sequence[Piece], *, share: floa
     total = sum(lengths)
     wanted = max(math.ceil(share * total), seq_len)
     chosen = _choose(lengths, wanted, seq_len, seed)
-    if sum(lengths[i] for i in chosen) >= seq_len:
+    if sum(lengths[i] for i in chosen) >= max(seq_len, wanted / _SLACK):
         held = {documents[i].digest for i in chosen}
         kept = [i for i in range(len(pieces)) if i not in chosen and documents[i].digest not in held]
         if sum(lengths[i] for i in kept) >= seq_len:

@@ -1,7 +1,11 @@
 """From documents to rows of token ids: tokenize, join, cut.
 
 stream = [BOS] doc_1 [EOS] [BOS] doc_2 [EOS] ...        which of the two marks is written is the joiner's choice
-rows   = stream[: B*T].reshape(B, T)                    the partial last row is dropped
+rows   = stream[: B*T].reshape(B, T)                    the partial last row is dropped, and rows without a target
+
+A text of more than 4M characters is tokenized in parts, cut behind line breaks. Every shorter one has the very ids that
+the tokenizer gives it whole; at a seam they may differ from that: a tokenizer that joins line breaks with what follows
+them, or begins every text with a space, does so there.
 """
 
 from __future__ import annotations
@@ -21,8 +25,10 @@ from .chat import chat_tokens
 from .documents import Document
 from .tokenizer import Joiner, Tokenizer
 
-# Encodings take some 150 bytes a token while they are in flight; a batch of this many characters stays below 200 MB.
+# Encodings take some 150 bytes a token while they are in flight: of this many characters mostly below 200 MB. A batch
+# ends with the document that fills it, so it may hold as much as a part more.
 _BATCH_CHARACTERS = 2_000_000
+_PART_CHARACTERS = 4_000_000
 
 
 @dataclass(frozen=True)
@@ -65,6 +71,11 @@ class Blocks:
         return Blocks(self.input_ids[rows], self.loss_mask[rows])
 
     @property
+    def with_target(self) -> Tensor:
+        """Rows that teach something, bool [B]: one of their tokens but the first counts."""
+        return self.loss_mask[:, 1:].any(dim=1)
+
+    @property
     def tokens(self) -> int:
         """Tokens in all rows, B * T."""
         return self.input_ids.numel()
@@ -73,7 +84,7 @@ class Blocks:
 def tokenize(
     documents: Sequence[Document], tokenizer: Tokenizer, joiner: Joiner, *, enough: int | None = None
 ) -> list[Piece]:
-    """The pieces of ``documents``, in order; stops early once ``enough`` tokens are there.
+    """The pieces of ``documents``, in order; stops early, also within a long one, once ``enough`` tokens are there.
 
     Raises:
         ConfigError: a chat that the tokenizer's template cannot render.
@@ -82,18 +93,17 @@ def tokenize(
     tokens = 0
     batches = list(_batches(documents, enough))
     for batch in track(batches, "tokenizing", total=len(batches)):
-        texts = [document.text for document in batch if document.messages is None]
-        encoded: Iterator[Sequence[int]] = iter(())
-        if texts:
-            encoded = iter(
-                tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
-            )
+        texts = [document.text for document in batch if document.text is not None and not _is_long(document.text)]
+        encoded = iter(_encoded(texts, tokenizer))
         for document in batch:
-            if document.messages is None:
-                piece = _joined(next(encoded), joiner)
-            else:
+            if document.messages is not None:
                 ids, counts = chat_tokens(tokenizer, document.messages, document.source)
                 piece = _joined_chat(ids, counts, joiner)
+            elif document.text is not None and _is_long(document.text):
+                left = None if enough is None else enough - tokens
+                piece = _joined(_in_parts(document.text, tokenizer, left), joiner)
+            else:
+                piece = _joined(next(encoded), joiner)
             pieces.append(piece)
             tokens += len(piece)
             if enough is not None and tokens >= enough:
@@ -101,8 +111,11 @@ def tokenize(
     return pieces
 
 
-def pack(pieces: Sequence[Piece], seq_len: int, *, what: str, limit: int | None = None) -> Blocks:
+def pack(pieces: Sequence[Piece], seq_len: int, *, what: str, limit: int | None = None) -> tuple[Blocks, int]:
     """Join ``pieces`` and cut them into rows of ``seq_len`` tokens, at most ``limit`` tokens in all.
+
+    Returns:
+        The rows with something to learn, and how many there were without: a loss over no target is 0/0.
 
     Raises:
         ConfigError: less than one row, or no target in any; ``what`` names the text.
@@ -111,16 +124,16 @@ def pack(pieces: Sequence[Piece], seq_len: int, *, what: str, limit: int | None 
     rows = tokens // seq_len
     if rows == 0:
         raise too_short(what, tokens, seq_len, seq_len)
-    if limit is not None:
-        rows = min(rows, max(1, limit // seq_len))
-    stream = torch.from_numpy(np.concatenate([piece.ids for piece in pieces])[: rows * seq_len]).long()
+    stream = torch.from_numpy(np.concatenate([piece.ids for piece in pieces])[: rows * seq_len])
     counts = np.concatenate(
         [np.ones(len(piece), dtype=np.bool_) if piece.counts is None else piece.counts for piece in pieces]
     )
-    mask = torch.from_numpy(counts[: rows * seq_len]).view(rows, seq_len)
-    if not mask[:, 1:].any():
+    blocks = Blocks(stream.view(rows, seq_len), torch.from_numpy(counts[: rows * seq_len]).view(rows, seq_len))
+    taught = blocks.with_target.nonzero().flatten()
+    if not len(taught):
         raise ConfigError(f"{what}: no token to learn from; chats need at least one turn with the role 'assistant'")
-    return Blocks(stream.view(rows, seq_len), mask)
+    kept = taught if limit is None else taught[: max(1, limit // seq_len)]
+    return Blocks(blocks.input_ids[kept].long(), blocks.loss_mask[kept]), rows - len(taught)
 
 
 def too_short(what: str, tokens: int, needed: int, seq_len: int) -> ConfigError:
@@ -146,14 +159,38 @@ def _batches(documents: Sequence[Document], enough: int | None) -> Iterator[list
         yield batch
 
 
+def _is_long(text: str) -> bool:
+    return len(text) > _PART_CHARACTERS
+
+
+def _encoded(texts: Sequence[str], tokenizer: Tokenizer) -> Sequence[Sequence[int]]:
+    if not texts:
+        return ()
+    return tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+
+
+def _in_parts(text: str, tokenizer: Tokenizer, enough: int | None) -> NDArray[np.int32]:
+    """The ids of a long text, part by part, until ``enough`` are there."""
+    parts: list[NDArray[np.int32]] = []
+    start = tokens = 0
+    while start < len(text) and (enough is None or tokens < enough):
+        end = start + _PART_CHARACTERS
+        if end < len(text):  # behind the last line break in reach, else behind the first beyond it
+            end = text.rfind("\n", start, end) + 1 or text.find("\n", end) + 1 or len(text)
+        (ids,) = _encoded([text[start:end]], tokenizer)
+        parts.append(np.asarray(ids, dtype=np.int32))
+        start, tokens = end, tokens + len(ids)
+    return np.concatenate(parts)
+
+
 def _chat_characters(messages: Sequence[Mapping[str, Any]]) -> int:
     return sum(len(str(message.get("content", ""))) for message in messages)
 
 
-def _joined(ids: Sequence[int], joiner: Joiner) -> Piece:
+def _joined(ids: Sequence[int] | NDArray[np.int32], joiner: Joiner) -> Piece:
     front = [] if joiner.before is None else [joiner.before]
     back = [] if joiner.after is None else [joiner.after]
-    return Piece(np.asarray([*front, *ids, *back], dtype=np.int32))
+    return Piece(np.concatenate([np.asarray(part, dtype=np.int32) for part in (front, ids, back)]))
 
 
 def _joined_chat(ids: Sequence[int], counts: Sequence[bool], joiner: Joiner) -> Piece:

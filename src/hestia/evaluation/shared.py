@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .. import processes
 from ..data import Blocks
+from ..errors import ConfigError, GuardError
 from .scoring import Logits, Score, score
 
 
@@ -25,7 +26,7 @@ def shared_score(
     """``score``, called by every process with the same blocks; alone it is ``score`` itself.
 
     Raises:
-        ConfigError, GuardError: as ``score``, on the process whose blocks are bad.
+        ConfigError, GuardError: as ``score``, on all processes together; the one with bad blocks says what is wrong.
     """
     world = processes.world_size()
     if world == 1:
@@ -34,9 +35,14 @@ def shared_score(
     mine = range(processes.rank(), count, world)
     sums = torch.zeros(4, count, dtype=torch.float64)  # NLL and KL of a block, its tokens, and where the two agree
     share = blocks[processes.rank() :: world]
-    counted = share.loss_mask[:, 1:].any() if len(share) else False
-    if bool(counted):
-        found = score(logits, share, parent=parent, batch_size=batch_size, description=description)
+    found, failure = None, None
+    if bool(share.with_target.any()):
+        try:
+            found = score(logits, share, parent=parent, batch_size=batch_size, description=description)
+        except (ConfigError, GuardError) as error:
+            failure = error
+    _raise_together(failure)
+    if found is not None:
         rows = torch.tensor(mine)
         tokens = found.block_tokens.double()
         sums[0, rows] = _sum(found.block_nll, tokens)
@@ -57,6 +63,14 @@ def shared_score(
         top1_agreement=None if parent is None else round(float(agree.sum())) / total,
         block_kl=None if parent is None else kl / tokens,
     )
+
+
+def _raise_together(failure: ConfigError | GuardError | None) -> None:
+    """Stop all processes where one has failed: left alone, the others would wait for its numbers."""
+    status = processes.largest(0 if failure is None else failure.exit_status)
+    if status:
+        kind = GuardError if status == GuardError.exit_status else ConfigError
+        raise failure if isinstance(failure, kind) else kind("another process could not score its blocks; it says why")
 
 
 def _sum(mean: Tensor, tokens: Tensor) -> Tensor:

@@ -109,6 +109,7 @@ def _config_for(work: Workspace, rate: float, steps: int, *, save: bool) -> Trai
         eval_blocks=min(TUNING_BLOCKS, max(8, steps * work.batch_size // 160)),  # about 2 % of the run's time
         save_every=(o.save_every or max(1, steps // 5)) if save else 0,
         report_to=o.report_to if save else (),
+        device=work.device.type,
     )
 
 
@@ -131,18 +132,20 @@ def check_teacher(work: Workspace) -> None:
     Raises:
         ConfigError: it is so.
     """
-    name = work.options.teacher
-    if name in (None, "parent"):
+    if work.teacher is None:
         return
-    config = loading.load_config(loading.resolve(name))
+    config = loading.load_config(work.teacher, trust_remote_code=work.options.trust_remote_code)
     theirs, ours = (int(c.get_text_config().vocab_size) for c in (config, work.config))
     if theirs != ours:
-        raise ConfigError(f"--teacher {name} has a vocabulary of {theirs:,}, the parent one of {ours:,}; take another")
+        raise ConfigError(
+            f"--teacher {work.teacher.name} has a vocabulary of {theirs:,}, the parent one of {ours:,}; take another"
+        )
 
 
 def _teacher(work: Workspace) -> Any:
     """A model of its own to learn from: the parent again, or the one that --teacher names."""
-    name = work.options.teacher
-    if name is None:
+    if work.options.teacher is None:
         return None
-    return work.load_model() if name == "parent" else loading.load_model(loading.resolve(name))
+    if work.teacher is None:
+        return work.load_model()
+    return loading.load_model(work.teacher, trust_remote_code=work.options.trust_remote_code)

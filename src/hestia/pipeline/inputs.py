@@ -46,10 +46,9 @@ def keep_inputs(work: Workspace) -> None:
 
 def _inputs(work: Workspace) -> dict[str, Any]:
     o = work.options
-    teacher = None if o.teacher in (None, "parent") else loading.content(loading.resolve(str(o.teacher)))
     return {
         "model": loading.content(work.source),
-        "teacher": teacher,
+        "teacher": None if work.teacher is None else loading.content(work.teacher),
         "data": {given: _text(given) for given in o.data},
         "eval_data": {given: _text(given) for given in o.eval_data},
         "sensitivity": None if o.sensitivity is None else sha256(Path(o.sensitivity)),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +15,7 @@ from .artefacts import REPORT_FILE, TRAINING_FILE
 from .workspace import Workspace
 
 
-def record_of(
-    work: Workspace, plan: Plan, scores: dict[str, Any], exports: list[dict[str, Any]], started: datetime
-) -> dict[str, Any]:
+def record_of(work: Workspace, plan: Plan, scores: dict[str, Any], exports: list[dict[str, Any]]) -> dict[str, Any]:
     """What report.json holds but for the baselines and the total time, which only the caller knows."""
     training = read_json(work.folder / TRAINING_FILE) if (work.folder / TRAINING_FILE).is_file() else {}
     tokens = work.steps * work.batch_size * work.seq_len if plan.trains else 0
@@ -64,7 +61,7 @@ def record_of(
         "command": command_line(),
         "versions": versions(),
         "machine": machine(work.device),
-        "started": started.isoformat(timespec="seconds"),
+        "started": work.clock.started.isoformat(timespec="seconds"),
     }
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +67,6 @@ class Run:
     def __init__(self, options: Options, *, resume: bool = False) -> None:
         options, self.given_plan = given_plan(options)
         self.work = Workspace(options, resume=resume)
-        self.started = datetime.now(UTC)
         self._taken = False
         self.baselines: list[dict[str, Any]] = []
         self.reference: dict[str, Any] | None = None
@@ -115,8 +113,8 @@ class Run:
         if not first:
             return {}
         exports = [deliver(work, plan, name, frozen) for name in plan.targets]
-        total = work.clock.seconds.get("total", 0.0) + time.perf_counter() - started
-        record = record_of(work, plan, scores, exports, self.started)
+        total = work.clock.total(time.perf_counter() - started)
+        record = record_of(work, plan, scores, exports)
         record["baselines"] = self.baselines
         record["seconds"]["total"] = total
         publish(work.folder, record)
@@ -134,11 +132,11 @@ class Run:
         recorded = folder / OPTIONS_FILE
         if recorded.is_file():
             before = Options(**load_config(recorded))
-            ignored = {"threads", "device", "report_to", "log_every"}
+            ignored = {"out", "threads", "device", "report_to", "log_every", "save_every"}
             differing = [
                 f"{item.name} is {getattr(before, item.name)!r} there and {getattr(options, item.name)!r} here"
                 for item in dataclasses.fields(Options)
-                if item.name not in ignored and getattr(before, item.name) != getattr(options, item.name)
+                if item.name not in ignored and _meant(before, item.name) != _meant(options, item.name)
             ]
             if differing:
                 raise ConfigError(f"{folder} holds a different run: {'; '.join(differing)}. Choose another --out")
@@ -170,8 +168,14 @@ class Run:
             if not (work.folder / CACHE_FOLDER).is_dir():
                 text, cache = work.text, work.folder / CACHE_FOLDER
                 token_cache.save(cache, text.record["key"], text.train, text.held_out, text.record)
-        work.clock.kept = processes.first()
+            work.clock.keep()
         processes.barrier()
+
+
+def _meant(options: Options, name: str) -> Any:
+    """An option's value; of a model's folder the path, however it was written: MODEL, MODEL/ or ./MODEL."""
+    value = getattr(options, name)
+    return Path(value).resolve() if name in ("model", "teacher") and value and Path(value).is_dir() else value
 
 
 def _left_behind(path: Path) -> bool:

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .. import loading, processes
 from ..data import Blocks, TokenizedText
 from ..errors import ConfigError
-from ..files import require_writable
+from ..files import read_json, require_writable
 from ..jobs import LARGEST_DEFAULT_BATCH, TUNING_BLOCKS, choose_device, longest_block, prepare_text, spread
-from ..options import Options, count
+from ..options import Options, count, load_config
 from ..schedules import LearningRateSchedule
 from ..training import check_loggers
-from .artefacts import CACHE_FOLDER, OPTIONS_FILE, TIMING_FILE
+from .artefacts import CACHE_FOLDER, INPUTS_FILE, OPTIONS_FILE, TIMING_FILE
 from .clock import Clock
 
 
@@ -47,8 +48,25 @@ class Workspace:
         )
         self.clock = Clock(self.folder / TIMING_FILE, resume)
         self.device = choose_device(options)
-        self.source = loading.resolve(options.model)
+        self.source = loading.resolve(options.model, self._begun_with("model"))
         self.config = loading.load_config(self.source, trust_remote_code=options.trust_remote_code)
+
+    def _begun_with(self, option: str) -> str | None:
+        """The commit of a hub id that a run to be continued began with: today's may be another, or out of reach."""
+        recorded, inputs = self.folder / OPTIONS_FILE, self.folder / INPUTS_FILE
+        if not (self.resume and recorded.is_file() and inputs.is_file()):
+            return None
+        if load_config(recorded).get(option) != getattr(self.options, option):
+            return None
+        begun: Any = read_json(inputs).get("inputs")
+        content = begun.get(option) if isinstance(begun, dict) else None
+        return content.get("commit") if isinstance(content, dict) else None
+
+    @cached_property
+    def teacher(self) -> loading.Source | None:
+        """The model that --teacher names; None where there is no teacher, or the parent is it."""
+        name = self.options.teacher
+        return None if name in (None, "parent") else loading.resolve(name, self._begun_with("teacher"))
 
     def load_model(self) -> PreTrainedModel:
         """The parent, as it was published."""

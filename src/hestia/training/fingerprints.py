@@ -52,13 +52,13 @@ def completed(record: Mapping[str, Any], options: Any) -> dict[str, Any]:
         record: what an earlier version wrote of its ``options``, as JSON.
         options: the dataclass today; those within it that ``record`` has too are completed likewise.
     """
-    known = {f.name: _default(f) for f in fields(options) if _default(f) is not MISSING}
+    new = {f.name: _default(f) for f in fields(options) if f.name not in record and _default(f) is not MISSING}
     within = {
         name: completed(value, getattr(options, name))
         for name, value in record.items()
         if isinstance(value, Mapping) and is_dataclass(getattr(options, name, None))
     }
-    return {**known, **record, **within}
+    return {**record, **new, **within}
 
 
 def differences(before: Any, now: Any, name: str = "") -> list[str]:

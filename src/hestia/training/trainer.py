@@ -43,7 +43,10 @@ from .watch import SpikeWatch, collapsed_layers
 
 LOG_FILE = "log.jsonl"
 CHECKPOINTS = "checkpoints"
-_BYSTANDERS = {"log_every", "eval_every", "save_every", "eval_blocks", "keep", "report_to"}
+SAVE_SECONDS = 30 * 60.0
+"""Seconds after which a run that saves at all is saved, wherever ``save_every`` stands."""
+
+_BYSTANDERS = {"log_every", "eval_every", "save_every", "eval_blocks", "keep", "report_to", "device", "teacher"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,10 +69,11 @@ class TrainConfig:
         gradient_checkpointing: recompute activations in the backward pass.
         compile: run the model through torch.compile.
         seed: order of the data and every random draw.
-        log_every, eval_every, save_every: steps; 0 means never.
+        log_every, eval_every, save_every: steps; 0 means never. A run that is saved is so every half hour, too.
         eval_blocks: held-out blocks of the logged hard loss.
         keep: checkpoints that rotation leaves.
         report_to: the Trainer's loggers, such as ("tensorboard",).
+        device: "cpu", "cuda", or "auto": CUDA where there is any.
     """
 
     steps: int
@@ -96,8 +100,11 @@ class TrainConfig:
     eval_blocks: int = 32
     keep: int = 2
     report_to: tuple[str, ...] = ()
+    device: str = "auto"
 
     def __post_init__(self) -> None:
+        if self.device not in ("auto", "cpu", "cuda"):
+            raise ConfigError(f"device must be auto, cpu or cuda, got {self.device!r}")
         for name in ("scale_rate", "norm_rate", "embedding_rate"):
             if not 0.0 <= getattr(self, name) < math.inf:
                 raise ConfigError(f"{name} must be 0 or a positive number, got {getattr(self, name)}")
@@ -149,7 +156,8 @@ class HestiaTrainer(Trainer):
         teacher: the model that ``config.distill`` learns from; it is put in evaluation mode and never trained.
 
     Raises:
-        ConfigError: a teacher without ``config.distill`` or the other way round, or one of another vocabulary.
+        ConfigError: a teacher without ``config.distill`` or the other way round, or one of another vocabulary; one of
+            several processes that have not joined.
     """
 
     def __init__(
@@ -165,6 +173,7 @@ class HestiaTrainer(Trainer):
         callbacks: list[TrainerCallback] | None = None,
         teacher: nn.Module | None = None,
     ) -> None:
+        processes.require_joined()
         self.plan, self.config, self.folder, self.held_out = plan, config, folder, held_out
         self.seconds = 0.0
         self._earlier, self._took, self._began = 0.0, 0.0, time.perf_counter()
@@ -197,7 +206,7 @@ class HestiaTrainer(Trainer):
             data_collator=_stack,
             callbacks=[
                 QATCallback(plan),
-                _StopCallback(self._signals),
+                _SaveCallback(self._signals),
                 _WatchCallback(self),
                 self._bar,
                 *(callbacks or []),
@@ -548,18 +557,32 @@ def check_loggers(names: Sequence[str]) -> None:
             raise ConfigError(f"--report-to {name}: its package is not installed; install it first")
 
 
-class _StopCallback(TrainerCallback):
-    """Ends the run after the current step, saved, once a signal has asked for it."""
+class _SaveCallback(TrainerCallback):
+    """Saves the run when the last checkpoint is old, and ends it, saved, once a signal has asked for it."""
 
     def __init__(self, signals: StopSignals) -> None:
         self.signals = signals
+        self._saved = 0.0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Start the clock, and go by today's intervals: those of a checkpoint are its first call's."""
+        state.compute_steps(args, state.max_steps)
+        self._saved = time.perf_counter()
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Start the clock again."""
+        self._saved = time.perf_counter()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Ask the Trainer to save and stop, all processes after the same step."""
-        requested = processes.largest(self.signals.requested or 0)
-        if requested:
-            self.signals.requested = requested
-            control.should_save = args.save_strategy != SaveStrategy.NO  # a pilot's state is nobody's checkpoint
+        """Ask the Trainer to save, or to save and stop, all processes after the same step."""
+        due = time.perf_counter() - self._saved >= SAVE_SECONDS
+        asked = processes.largest(self.signals.requested or int(due))  # an exit status is larger than 1
+        if asked and args.save_strategy != SaveStrategy.NO:  # a pilot's state is nobody's checkpoint
+            control.should_save = True
+        if asked > 1:
+            self.signals.requested = asked
             control.should_training_stop = True
 
 
@@ -575,7 +598,7 @@ class _WatchCallback(TrainerCallback):
 
 
 def _arguments(config: TrainConfig, folder: Path) -> TrainingArguments:
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(folder / CHECKPOINTS),
         max_steps=config.steps,
         per_device_train_batch_size=_blocks_a_process(config),
@@ -597,8 +620,13 @@ def _arguments(config: TrainConfig, folder: Path) -> TrainingArguments:
         disable_tqdm=True,
         dataloader_pin_memory=False,
         remove_unused_columns=False,
-        use_cpu=not torch.cuda.is_available(),
+        use_cpu=config.device == "cpu" or not torch.cuda.is_available(),
     )
+    if arguments.n_gpu > 1:  # the Trainer would take the batch that many times, and copy the model at every step
+        if config.log_every:
+            announce(f"one of {arguments.n_gpu} GPUs is used; torchrun --nproc-per-node {arguments.n_gpu} uses all")
+        arguments._n_gpu = 1
+    return arguments
 
 
 def _blocks_a_process(config: TrainConfig) -> int:
