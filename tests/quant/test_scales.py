@@ -15,6 +15,8 @@ from hestia.quant import (
     Gaussian,
     Grid,
     LeastSquares,
+    QuantSpec,
+    Saliency,
     ScaleRule,
     snap,
 )
@@ -127,6 +129,14 @@ def test_normal_steps_are_the_best_ones(grid: Grid) -> None:
 def test_gaussian_refuses_a_grid_it_does_not_know() -> None:
     with pytest.raises(ConfigError, match=r"no step for the grid \[-3, 0, 3\]; use 'least_squares'"):
         Gaussian()(weights(), Grid.of([-3, 0, 3]))
+
+
+def test_saliency_refuses_grids_whose_loss_it_does_not_minimise() -> None:
+    for grid in (BINARY, TERNARY):
+        assert QuantSpec(grid=grid, scale=Saliency()).scale == Saliency()
+    for grid in (INT2, INT3, INT4, Grid.of([-1.5, -0.5, 0.5, 1.5])):
+        with pytest.raises(ConfigError, match=r"'saliency' is for binary and ternary, not .*; use 'gaussian'"):
+            QuantSpec(grid=grid, scale=Saliency())
 
 
 @pytest.mark.parametrize("grid", [TERNARY, INT2, INT3, INT4, Grid((-15, -9, 1, 12))], ids=lambda g: g.name)

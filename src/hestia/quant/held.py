@@ -15,7 +15,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from .grids import Grid
+from ..errors import ConfigError
+from .grids import BINARY, TERNARY, Grid
 from .scales import TWN, ScaleRule, Scales, best_level
 
 
@@ -154,6 +155,9 @@ class Saliency(HeldRule):
     searched: weighted least squares at the threshold ``lowest``, at a tenth of the time.
 
     ``every`` is how often, in steps, training hands over a fresh h; ``warmup`` steps go by before the first.
+
+    Raises:
+        ConfigError: a grid that is neither {-1, 0, 1} nor {-1, 1}: the loss is that of ternary codes.
     """
 
     name: ClassVar[str] = "saliency"
@@ -163,6 +167,10 @@ class Saliency(HeldRule):
     warmup: int = 10
     every: int = 1
     eps: float = 1e-5
+
+    def check_grid(self, grid: Grid) -> None:
+        if grid.values not in (BINARY.values, TERNARY.values):
+            raise ConfigError(f"scale rule 'saliency' is for binary and ternary, not {grid.name}; use 'gaussian'")
 
     def start(self, w_RGN: Tensor, grid: Grid) -> Tensor:
         return torch.ones_like(w_RGN)

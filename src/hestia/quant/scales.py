@@ -63,6 +63,13 @@ class ScaleRule(Member, ABC):
         """Whether training fits the level anew to the estimator's soft value: ``sum(Q w) / sum(Q^2)``."""
         return False
 
+    def check_grid(self, grid: Grid) -> None:
+        """Whether the rule suits ``grid``; any by default.
+
+        Raises:
+            ConfigError: it does not; the message says what would.
+        """
+
     @abstractmethod
     def __call__(self, w_RGN: Tensor, grid: Grid) -> Scales:
         """Step and level of every group; same dtype as ``w_RGN``, always positive and finite for finite weights."""
@@ -195,9 +202,12 @@ class Gaussian(ScaleRule):
     def refits(self) -> bool:
         return self.soft
 
-    def __call__(self, w_RGN: Tensor, grid: Grid) -> Scales:
+    def check_grid(self, grid: Grid) -> None:
         if grid.values not in NORMAL_STEPS:
             raise ConfigError(f"scale rule 'gaussian' knows no step for the grid {grid.name}; use 'least_squares'")
+
+    def __call__(self, w_RGN: Tensor, grid: Grid) -> Scales:
+        self.check_grid(grid)
         step = NORMAL_STEPS[grid.values] * _NORMAL_DEVIATION * w_RGN.abs().mean(dim=-1, keepdim=True) + self.eps
         return Scales(step, best_level(w_RGN, grid.round(w_RGN / step), step))
 
