@@ -188,7 +188,8 @@ class Saliency(HeldRule):
     def _best(self, magnitude: Tensor, size: Tensor, h: Tensor) -> Tensor:
         """k of the best threshold of every group."""
         # interval k holds t_(k-1) < |w| <= t_k, so weights of interval k + 1 and above survive threshold k
-        place = ((magnitude / size - self.lowest) / self.width).ceil_().clamp_(0, self.candidates).long()
+        place = ((magnitude / size - self.lowest) / self.width).ceil_().clamp_(0, self.candidates)
+        place = place.nan_to_num_().long()  # NaN is no index; step and level keep it for a guard to name
         empty = magnitude.new_zeros(*magnitude.shape[:-1], self.candidates + 1)
         b = _from_the_top(empty.scatter_add(-1, place, h))[..., 1:]
         a = _from_the_top(empty.scatter_add(-1, place, h * magnitude))[..., 1:]
