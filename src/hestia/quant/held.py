@@ -57,6 +57,21 @@ class LearnedRule(HeldRule, ABC):
 
 
 @dataclass(frozen=True)
+class WeightedRule(HeldRule, ABC):
+    """A rule whose held tensor is an importance, one number a weight, which training hands over: Adam's second moment.
+
+    ``every`` is how often, in steps, it hands over a fresh one; ``warmup`` steps go by before the first. Until then,
+    and where training has none, all weights count alike.
+    """
+
+    warmup: int = 10
+    every: int = 1
+
+    def start(self, w_RGN: Tensor, grid: Grid) -> Tensor:
+        return torch.ones_like(w_RGN)
+
+
+@dataclass(frozen=True)
 class LearnedStep(LearnedRule):
     """LSQ's learned step (Esser et al. 2020, arXiv:1902.08153).
 
@@ -142,7 +157,7 @@ class LearnedLevel(LearnedRule):
 
 
 @dataclass(frozen=True)
-class Saliency(HeldRule):
+class Saliency(WeightedRule):
     """The threshold and level that lose least, weighted by importance h (QUASAR, arXiv:2608.13966; ternary form).
 
         t_k = mean|w| (lowest + k width),   q_k = sign(w) 1[|w| > t_k],   k = 0 ... candidates - 1
@@ -154,8 +169,6 @@ class Saliency(HeldRule):
     relative to its mean in the group; a group without any h counts every weight alike. With one candidate nothing is
     searched: weighted least squares at the threshold ``lowest``, at a tenth of the time.
 
-    ``every`` is how often, in steps, training hands over a fresh h; ``warmup`` steps go by before the first.
-
     Raises:
         ConfigError: a grid that is neither {-1, 0, 1} nor {-1, 1}: the loss is that of ternary codes.
     """
@@ -164,16 +177,11 @@ class Saliency(HeldRule):
     lowest: float = 0.4
     width: float = 0.05
     candidates: int = 17
-    warmup: int = 10
-    every: int = 1
     eps: float = 1e-5
 
     def check_grid(self, grid: Grid) -> None:
         if grid.values not in (BINARY.values, TERNARY.values):
             raise ConfigError(f"scale rule 'saliency' is for binary and ternary, not {grid.name}; use 'gaussian'")
-
-    def start(self, w_RGN: Tensor, grid: Grid) -> Tensor:
-        return torch.ones_like(w_RGN)
 
     def scales(self, w_RGN: Tensor, grid: Grid, held: Tensor) -> Scales:
         mean = held.mean(dim=-1, keepdim=True)
