@@ -81,6 +81,28 @@ def test_a_group_of_zeros_has_a_positive_scale(name: str) -> None:
     assert torch.equal(step, level)
 
 
+@pytest.mark.parametrize("name", ScaleRule.names())
+@pytest.mark.parametrize("eps", [0.0, -1e-5, float("inf"), float("nan")])
+def test_an_eps_that_lets_a_step_be_zero_is_refused(name: str, eps: float) -> None:
+    with pytest.raises(ConfigError, match=f"scale rule '{name}': eps must be a positive number, got {eps}"):
+        ScaleRule.make(name, eps=eps)
+
+
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [("rms", "clip"), ("saliency", "lowest"), ("saliency", "width"), ("saliency", "candidates")],
+)
+def test_a_step_that_an_option_makes_zero_is_refused(name: str, option: str) -> None:
+    with pytest.raises(ConfigError, match=f"scale rule '{name}': {option} must be a positive number, got 0"):
+        ScaleRule.make(name, **{option: 0})
+
+
+def test_a_learned_step_needs_a_level_above_zero() -> None:
+    for levels in ([-2, -1, 0], [-3, -1]):
+        with pytest.raises(ConfigError, match="'learned_step' needs a level above 0, got"):
+            QuantSpec(grid=Grid.of(levels), scale=ScaleRule.make("learned_step"))
+
+
 def test_snap_is_exact_in_every_format_and_idempotent() -> None:
     scales = torch.logspace(-12, 8, 20_001)
     snapped = snap(scales)

@@ -62,10 +62,20 @@ class WeightedRule(HeldRule, ABC):
 
     ``every`` is how often, in steps, it hands over a fresh one; ``warmup`` steps go by before the first. Until then,
     and where training has none, all weights count alike.
+
+    Raises:
+        ConfigError: a negative ``warmup``, or an ``every`` under 1.
     """
 
     warmup: int = 10
     every: int = 1
+
+    def __post_init__(self) -> None:
+        if self.warmup < 0 or self.every < 1:
+            raise ConfigError(
+                f"{self.family} {self.name!r} needs warmup >= 0 and every >= 1, "
+                f"got warmup={self.warmup}, every={self.every}"
+            )
 
     def start(self, w_RGN: Tensor, grid: Grid) -> Tensor:
         return torch.ones_like(w_RGN)
@@ -80,11 +90,21 @@ class LearnedStep(LearnedRule):
 
     With ``through="gain"`` the chain rule runs through the estimator's own gain, ``q - gain z``; inside the range and
     for an identity gain the two agree.
+
+    Raises:
+        ConfigError: a grid whose highest level Qp is not positive.
     """
 
     name: ClassVar[str] = "learned_step"
     through: Literal["mask", "gain"] = "mask"
     eps: float = 1e-5
+
+    def __post_init__(self) -> None:
+        self.require_positive("eps")
+
+    def check_grid(self, grid: Grid) -> None:
+        if grid.values[-1] <= 0:
+            raise ConfigError(f"scale rule 'learned_step' needs a level above 0, got {grid.name}; use 'absmax'")
 
     def start(self, w_RGN: Tensor, grid: Grid) -> Tensor:
         return 2.0 * w_RGN.abs().mean(dim=-1, keepdim=True) / math.sqrt(grid.values[-1]) + self.eps
@@ -119,6 +139,9 @@ class StretchedElastic(LearnedRule):
     clip: float = 0.99
     eps: float = 1e-5
 
+    def __post_init__(self) -> None:
+        self.require_positive("stretch", "clip", "eps")
+
     def start(self, w_RGN: Tensor, grid: Grid) -> Tensor:
         return w_RGN.abs().amax(dim=-1, keepdim=True)
 
@@ -144,6 +167,9 @@ class LearnedLevel(LearnedRule):
     name: ClassVar[str] = "learned_level"
     factor: float = 0.75
     eps: float = 1e-5
+
+    def __post_init__(self) -> None:
+        self.require_positive("factor", "eps")
 
     def start(self, w_RGN: Tensor, grid: Grid) -> Tensor:
         return TWN(factor=self.factor, eps=self.eps)(w_RGN, grid).level
@@ -178,6 +204,10 @@ class Saliency(WeightedRule):
     width: float = 0.05
     candidates: int = 17
     eps: float = 1e-5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require_positive("lowest", "width", "candidates", "eps")
 
     def check_grid(self, grid: Grid) -> None:
         if grid.values not in (BINARY.values, TERNARY.values):

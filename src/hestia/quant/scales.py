@@ -54,7 +54,11 @@ def snap(scale: Tensor, grid: Grid | None = None) -> Tensor:
 
 @dataclass(frozen=True)
 class ScaleRule(Member, ABC):
-    """Base of all scale rules: ``rule(w_RGN, grid) -> Scales``; reductions run over the last dimension."""
+    """Base of all scale rules: ``rule(w_RGN, grid) -> Scales``; reductions run over the last dimension.
+
+    Raises:
+        ConfigError: ``eps``, or another number that scales a step, is not positive.
+    """
 
     family: ClassVar[str] = "scale rule"
 
@@ -82,6 +86,9 @@ class AbsMean(ScaleRule):
     name: ClassVar[str] = "absmean"
     eps: float = 1e-5
 
+    def __post_init__(self) -> None:
+        self.require_positive("eps")
+
     def __call__(self, w_RGN: Tensor, grid: Grid) -> Scales:
         s = w_RGN.abs().mean(dim=-1, keepdim=True) + self.eps
         return Scales(s, s)
@@ -93,6 +100,9 @@ class AbsMax(ScaleRule):
 
     name: ClassVar[str] = "absmax"
     eps: float = 1e-5
+
+    def __post_init__(self) -> None:
+        self.require_positive("eps")
 
     def __call__(self, w_RGN: Tensor, grid: Grid) -> Scales:
         s = w_RGN.abs().amax(dim=-1, keepdim=True) / grid.max_abs + self.eps
@@ -113,6 +123,9 @@ class LeastSquares(ScaleRule):
     name: ClassVar[str] = "least_squares"
     eps: float = 1e-5
     soft: bool = False
+
+    def __post_init__(self) -> None:
+        self.require_positive("eps")
 
     @property
     def refits(self) -> bool:
@@ -138,6 +151,9 @@ class TWN(ScaleRule):
     eps: float = 1e-5
     soft: bool = False
 
+    def __post_init__(self) -> None:
+        self.require_positive("factor", "eps")
+
     @property
     def refits(self) -> bool:
         return self.soft
@@ -158,6 +174,9 @@ class RootMeanSquare(ScaleRule):
     name: ClassVar[str] = "rms"
     clip: float = 1.224
     eps: float = 1e-5
+
+    def __post_init__(self) -> None:
+        self.require_positive("clip", "eps")
 
     def __call__(self, w_RGN: Tensor, grid: Grid) -> Scales:
         largest = w_RGN.abs().amax(dim=-1, keepdim=True).clamp_min(torch.finfo(w_RGN.dtype).tiny)
@@ -197,6 +216,9 @@ class Gaussian(ScaleRule):
     name: ClassVar[str] = "gaussian"
     eps: float = 1e-5
     soft: bool = False
+
+    def __post_init__(self) -> None:
+        self.require_positive("eps")
 
     @property
     def refits(self) -> bool:

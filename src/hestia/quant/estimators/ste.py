@@ -72,10 +72,16 @@ class Trust(STE):
 
     Inside the grid's range every weight is that near its level, so ``reach = 1`` blocks what lies beyond the outer
     levels by more than half a step: |z| > 1.5 on the ternary grid, |z| > 2 on {-1, 1}, whose step is 2.
+
+    Raises:
+        ConfigError: a reach that is not positive: nothing would be trusted.
     """
 
     name: ClassVar[str] = "trust"
     reach: float = 1.0
+
+    def __post_init__(self) -> None:
+        self.require_positive("reach")
 
     def gain(self, z: Tensor, grid: Grid, temperature: Tensor) -> Tensor:  # type: ignore[override]
         half_step = 0.5 * min(b - a for a, b in zip(grid.values, grid.values[1:], strict=False))
