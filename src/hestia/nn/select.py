@@ -83,7 +83,7 @@ def select(model: nn.Module, skip: str | Sequence[str] = ()) -> Selection:
     strange: dict[str, int] = {}
     linears = {f"{path}.weight": path for path, m in model.named_modules() if _is_plain_linear(m)}
     _check_patterns(skip, linears.values())
-    users = _users(model)
+    users = users_of(model)
     readers = {id(c): type(m).__name__ for m in model.modules() if isinstance(m, READERS) for c in m.children()}
     for name, parameter in model.named_parameters():
         module = owners[id(parameter)]
@@ -133,7 +133,7 @@ def _is_plain_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) and type(module).forward in (nn.Linear.forward, QuantLinear.forward)
 
 
-def _users(model: nn.Module) -> dict[int, list[str]]:
+def users_of(model: nn.Module) -> dict[int, list[str]]:
     """id of a parameter -> the path of every module that holds it; a module used twice has two paths."""
     users: dict[int, list[str]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
