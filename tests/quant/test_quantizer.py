@@ -235,11 +235,23 @@ def test_a_vector_is_one_row() -> None:
         ({"group_size": 5}, "does not divide in_features=32"),
         ({"group_size": "rows"}, "'row', 'tensor' or a positive integer"),
         ({"levels": [0.1, 0.7]}, "no common power-of-two step"),
+        ({"w": torch.zeros(3, 6, 32)}, r"wants one matrix .*, got \(3, 6, 32\): call it for each matrix"),
     ],
 )
 def test_what_cannot_be_is_refused_with_what_can(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        fake_quantize(weight(), **options)
+        fake_quantize(**{"w": weight(), **options})
+
+
+def test_at_temperature_zero_the_softmax_s_gradient_is_level_over_step() -> None:
+    for scale in ("absmean", "twn"):
+        step, level = Quantizer(QuantSpec(scale=ScaleRule.make(scale))).scales(weight().unsqueeze(1))
+        for estimator, expected in (("softmax", level / step), ("ste", torch.ones_like(step))):
+            w = weight().requires_grad_()
+            fake_quantize(w, scale=scale, estimator=estimator, temperature=0.0).sum().backward()
+            assert w.grad is not None
+            torch.testing.assert_close(w.grad, expected.squeeze(1).expand_as(w))
+        assert torch.equal(level, step) == (scale == "absmean")
 
 
 def test_specs_travel_as_json() -> None:

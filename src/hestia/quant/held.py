@@ -45,9 +45,9 @@ class LearnedRule(HeldRule, ABC):
         """d w_hat / d alpha of every weight at pressure 1.
 
         Args:
-            z: ``w / step``; theirs to overwrite, like all that follows.
+            z: ``w / step``; theirs to overwrite, as is ``q``.
             q: the estimator's value.
-            gain: the estimator's gain; None means 1.
+            gain: the estimator's gain, which is used again; None means 1.
             grid: the grid.
         """
 
