@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import re
+import sys
 from collections.abc import Callable
 from itertools import pairwise
 
@@ -23,7 +25,12 @@ def test_recipes_are_found_and_each_does_a_width() -> None:
 
 def test_every_recipe_says_where_it_comes_from() -> None:
     for name in recipes.names():
-        assert type(recipes.get(name)).__doc__, f"{name}: the class has no docstring"
+        kind = type(recipes.get(name))
+        written = kind.__doc__ or ""
+        assert written and not written.startswith(f"{kind.__name__}("), f"{name}: the class has no docstring of its own"
+        module = sys.modules[kind.__module__].__doc__ or ""
+        if name != "round_to_nearest":  # which is nobody's
+            assert re.search(r"^Sources?: .", module, re.MULTILINE), f"{name}: the module names no source"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -136,6 +136,37 @@ def test_a_plan_of_a_wider_model_is_refused_and_changes_nothing() -> None:
     assert untouched(model, held, text)
 
 
+def two_planned(model: nn.Module) -> None:
+    model.get_submodule("model.layers.1.mlp.up_proj").weight = model.get_parameter("model.layers.0.mlp.up_proj.weight")
+
+
+def planned_and_kept(model: nn.Module) -> None:
+    model.get_submodule("model").extra = nn.Linear(32, 64)
+    model.get_submodule("model.extra").weight = model.get_parameter("model.layers.0.mlp.up_proj.weight")
+
+
+def one_layer_twice(model: nn.Module) -> None:
+    model.get_submodule("model.layers.1.mlp").up_proj = model.get_submodule("model.layers.0.mlp.up_proj")
+
+
+@pytest.mark.parametrize(
+    ("tie", "other"),
+    [
+        (two_planned, "model.layers.1.mlp.up_proj"),
+        (planned_and_kept, "model.extra"),
+        (one_layer_twice, "model.layers.1.mlp.up_proj"),
+    ],
+)
+def test_a_plan_of_an_untied_twin_is_refused_and_changes_nothing(tie: Callable[[nn.Module], None], other: str) -> None:
+    """Both would train one weight, and the second to be frozen would round what the first had rounded."""
+    model, plan = llama(), hestia.plan(llama())
+    tie(model)
+    held, text = snapshot(model), repr(model)
+    with pytest.raises(PlanError, match=rf"layers\.0\.mlp\.up_proj: its weight is also that of {other}; make the plan"):
+        hestia.apply(model, plan)
+    assert untouched(model, held, text)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_freezing_a_broken_weight_names_it_and_changes_nothing(value: float) -> None:
     model = qwen2()
@@ -145,6 +176,22 @@ def test_freezing_a_broken_weight_names_it_and_changes_nothing(value: float) -> 
         layer.weight[3, 5] = value
     layers, held = dict(quantized_modules(model)), snapshot(model)
     with pytest.raises(GuardError, match=rf"{path}: the weight holds NaN or infinity"):
+        hestia.freeze(model)
+    assert dict(quantized_modules(model)) == layers and same_bits(snapshot(model), held)
+
+
+@pytest.mark.parametrize(("recipe", "what"), [("lsq", "learned scale"), ("quasar", "importance")])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_freezing_a_broken_scale_or_importance_names_it_and_changes_nothing(
+    recipe: str, what: str, value: float
+) -> None:
+    model = qwen2()
+    hestia.apply(model, hestia.plan(model, recipe))
+    path, layer = list(quantized_modules(model))[-1]
+    assert layer.held is not None
+    layer.held.data.view(-1)[3] = value
+    layers, held = dict(quantized_modules(model)), snapshot(model)
+    with pytest.raises(GuardError, match=rf"{path}: the {what} holds NaN or infinity"):
         hestia.freeze(model)
     assert dict(quantized_modules(model)) == layers and same_bits(snapshot(model), held)
 

@@ -153,6 +153,29 @@ def test_a_linear_layer_with_a_forward_of_its_own_is_kept_loudly() -> None:
     assert reason(selection, "a.weight") == {"Packed: not an nn.Linear"} and len(selection.warnings) == 1
 
 
+@pytest.mark.parametrize("grad", [True, False])
+def test_what_torch_s_attention_reads_past_forward_is_kept_loudly(grad: bool) -> None:
+    """A frozen model answers as in evaluation: no weight is hard in the one and latent in the other."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.TransformerEncoderLayer(32, 2, 64, batch_first=True), nn.Linear(32, 512), nn.ReLU(), nn.Linear(512, 32)
+    )
+    selection = select(model, "*.out_proj")
+    assert list(selection.candidates) == ["1", "3"]
+    assert reason(selection, "out_proj.weight") == {"out_proj of MultiheadAttention, which reads the weight itself"}
+    assert reason(selection, "out_proj.bias") == {"bias"}
+    for name in ("linear1", "linear2"):
+        why = f"{name} of TransformerEncoderLayer, which reads the weight itself"
+        assert reason(selection, f"{name}.weight") == {why}
+        assert f"2,048 weights are kept: {why}" in selection.warnings
+    hestia.apply(model, hestia.plan(model)).eval()
+    x = torch.randn(2, 5, 32)
+    with torch.set_grad_enabled(grad):
+        hard = model(x)
+        hestia.freeze(model)
+        assert torch.equal(model(x), hard)
+
+
 def test_a_converted_model_has_the_same_account() -> None:
     model = qwen2()
     before = select(model)

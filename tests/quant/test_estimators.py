@@ -1,9 +1,24 @@
+import math
+
 import pytest
 import torch
 from torch import Tensor
 
 from hestia.errors import ConfigError
-from hestia.quant import BINARY, INT2, STE, TERNARY, ClippedSTE, DampedFourier, Estimator, Grid, Softmax, Tanh, Trust
+from hestia.quant import (
+    BINARY,
+    INT2,
+    STE,
+    TERNARY,
+    ClippedSTE,
+    DampedFourier,
+    Estimator,
+    Grid,
+    QuantSpec,
+    Softmax,
+    Tanh,
+    Trust,
+)
 
 GRIDS = [TERNARY, BINARY, INT2, Grid((-8, -1, 0, 3))]
 by_grid = pytest.mark.parametrize("grid", GRIDS, ids=lambda grid: grid.name)
@@ -83,6 +98,36 @@ def test_the_clip_mask_is_the_grids_range_and_a_margin() -> None:
     assert inside.tolist() == [0, 0, 1, 1, 1, 1, 0, 0, 0]
     wider = ClippedSTE(margin=0.5).gain(z.clone(), INT2, tau(0, torch.float32))
     assert wider.tolist() == [0, 1, 1, 1, 1, 1, 1, 1, 0]
+
+
+@pytest.mark.parametrize("estimator", [DampedFourier(), Tanh()], ids=lambda estimator: estimator.name)
+@pytest.mark.parametrize("levels", [(-1, 1), (-1.5, -0.5, 0.5, 1.5), (-2, 0, 2), (-1, 0, 1), (-0.5, 0, 0.5, 1)])
+def test_a_staircase_s_gain_follows_the_levels(estimator: STE, levels: tuple[float, ...]) -> None:
+    """Small at a level and large between two, as on 0, 1, 2, ... and wherever the grid lies."""
+    grid, counted = Grid.of(levels), Grid(tuple(range(len(levels))))
+    distance = levels[1] - levels[0]
+    u = torch.arange(-512, 512 * len(levels) + 1, dtype=torch.float64) / 512
+    gain = estimator.gain(levels[0] + distance * u, grid, tau(0.2))
+    torch.testing.assert_close(gain, estimator.gain(u.clone(), counted, tau(0.2)), rtol=1e-12, atol=1e-12)
+    places = torch.tensor([levels[0], levels[0] + 0.5 * distance], dtype=torch.float64)
+    at_a_level, between = estimator.gain(places.clone(), grid, tau(0.2))
+    assert at_a_level < 0.5 and between > 0.99
+    if isinstance(estimator, DampedFourier):
+        assert torch.equal(Softmax(hard="damped_fourier").gain(places.clone(), grid, tau(0.0))[1], between)
+
+
+def test_a_staircase_on_consecutive_integers_is_the_formula_bit_for_bit() -> None:
+    z = torch.randn(10_000, generator=torch.Generator().manual_seed(0))
+    for grid in (TERNARY, INT2):
+        inside = (z >= grid.values[0]) & (z <= grid.values[-1])
+        c = (z - torch.round(z)).mul(math.pi).cos().mul(0.21 * math.sqrt(2.0) * math.pi)
+        assert torch.equal(DampedFourier().gain(z.clone(), grid, tau(0.0)), (1.0 - c) / (c + 1.0) * inside)
+
+
+@pytest.mark.parametrize("estimator", [DampedFourier(), Tanh(), Softmax(hard="tanh")], ids=lambda e: e.name)
+def test_a_staircase_needs_levels_that_are_equally_far_apart(estimator: Estimator) -> None:
+    with pytest.raises(ConfigError, match=r"the levels must be equally far apart, got \[-8, -1, 0, 3\]; use 'ste'"):
+        QuantSpec(grid=Grid((-8, -1, 0, 3)), estimator=estimator)
 
 
 def test_estimators_travel_as_json_and_name_the_nearest() -> None:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from hestia.errors import ConfigError
 from hestia.quant import (
+    BINARY,
     INT2,
     STE,
     TERNARY,
@@ -23,6 +24,7 @@ from hestia.quant import (
 )
 from hestia.quant.scales import NORMAL_STEPS
 
+KNOWN = {"gaussian": NORMAL_STEPS, "saliency": (BINARY.values, TERNARY.values)}
 ESTIMATORS = [STE(), ClippedSTE(), Softmax()]
 by_estimator = pytest.mark.parametrize("estimator", ESTIMATORS, ids=lambda e: e.name)
 
@@ -42,8 +44,8 @@ def knob(value: float) -> Tensor:
 @pytest.mark.parametrize("scale", ScaleRule.names())
 @pytest.mark.parametrize("levels", [(-1, 1), (-1, 0, 1), (-2, -1, 0, 1), (-1.5, -0.5, 0.5, 1.5)])
 def test_codes_times_scales_is_the_hard_weight(levels: tuple[float, ...], scale: str, group_size: Any) -> None:
-    if scale == "gaussian" and levels not in NORMAL_STEPS:
-        pytest.skip("this rule knows the common grids only, and says so (test_scales)")
+    if levels not in KNOWN.get(scale, [levels]):
+        pytest.skip("this rule knows some grids only, and says so (test_scales)")
     quantizer = Quantizer(QuantSpec(grid=Grid.of(levels), group_size=group_size, scale=ScaleRule.make(scale)))
     w = weight()
     frozen = quantizer.codes(w)
@@ -212,9 +214,10 @@ def test_one_graph_serves_all_knobs(spec: QuantSpec) -> None:
 @pytest.mark.parametrize("scale", ScaleRule.names())
 def test_fake_quantize_is_the_same_code(scale: str, estimator: Estimator) -> None:
     w = weight()
-    spec = QuantSpec(grid=INT2, group_size=8, scale=ScaleRule.make(scale), estimator=estimator)
+    grid = INT2 if INT2.values in KNOWN.get(scale, [INT2.values]) else TERNARY
+    spec = QuantSpec(grid=grid, group_size=8, scale=ScaleRule.make(scale), estimator=estimator)
     by_name = fake_quantize(
-        w, levels=[-2, -1, 0, 1], group_size=8, scale=scale, estimator=estimator.name, temperature=0.3, pressure=0.7
+        w, levels=grid.levels, group_size=8, scale=scale, estimator=estimator.name, temperature=0.3, pressure=0.7
     )
     assert torch.equal(by_name, Quantizer(spec).fake(w, knob(0.7), knob(0.3)))
 
@@ -232,11 +235,23 @@ def test_a_vector_is_one_row() -> None:
         ({"group_size": 5}, "does not divide in_features=32"),
         ({"group_size": "rows"}, "'row', 'tensor' or a positive integer"),
         ({"levels": [0.1, 0.7]}, "no common power-of-two step"),
+        ({"w": torch.zeros(3, 6, 32)}, r"wants one matrix .*, got \(3, 6, 32\): call it for each matrix"),
     ],
 )
 def test_what_cannot_be_is_refused_with_what_can(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        fake_quantize(weight(), **options)
+        fake_quantize(**{"w": weight(), **options})
+
+
+def test_at_temperature_zero_the_softmax_s_gradient_is_level_over_step() -> None:
+    for scale in ("absmean", "twn"):
+        step, level = Quantizer(QuantSpec(scale=ScaleRule.make(scale))).scales(weight().unsqueeze(1))
+        for estimator, expected in (("softmax", level / step), ("ste", torch.ones_like(step))):
+            w = weight().requires_grad_()
+            fake_quantize(w, scale=scale, estimator=estimator, temperature=0.0).sum().backward()
+            assert w.grad is not None
+            torch.testing.assert_close(w.grad, expected.squeeze(1).expand_as(w))
+        assert torch.equal(level, step) == (scale == "absmean")
 
 
 def test_specs_travel_as_json() -> None:

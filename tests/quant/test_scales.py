@@ -15,6 +15,8 @@ from hestia.quant import (
     Gaussian,
     Grid,
     LeastSquares,
+    QuantSpec,
+    Saliency,
     ScaleRule,
     snap,
 )
@@ -79,6 +81,28 @@ def test_a_group_of_zeros_has_a_positive_scale(name: str) -> None:
     assert torch.equal(step, level)
 
 
+@pytest.mark.parametrize("name", ScaleRule.names())
+@pytest.mark.parametrize("eps", [0.0, -1e-5, float("inf"), float("nan")])
+def test_an_eps_that_lets_a_step_be_zero_is_refused(name: str, eps: float) -> None:
+    with pytest.raises(ConfigError, match=f"scale rule '{name}': eps must be a positive number, got {eps}"):
+        ScaleRule.make(name, eps=eps)
+
+
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [("rms", "clip"), ("saliency", "lowest"), ("saliency", "width"), ("saliency", "candidates")],
+)
+def test_a_step_that_an_option_makes_zero_is_refused(name: str, option: str) -> None:
+    with pytest.raises(ConfigError, match=f"scale rule '{name}': {option} must be a positive number, got 0"):
+        ScaleRule.make(name, **{option: 0})
+
+
+def test_a_learned_step_needs_a_level_above_zero() -> None:
+    for levels in ([-2, -1, 0], [-3, -1]):
+        with pytest.raises(ConfigError, match="'learned_step' needs a level above 0, got"):
+            QuantSpec(grid=Grid.of(levels), scale=ScaleRule.make("learned_step"))
+
+
 def test_snap_is_exact_in_every_format_and_idempotent() -> None:
     scales = torch.logspace(-12, 8, 20_001)
     snapped = snap(scales)
@@ -127,6 +151,14 @@ def test_normal_steps_are_the_best_ones(grid: Grid) -> None:
 def test_gaussian_refuses_a_grid_it_does_not_know() -> None:
     with pytest.raises(ConfigError, match=r"no step for the grid \[-3, 0, 3\]; use 'least_squares'"):
         Gaussian()(weights(), Grid.of([-3, 0, 3]))
+
+
+def test_saliency_refuses_grids_whose_loss_it_does_not_minimise() -> None:
+    for grid in (BINARY, TERNARY):
+        assert QuantSpec(grid=grid, scale=Saliency()).scale == Saliency()
+    for grid in (INT2, INT3, INT4, Grid.of([-1.5, -0.5, 0.5, 1.5])):
+        with pytest.raises(ConfigError, match=r"'saliency' is for binary and ternary, not .*; use 'gaussian'"):
+            QuantSpec(grid=grid, scale=Saliency())
 
 
 @pytest.mark.parametrize("grid", [TERNARY, INT2, INT3, INT4, Grid((-15, -9, 1, 12))], ids=lambda g: g.name)

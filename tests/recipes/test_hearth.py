@@ -117,6 +117,18 @@ def test_options_choose_the_parts() -> None:
     assert recipes.get("hearth", hard_from=0.85).schedule().base_temperature(0.85) == 0.0
 
 
+@pytest.mark.parametrize("bits", [1.0, 1.58, 2.0, 3.0, 4.0])
+def test_saliency_rounds_about_as_well_as_the_default_at_every_width(bits: float) -> None:
+    w = torch.randn(4, 4096, generator=torch.Generator().manual_seed(2))
+
+    def error(**options: object) -> float:
+        quantizer = Quantizer(recipes.get("hearth", **options).spec_for(bits, "row"))
+        return float((quantizer.hard(w) - w).square().mean())
+
+    for search in (True, False):
+        assert error(scale="saliency", search=search) <= 1.02 * error()
+
+
 def test_without_its_options_it_is_hestia_without_curvature() -> None:
     plain = recipes.get("hearth", scale="absmean", rho=0.2, temperature=0.3)
     assert plain.spec_for(1.58, "row") == recipes.get("hestia").spec_for(1.58, "row")

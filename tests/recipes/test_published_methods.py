@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hestia import recipes
+from hestia.errors import ConfigError
 from hestia.quant import INT2, TERNARY, Grid, Quantizer
 from hestia.quant.held import Saliency
 
@@ -120,6 +121,27 @@ def gain(name: str, z: Tensor, grid: Grid = TERNARY, tau: float = 0.0) -> Tensor
     out = spec.estimator.gain(z.clone(), grid, torch.tensor(tau, dtype=z.dtype))
     assert out is not None
     return out
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("quasar", {"every": 0}, "'saliency' needs warmup >= 0 and every >= 1, got warmup=10, every=0"),
+        ("quasar", {"warmup": -1}, "needs warmup >= 0 and every >= 1, got warmup=-1, every=1"),
+        ("hearth", {"scale": "saliency", "every": 0}, "needs warmup >= 0 and every >= 1, got warmup=10, every=0"),
+        ("twn", {"factor": -1.0}, "'twn': factor must be a positive number, got -1"),
+        ("ternaryllm", {"factor": -0.75}, "'learned_level': factor must be a positive number, got -0.75"),
+        ("quest", {"reach": -1.0}, "'trust': reach must be a positive number, got -1"),
+        ("dsq", {"sharpness": 5.0, "end_sharpness": 5.0}, "< 1, got sharpness=5.0, end_sharpness=5.0"),
+        ("dsq", {"sharpness": 0.1}, "0 < end_sharpness <= sharpness < 1, got sharpness=0.1, end_sharpness=0.2"),
+        ("dsq", {"sharpness": 0.0, "end_sharpness": 0.0}, "0 < end_sharpness"),
+    ],
+)
+def test_options_that_would_fail_late_or_turn_the_grid_around_are_refused(
+    name: str, options: dict[str, object], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        recipes.get(name, **options)
 
 
 def test_twn_is_near_the_gaussian_optimum() -> None:

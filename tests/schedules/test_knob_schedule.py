@@ -77,6 +77,13 @@ def test_hold_is_apart_from_rho() -> None:
     assert schedule.base_temperature(1.0) == pytest.approx(0.1)
 
 
+@given(peak=st.floats(0.01, 10), warmup=st.floats(0, 1, exclude_max=True))
+def test_a_residual_is_gone_at_the_end(peak: float, warmup: float) -> None:
+    schedule = KnobSchedule(residual=peak, residual_warmup=warmup)
+    assert schedule.residual_share(1.0) == 0.0
+    assert KnobSchedule(residual_warmup=1.0).residual_share(1.0) == 0.0
+
+
 @given(schedules())
 def test_json_round_trip(schedule: KnobSchedule) -> None:
     assert KnobSchedule(**schedule.to_json()) == schedule
@@ -92,6 +99,10 @@ def test_json_round_trip(schedule: KnobSchedule) -> None:
         ({"temperature": math.nan}, "0 <= end_temperature <= temperature"),
         ({"temperature": math.inf}, "finite"),
         ({"end_temperature": 0.4}, "0 <= end_temperature <= temperature"),
+        (
+            {"residual": 1.0, "residual_warmup": 1.0},
+            "residual_warmup must be under 1: the residual falls after it, got 1.0",
+        ),
         ({"decay": "cosin"}, "did you mean 'cosine'"),
     ],
 )

@@ -40,9 +40,12 @@ def _poison_gradient(value: float) -> Callable[[Any], None]:
     return poison
 
 
+@pytest.mark.parametrize("recipe", ["hestia", "quasar"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_bad_loss_names_the_first_bad_weight_and_the_last_checkpoint(tmp_path: Path, value: float) -> None:
-    model, plan = converted()
+def test_a_bad_loss_names_the_first_bad_weight_and_the_last_checkpoint(
+    tmp_path: Path, value: float, recipe: str
+) -> None:
+    model, plan = converted(recipe=recipe)
     work = trainer(tmp_path, model, plan, save_every=2, callbacks=[At(3, _poison_weight(value))])
     with pytest.raises(GuardError) as caught:
         work.fit()
@@ -54,7 +57,7 @@ def test_a_bad_loss_names_the_first_bad_weight_and_the_last_checkpoint(tmp_path:
     assert str(checkpoint) in message
     assert checkpoint is not None
     assert checkpoint.name == "step-000002"
-    fresh, _ = converted()
+    fresh, _ = converted(recipe=recipe)
     checkpoints.load_model(checkpoint, fresh)
     assert first_bad(list(fresh.named_parameters())) is None
     assert [row["step"] for row in log_rows(tmp_path) if "loss" in row] == [1, 2, 3]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -14,6 +15,9 @@ from toy_training import At, converted, log_rows, trainer
 import hestia
 from hestia.errors import ConfigError
 from hestia.nn import quantized_modules
+from hestia.quant import Grid, WeightedRule
+from hestia.quant.family import Member
+from hestia.quant.scales import Scales
 from hestia.training import TrainConfig
 from hestia.training.trainer import parameter_groups
 
@@ -40,6 +44,33 @@ def test_importance_is_adams_second_moment_from_the_tenth_step_on(tmp_path: Path
     for path, layer in quantized_modules(model):
         moment = adam(run).state[layer.weight]["exp_avg_sq"]
         assert layer.held is not None and torch.equal(layer.held, moment), path
+
+
+def test_a_weighted_rule_of_one_s_own_is_handed_importance_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(Member._registry, "scale rule", dict(Member._registry["scale rule"]))
+
+    @dataclass(frozen=True)
+    class Loudest(WeightedRule):
+        """The mean magnitude, weighted."""
+
+        name: ClassVar[str] = "loudest"
+
+        def scales(self, w_RGN: torch.Tensor, grid: Grid, held: torch.Tensor) -> Scales:
+            s = (held * w_RGN.abs()).sum(-1, keepdim=True) / held.sum(-1, keepdim=True) + 1e-5
+            return Scales(s, s)
+
+    model = toy_models.llama()
+    plan = hestia.plan(model, "quasar")
+    own = {p: replace(v, spec=replace(v.spec, scale=Loudest(warmup=3, every=2))) for p, v in plan.layers.items()}
+    plan = replace(plan, layers=own)
+    hestia.apply(model, plan)
+    uniform: list[bool] = []
+    spy = At(3, lambda m: uniform.extend(bool((layer.held == 1).all()) for _, layer in quantized_modules(m)))
+    run = trainer(tmp_path / "run", model.train(), plan, steps=4, callbacks=[spy])
+    run.fit()
+    assert len(uniform) == len(own) and all(uniform), "the third step is none of every two"
+    for path, layer in quantized_modules(model):
+        assert layer.held is not None and torch.equal(layer.held, adam(run).state[layer.weight]["exp_avg_sq"]), path
 
 
 @pytest.mark.parametrize(("recipe", "options"), [("quasar", {"warmup": 2, "every": 2}), ("paretoq", {})])

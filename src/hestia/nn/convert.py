@@ -13,6 +13,7 @@ from ..quant import QuantizedTensor
 from .biases import declare
 from .knobs import Knobs
 from .linear import QuantLinear
+from .select import users_of
 from .shards import is_shared, whole
 
 
@@ -31,12 +32,13 @@ def apply(model: nn.Module, plan: Plan) -> nn.Module:
     registered in the layers alone, because a root that counts or runs its children (``nn.Sequential``) would meet it.
 
     Raises:
-        PlanError: the plan names a layer that the model lacks, of another shape or kind, or the model is already
-            converted; nothing is changed then.
+        PlanError: the plan names a layer that the model lacks, of another shape or kind, or whose weight another
+            layer shares, or the model is already converted; nothing is changed then.
     """
     found = dict(model.named_modules())
     if any(isinstance(module, QuantLinear) for module in found.values()):
         raise PlanError("the model is already converted; hestia.restore(model) first")
+    users = users_of(model)
     for path, layer in plan.layers.items():
         module = found.get(path)
         if module is None:
@@ -46,6 +48,11 @@ def apply(model: nn.Module, plan: Plan) -> nn.Module:
         shape = (module.out_features, module.in_features)
         if shape != layer.shape:
             raise PlanError(f"{path}: the plan says {layer.shape}, the model has {shape}")
+        if others := [other for other in users[id(module.weight)] if other != path]:
+            raise PlanError(
+                f"{path}: its weight is also that of {' and '.join(others)}; make the plan for this very model, "
+                "which keeps shared weights"
+            )
     schedule = plan.schedule
     knobs = Knobs(**schedule.at(0.0))
     knobs.to(next(model.parameters()).device)
@@ -77,14 +84,17 @@ def freeze(model: nn.Module) -> dict[str, QuantizedTensor]:
 
     Raises:
         PlanError: no layer is quantized: ``apply`` was not called, or ``freeze`` already was.
-        GuardError: a latent weight is NaN or infinite; the tensor is named and nothing is changed.
+        GuardError: a latent weight, a learned scale or an importance is NaN or infinite; it is named and nothing is
+            changed.
     """
     layers = list(quantized_modules(model))
     if not layers:
         raise PlanError("there is nothing to freeze: no layer was converted by hestia.apply, or all are frozen already")
     for path, module in layers:
-        if not bool(torch.isfinite(whole(module.weight)).all()):
-            raise GuardError(f"{path}: the weight holds NaN or infinity and cannot be frozen")
+        held = "learned scale" if module.quantizer.spec.learns else "importance"
+        for what, tensor in (("weight", module.weight), (held, module.held)):
+            if tensor is not None and not bool(torch.isfinite(whole(tensor)).all()):
+                raise GuardError(f"{path}: the {what} holds NaN or infinity and cannot be frozen")
     frozen: dict[str, QuantizedTensor] = {}
     shifted: list[str] = []
     for path, module in layers:

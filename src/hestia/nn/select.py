@@ -5,10 +5,12 @@ The rules, in order; the first that applies names the reason:
     1. a weight shared with an embedding, or the output head    -> kept: "output head" (tied or not)
     2. an embedding                                             -> kept: "embedding"
     3. a linear weight that several layers share                -> kept, loudly
-    4. a router of experts, by its name                         -> kept: few weights that decide much
-    5. the weight of an ``nn.Linear`` inside the blocks         -> candidate, unless a skip pattern names it
-    6. a bias, a norm (1-d)                                     -> kept
-    7. a matrix that is not an ``nn.Linear`` (GPT-2's Conv1D,
+    4. a linear weight that its parent reads by itself, past
+       the layer's forward (``READERS``)                        -> kept, loudly
+    5. a router of experts, by its name                         -> kept: few weights that decide much
+    6. any other weight of an ``nn.Linear``                     -> candidate, unless a skip pattern names it
+    7. a bias, a norm (1-d)                                     -> kept
+    8. a matrix that is not an ``nn.Linear`` (GPT-2's Conv1D,
        a stacked tensor of experts, a convolution, a linear
        layer with a forward of its own)                         -> kept, loudly: ``Selection.warnings``
 """
@@ -28,6 +30,9 @@ from .linear import QuantLinear
 NOT_LINEAR = "not an nn.Linear"
 ROUTER, ROUTERS = "router of experts", ("gate", "router", "shared_expert_gate")
 EMBEDDING, HEAD = "embedding", "output head"
+
+READERS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
+"""Modules that hand weights of their linear children to a kernel: a ``QuantLinear`` there would not be asked."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +83,8 @@ def select(model: nn.Module, skip: str | Sequence[str] = ()) -> Selection:
     strange: dict[str, int] = {}
     linears = {f"{path}.weight": path for path, m in model.named_modules() if _is_plain_linear(m)}
     _check_patterns(skip, linears.values())
-    users = _users(model)
+    users = users_of(model)
+    readers = {id(c): type(m).__name__ for m in model.modules() if isinstance(m, READERS) for c in m.children()}
     for name, parameter in model.named_parameters():
         module = owners[id(parameter)]
         path = linears.get(name)
@@ -90,6 +96,9 @@ def select(model: nn.Module, skip: str | Sequence[str] = ()) -> Selection:
         elif len(users[id(parameter)]) > 1 and parameter.ndim > 1:
             reason = f"shared by {' and '.join(users[id(parameter)])}"
             strange[reason] = parameter.numel()
+        elif path is not None and id(module) in readers:
+            reason = f"{path.rpartition('.')[2]} of {readers[id(module)]}, which reads the weight itself"
+            strange[reason] = strange.get(reason, 0) + parameter.numel()
         elif path is not None and isinstance(module, nn.Linear):
             if pattern is None and path.rpartition(".")[2] not in ROUTERS:
                 candidates[path] = module
@@ -124,7 +133,7 @@ def _is_plain_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) and type(module).forward in (nn.Linear.forward, QuantLinear.forward)
 
 
-def _users(model: nn.Module) -> dict[int, list[str]]:
+def users_of(model: nn.Module) -> dict[int, list[str]]:
     """id of a parameter -> the path of every module that holds it; a module used twice has two paths."""
     users: dict[int, list[str]] = {}
     for path, module in model.named_modules(remove_duplicate=False):

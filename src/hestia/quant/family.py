@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar, Self
 
@@ -47,6 +48,17 @@ class Member:
         member = kind(**options)
         assert isinstance(member, cls)
         return member
+
+    def require_positive(self, *options: str) -> None:
+        """Refuse what would divide by zero or turn the grid around.
+
+        Raises:
+            ConfigError: one of these options is not a positive, finite number.
+        """
+        for option in options:
+            value = getattr(self, option)
+            if not 0.0 < value < math.inf:
+                raise ConfigError(f"{self.family} {self.name!r}: {option} must be a positive number, got {value}")
 
     def to_json(self) -> dict[str, Any]:
         """``{"name": ..., option: value, ...}``."""

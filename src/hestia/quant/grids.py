@@ -99,6 +99,15 @@ class Grid:
         return max(abs(self.values[0]), abs(self.values[-1]))
 
     @property
+    def distance(self) -> float | None:
+        """Between neighbouring levels; None where it is not the same everywhere."""
+        values = self.values
+        for low, high in zip(values, values[1:], strict=False):  # a plain loop: see below
+            if high - low != values[1] - values[0]:
+                return None
+        return values[1] - values[0]
+
+    @property
     def largest_odd_factor(self) -> int:
         """The largest odd factor of a level: 1 up to 2 bits, 3 on -4 .. 3, 7 on -8 .. 7."""
         largest = 1  # a plain loop, because a compiler that traces through here knows no max() of a generator

@@ -15,7 +15,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from .grids import Grid
+from ..errors import ConfigError
+from .grids import BINARY, TERNARY, Grid
 from .scales import TWN, ScaleRule, Scales, best_level
 
 
@@ -44,15 +45,40 @@ class LearnedRule(HeldRule, ABC):
         """d w_hat / d alpha of every weight at pressure 1.
 
         Args:
-            z: ``w / step``; theirs to overwrite, like all that follows.
+            z: ``w / step``; theirs to overwrite, as is ``q``.
             q: the estimator's value.
-            gain: the estimator's gain; None means 1.
+            gain: the estimator's gain, which is used again; None means 1.
             grid: the grid.
         """
 
     def gradient_factor(self, weights: int, grid: Grid) -> float:
         """What the summed gradient of alpha is multiplied with; ``weights`` counts the whole tensor."""
         return 1.0
+
+
+@dataclass(frozen=True)
+class WeightedRule(HeldRule, ABC):
+    """A rule whose held tensor is an importance, one number a weight, which training hands over: Adam's second moment.
+
+    ``every`` is how often, in steps, it hands over a fresh one; ``warmup`` steps go by before the first. Until then,
+    and where training has none, all weights count alike.
+
+    Raises:
+        ConfigError: a negative ``warmup``, or an ``every`` under 1.
+    """
+
+    warmup: int = 10
+    every: int = 1
+
+    def __post_init__(self) -> None:
+        if self.warmup < 0 or self.every < 1:
+            raise ConfigError(
+                f"{self.family} {self.name!r} needs warmup >= 0 and every >= 1, "
+                f"got warmup={self.warmup}, every={self.every}"
+            )
+
+    def start(self, w_RGN: Tensor, grid: Grid) -> Tensor:
+        return torch.ones_like(w_RGN)
 
 
 @dataclass(frozen=True)
@@ -64,11 +90,21 @@ class LearnedStep(LearnedRule):
 
     With ``through="gain"`` the chain rule runs through the estimator's own gain, ``q - gain z``; inside the range and
     for an identity gain the two agree.
+
+    Raises:
+        ConfigError: a grid whose highest level Qp is not positive.
     """
 
     name: ClassVar[str] = "learned_step"
     through: Literal["mask", "gain"] = "mask"
     eps: float = 1e-5
+
+    def __post_init__(self) -> None:
+        self.require_positive("eps")
+
+    def check_grid(self, grid: Grid) -> None:
+        if grid.values[-1] <= 0:
+            raise ConfigError(f"scale rule 'learned_step' needs a level above 0, got {grid.name}; use 'absmax'")
 
     def start(self, w_RGN: Tensor, grid: Grid) -> Tensor:
         return 2.0 * w_RGN.abs().mean(dim=-1, keepdim=True) / math.sqrt(grid.values[-1]) + self.eps
@@ -103,6 +139,9 @@ class StretchedElastic(LearnedRule):
     clip: float = 0.99
     eps: float = 1e-5
 
+    def __post_init__(self) -> None:
+        self.require_positive("stretch", "clip", "eps")
+
     def start(self, w_RGN: Tensor, grid: Grid) -> Tensor:
         return w_RGN.abs().amax(dim=-1, keepdim=True)
 
@@ -129,6 +168,9 @@ class LearnedLevel(LearnedRule):
     factor: float = 0.75
     eps: float = 1e-5
 
+    def __post_init__(self) -> None:
+        self.require_positive("factor", "eps")
+
     def start(self, w_RGN: Tensor, grid: Grid) -> Tensor:
         return TWN(factor=self.factor, eps=self.eps)(w_RGN, grid).level
 
@@ -141,7 +183,7 @@ class LearnedLevel(LearnedRule):
 
 
 @dataclass(frozen=True)
-class Saliency(HeldRule):
+class Saliency(WeightedRule):
     """The threshold and level that lose least, weighted by importance h (QUASAR, arXiv:2608.13966; ternary form).
 
         t_k = mean|w| (lowest + k width),   q_k = sign(w) 1[|w| > t_k],   k = 0 ... candidates - 1
@@ -153,19 +195,23 @@ class Saliency(HeldRule):
     relative to its mean in the group; a group without any h counts every weight alike. With one candidate nothing is
     searched: weighted least squares at the threshold ``lowest``, at a tenth of the time.
 
-    ``every`` is how often, in steps, training hands over a fresh h; ``warmup`` steps go by before the first.
+    Raises:
+        ConfigError: a grid that is neither {-1, 0, 1} nor {-1, 1}: the loss is that of ternary codes.
     """
 
     name: ClassVar[str] = "saliency"
     lowest: float = 0.4
     width: float = 0.05
     candidates: int = 17
-    warmup: int = 10
-    every: int = 1
     eps: float = 1e-5
 
-    def start(self, w_RGN: Tensor, grid: Grid) -> Tensor:
-        return torch.ones_like(w_RGN)
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require_positive("lowest", "width", "candidates", "eps")
+
+    def check_grid(self, grid: Grid) -> None:
+        if grid.values not in (BINARY.values, TERNARY.values):
+            raise ConfigError(f"scale rule 'saliency' is for binary and ternary, not {grid.name}; use 'gaussian'")
 
     def scales(self, w_RGN: Tensor, grid: Grid, held: Tensor) -> Scales:
         mean = held.mean(dim=-1, keepdim=True)
@@ -180,7 +226,8 @@ class Saliency(HeldRule):
     def _best(self, magnitude: Tensor, size: Tensor, h: Tensor) -> Tensor:
         """k of the best threshold of every group."""
         # interval k holds t_(k-1) < |w| <= t_k, so weights of interval k + 1 and above survive threshold k
-        place = ((magnitude / size - self.lowest) / self.width).ceil_().clamp_(0, self.candidates).long()
+        place = ((magnitude / size - self.lowest) / self.width).ceil_().clamp_(0, self.candidates)
+        place = place.nan_to_num_().long()  # NaN is no index; step and level keep it for a guard to name
         empty = magnitude.new_zeros(*magnitude.shape[:-1], self.candidates + 1)
         b = _from_the_top(empty.scatter_add(-1, place, h))[..., 1:]
         a = _from_the_top(empty.scatter_add(-1, place, h * magnitude))[..., 1:]

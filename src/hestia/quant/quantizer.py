@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..errors import ConfigError
 from .codes import QuantizedTensor
 from .estimators import Estimator
 from .grids import Grid
@@ -100,7 +101,8 @@ class Quantizer:
     def codes(self, w_OI: Tensor, held: Tensor | None = None) -> QuantizedTensor:
         """The frozen weight: ``codes = Q(w / step)``, ``scales = snap(level)``; ties and codes as in training.
 
-        The codes use the unsnapped step, so snapping changes the scales alone, by 0.4 % at most (3 % on -8 .. 7).
+        The codes use the unsnapped step, so snapping changes the scales alone, inside ``snap``'s range by 0.4 % at
+        most (3 % on -8 .. 7).
         """
         w = to_groups(w_OI.detach().float(), self.spec.group_size)
         step, level = self.scales(w, held)
@@ -150,11 +152,13 @@ def fake_quantize(
         group_size: weights that share a scale: an int, "row" or "tensor".
         scale: rule by name ("absmean", "absmax", "least_squares", "twn") or as an object.
         estimator: rule by name ("softmax", "ste", "clipped_ste") or as an object.
-        temperature: 0 is hard forward and identity backward.
+        temperature: 0 is hard forward; the gradient of "softmax" at pressure 1 is then ``level / step``, which is the
+            identity where a rule has one scale for both.
         pressure: 0 returns ``w`` itself.
 
     Raises:
-        ConfigError: an unknown name, an impossible grid or group size; the message names what is allowed.
+        ConfigError: an unknown name, an impossible grid or group size, a weight of three or more dimensions; the
+            message names what is allowed.
 
     Source: Wang et al. 2026, arXiv:2601.20745, eq. 10 and section 4.1.
 
@@ -162,6 +166,10 @@ def fake_quantize(
     >>> fake_quantize(w, estimator="ste")
     tensor([[ 0.5000,  0.0000, -0.5000,  0.5000]])
     """
+    if w.ndim > 2:
+        raise ConfigError(
+            f"fake_quantize wants one matrix [out_features, in_features], got {tuple(w.shape)}: call it for each matrix"
+        )
     spec = QuantSpec(
         grid=Grid.of(list(levels)),
         group_size=group_size,

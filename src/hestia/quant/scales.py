@@ -54,7 +54,11 @@ def snap(scale: Tensor, grid: Grid | None = None) -> Tensor:
 
 @dataclass(frozen=True)
 class ScaleRule(Member, ABC):
-    """Base of all scale rules: ``rule(w_RGN, grid) -> Scales``; reductions run over the last dimension."""
+    """Base of all scale rules: ``rule(w_RGN, grid) -> Scales``; reductions run over the last dimension.
+
+    Raises:
+        ConfigError: ``eps``, or another number that scales a step, is not positive.
+    """
 
     family: ClassVar[str] = "scale rule"
 
@@ -62,6 +66,13 @@ class ScaleRule(Member, ABC):
     def refits(self) -> bool:
         """Whether training fits the level anew to the estimator's soft value: ``sum(Q w) / sum(Q^2)``."""
         return False
+
+    def check_grid(self, grid: Grid) -> None:
+        """Whether the rule suits ``grid``; any by default.
+
+        Raises:
+            ConfigError: it does not; the message says what would.
+        """
 
     @abstractmethod
     def __call__(self, w_RGN: Tensor, grid: Grid) -> Scales:
@@ -75,6 +86,9 @@ class AbsMean(ScaleRule):
     name: ClassVar[str] = "absmean"
     eps: float = 1e-5
 
+    def __post_init__(self) -> None:
+        self.require_positive("eps")
+
     def __call__(self, w_RGN: Tensor, grid: Grid) -> Scales:
         s = w_RGN.abs().mean(dim=-1, keepdim=True) + self.eps
         return Scales(s, s)
@@ -86,6 +100,9 @@ class AbsMax(ScaleRule):
 
     name: ClassVar[str] = "absmax"
     eps: float = 1e-5
+
+    def __post_init__(self) -> None:
+        self.require_positive("eps")
 
     def __call__(self, w_RGN: Tensor, grid: Grid) -> Scales:
         s = w_RGN.abs().amax(dim=-1, keepdim=True) / grid.max_abs + self.eps
@@ -106,6 +123,9 @@ class LeastSquares(ScaleRule):
     name: ClassVar[str] = "least_squares"
     eps: float = 1e-5
     soft: bool = False
+
+    def __post_init__(self) -> None:
+        self.require_positive("eps")
 
     @property
     def refits(self) -> bool:
@@ -131,6 +151,9 @@ class TWN(ScaleRule):
     eps: float = 1e-5
     soft: bool = False
 
+    def __post_init__(self) -> None:
+        self.require_positive("factor", "eps")
+
     @property
     def refits(self) -> bool:
         return self.soft
@@ -151,6 +174,9 @@ class RootMeanSquare(ScaleRule):
     name: ClassVar[str] = "rms"
     clip: float = 1.224
     eps: float = 1e-5
+
+    def __post_init__(self) -> None:
+        self.require_positive("clip", "eps")
 
     def __call__(self, w_RGN: Tensor, grid: Grid) -> Scales:
         largest = w_RGN.abs().amax(dim=-1, keepdim=True).clamp_min(torch.finfo(w_RGN.dtype).tiny)
@@ -191,13 +217,19 @@ class Gaussian(ScaleRule):
     eps: float = 1e-5
     soft: bool = False
 
+    def __post_init__(self) -> None:
+        self.require_positive("eps")
+
     @property
     def refits(self) -> bool:
         return self.soft
 
-    def __call__(self, w_RGN: Tensor, grid: Grid) -> Scales:
+    def check_grid(self, grid: Grid) -> None:
         if grid.values not in NORMAL_STEPS:
             raise ConfigError(f"scale rule 'gaussian' knows no step for the grid {grid.name}; use 'least_squares'")
+
+    def __call__(self, w_RGN: Tensor, grid: Grid) -> Scales:
+        self.check_grid(grid)
         step = NORMAL_STEPS[grid.values] * _NORMAL_DEVIATION * w_RGN.abs().mean(dim=-1, keepdim=True) + self.eps
         return Scales(step, best_level(w_RGN, grid.round(w_RGN / step), step))
 

@@ -21,7 +21,8 @@ class QuantSpec:
     """Grid C, groups, scale rule s, estimator Q_tau and output shift of one weight matrix.
 
     Raises:
-        ConfigError: an impossible group size, or a grid with blocks under an estimator that goes weight by weight.
+        ConfigError: an impossible group size, a grid that scale rule or estimator does not suit, or one with blocks
+            under an estimator that goes weight by weight.
     """
 
     grid: Grid = TERNARY
@@ -32,6 +33,8 @@ class QuantSpec:
 
     def __post_init__(self) -> None:
         check_group_size(self.group_size)
+        self.scale.check_grid(self.grid)
+        self.estimator.check_grid(self.grid)
         if self.grid.block and self.estimator.differentiates_value:
             raise ConfigError(
                 f"{self.estimator.name} rounds weight by weight and cannot keep one zero in {self.grid.block}; use ste"

@@ -15,6 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from ..errors import ConfigError
 from ..quant import Grid, GroupSize, LearnedStep, QuantSpec, Tanh
 from ..schedules import KnobSchedule
 from .base import Recipe
@@ -22,7 +23,11 @@ from .base import Recipe
 
 @dataclass(frozen=True, kw_only=True)
 class DSQ(Recipe):
-    """``sharpness`` is a, in (0, 1); it falls to ``end_sharpness`` over the run, small is sharp."""
+    """``sharpness`` is a, in (0, 1); it falls to ``end_sharpness`` over the run, small is sharp.
+
+    Raises:
+        ConfigError: a sharpness outside (0, 1), or one that ends above its start.
+    """
 
     name: ClassVar[str] = "dsq"
     widths: ClassVar[tuple[float, ...]] = (1.58, 2.0)
@@ -33,4 +38,9 @@ class DSQ(Recipe):
         return QuantSpec(grid=grid, group_size=group_size, scale=LearnedStep(through="gain"), estimator=Tanh())
 
     def schedule(self) -> KnobSchedule:
+        if not 0.0 < self.end_sharpness <= self.sharpness < 1.0:
+            raise ConfigError(
+                "dsq: the options must satisfy 0 < end_sharpness <= sharpness < 1, "
+                f"got sharpness={self.sharpness}, end_sharpness={self.end_sharpness}"
+            )
         return KnobSchedule(rho=0.0, temperature=self.sharpness, end_temperature=self.end_sharpness)

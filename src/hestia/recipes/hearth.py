@@ -6,7 +6,8 @@
             {-1, 0, 1}), or mean|w| + eps (absmean and least_squares)
     level = step (absmean), or sum(q w) / sum(q^2) over the group with q = Q_tau(w / step), soft while tau is (``soft``)
             or the hard codes (not ``soft``); at tau = 0 both are the least-squares level that is frozen
-            (``scale`` saliency: threshold and level of the least importance-weighted error, see quasar)
+            (``scale`` saliency, up to 1.58 bits: threshold and level of the least importance-weighted error, see
+            quasar; from 2 bits on as twn)
 
     lambda = min(1, t / rho)
     tau    = temperature for t <= rho, then half a cosine to 0 at ``hard_from``, and 0 from there on (None: at the end)
@@ -32,7 +33,7 @@ divides them away), the pull.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 from ..quant import (
@@ -62,7 +63,7 @@ class Hearth(Recipe):
         temperature: tau0.
         hard_from: share of the run after which rounding is hard; None anneals to the end.
         tail: estimator whose gradient is used from then on.
-        scale: rule of the scale.
+        scale: rule of the scale; twn and saliency are gaussian from 2 bits on.
         soft: refit the level to the soft value (least_squares and twn).
         floor: least gain of the softmax.
         ceiling: largest gain of the softmax; None is unbounded.
@@ -88,14 +89,15 @@ class Hearth(Recipe):
     search: bool = True
 
     def _spec(self, grid: Grid, group_size: GroupSize) -> QuantSpec:
+        threshold = Saliency() if self.search else Saliency(lowest=0.75, candidates=1)
         rules: dict[str, ScaleRule] = {
             "absmean": AbsMean(),
             "least_squares": LeastSquares(soft=self.soft),
-            "twn": TWN(soft=self.soft) if len(grid.levels) <= 3 else Gaussian(soft=self.soft),
-            "saliency": Saliency(every=self.every)
-            if self.search
-            else Saliency(lowest=0.75, candidates=1, every=self.every),
+            "twn": TWN(soft=self.soft),
+            "saliency": replace(threshold, every=self.every),
         }
+        if len(grid.levels) > 3:
+            rules["twn"] = rules["saliency"] = Gaussian(soft=self.soft)
         estimator = Softmax(floor=self.floor, ceiling=self.ceiling, hard=self.tail)
         return QuantSpec(grid=grid, group_size=group_size, scale=rules[self.scale], estimator=estimator)
 

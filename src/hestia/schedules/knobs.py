@@ -34,14 +34,15 @@ class KnobSchedule:
         temperature: tau0; 0 is hard rounding from the first step.
         hold: share of the run before the temperature falls; None means rho.
         decay: "cosine" or "linear".
-        end_temperature: tau at t = 1.
+        end_temperature: tau at t = 1, unless the temperature is held to the end (``hold``, or ``rho``, of 1).
         hard_from: share of the run after which tau is 0; the curve is squeezed into what comes before. None: never.
         residual: peak of a multiple of the latent weight that is added to w_hat, apart from the pressure.
-        residual_warmup: share of the run over which the residual rises.
+        residual_warmup: share of the run over which the residual rises; under 1, so that it can fall again.
 
     Raises:
         ConfigError: a share outside [0, 1], a temperature that is negative, infinite or ends above its start, a hard
-            part that begins before the temperature may fall, a negative residual, or an unknown decay.
+            part that begins before the temperature may fall, a negative residual or one that rises to the end, or an
+            unknown decay.
     """
 
     rho: float = 0.2
@@ -75,6 +76,10 @@ class KnobSchedule:
             )
         if not 0.0 <= self.residual < math.inf:
             raise ConfigError(f"residual must be 0 or a positive number, got {self.residual}")
+        if self.residual and self.residual_warmup >= 1.0:
+            raise ConfigError(
+                f"residual_warmup must be under 1: the residual falls after it, got {self.residual_warmup}"
+            )
         if self.decay not in ("cosine", "linear"):
             raise ConfigError(f"unknown decay {self.decay!r}: {nearest(str(self.decay), ('cosine', 'linear'))}")
 
@@ -83,7 +88,7 @@ class KnobSchedule:
         return ramp(t, self.rho)
 
     def base_temperature(self, t: float) -> float:
-        """tau(t) before any tensor's factor."""
+        """tau(t) before any tensor's factor; tau0 at t = 1 too where the temperature is held to the end."""
         curve = cosine if self.decay == "cosine" else linear
         held = self.rho if self.hold is None else self.hold
         if self.hard_from is not None:

@@ -18,7 +18,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from ..nn import QuantLinear, knobs_of, quantized_modules
 from ..nn.shards import whole
 from ..plans import Plan
-from ..quant import Correction, Saliency
+from ..quant import Correction, WeightedRule
 
 
 class QATCallback(TrainerCallback):
@@ -36,7 +36,7 @@ class QATCallback(TrainerCallback):
     def __init__(self, plan: Plan) -> None:
         self.schedule = plan.schedule
         self.correction = plan.correction
-        self._weighted = any(isinstance(layer.spec.scale, Saliency) for layer in plan.layers.values())
+        self._weighted = any(isinstance(layer.spec.scale, WeightedRule) for layer in plan.layers.values())
 
     def _move(self, model: Any, state: TrainerState) -> None:
         knobs_of(model).set(**self.schedule.at(_share(state)))
@@ -97,7 +97,7 @@ def hand_over_importance(layers: Iterable[QuantLinear], optimizer: torch.optim.O
     """
     for layer in layers:
         rule, held = layer.quantizer.spec.scale, layer.held
-        if not isinstance(rule, Saliency) or held is None or step + 1 < rule.warmup or (step + 1) % rule.every:
+        if not isinstance(rule, WeightedRule) or held is None or step + 1 < rule.warmup or (step + 1) % rule.every:
             continue
         moment = optimizer.state.get(layer.weight, {}).get("exp_avg_sq")
         if moment is not None:

@@ -30,6 +30,13 @@ class Estimator(Member, ABC):
     needs_temperature: ClassVar[bool] = False
     """Whether ``temperature`` changes anything."""
 
+    def check_grid(self, grid: Grid) -> None:
+        """Whether the estimator suits ``grid``; any by default.
+
+        Raises:
+            ConfigError: it does not; the message says what would.
+        """
+
     @abstractmethod
     def value(self, z: Tensor, grid: Grid, temperature: Tensor) -> Tensor:
         """Q_tau(z): the (soft) rounded value in grid units."""

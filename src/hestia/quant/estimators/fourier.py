@@ -1,9 +1,9 @@
 """StableQAT's rotated damped Fourier surrogate (Chen et al. 2026, arXiv:2601.19320): hard forward, bounded gradient.
 
     Q(z) = nearest level,   dQ/dz := (1 - c) / (1 + c) inside the grid's range, 0 outside
-    c = sqrt(2) pi A cos(pi (z + round(z)))
+    c = sqrt(2) pi A cos(pi (u + round(u))),   u = (z - lowest level) / distance of two levels
 
-``round(z)`` is not clamped to the grid. With A = 0.21 the gain is 0.035 at a level and 1 halfway between two, never
+``round(u)`` is not clamped to the grid. With A = 0.21 the gain is 0.035 at a level and 1 halfway between two, never
 more; A = 0 is the clipped straight-through estimator, and at A = 1 / (sqrt(2) pi) = 0.225 the gain reaches 0 and then
 turns negative.
 """
@@ -19,17 +19,17 @@ from torch import Tensor
 
 from ...errors import ConfigError
 from ..grids import Grid
-from .ste import STE
+from .ste import Staircase
 
 LARGEST_AMPLITUDE = 1.0 / (math.sqrt(2.0) * math.pi)
 
 
 @dataclass(frozen=True)
-class DampedFourier(STE):
+class DampedFourier(Staircase):
     """One harmonic of the surrogate (see the top of this file).
 
     Raises:
-        ConfigError: an amplitude outside [0, 0.225).
+        ConfigError: an amplitude outside [0, 0.225), or a grid whose levels are not equally far apart.
     """
 
     name: ClassVar[str] = "damped_fourier"
@@ -43,6 +43,7 @@ class DampedFourier(STE):
 
     def gain(self, z: Tensor, grid: Grid, temperature: Tensor) -> Tensor:  # type: ignore[override]
         inside = (z >= grid.values[0]) & (z <= grid.values[-1])
-        # cos(pi (z + round(z))) has period 1 in z: its argument is taken from the nearest integer
-        c = (z - torch.round(z)).mul_(math.pi).cos_().mul_(self.amplitude * math.sqrt(2.0) * math.pi)
+        # cos(pi (u + round(u))) has period 1 in u: its argument is taken from the nearest integer
+        u = self.phase(z, grid)
+        c = (u - torch.round(u)).mul_(math.pi).cos_().mul_(self.amplitude * math.sqrt(2.0) * math.pi)
         return (1.0 - c).div_(c.add_(1.0)).mul_(inside)

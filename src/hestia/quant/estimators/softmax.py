@@ -74,6 +74,10 @@ class Softmax(Estimator):
         if self.hard != "ste" and Estimator.make(self.hard).differentiates_value:
             raise ConfigError(f"softmax: the gain at temperature 0 must come from a hard estimator, got {self.hard!r}")
 
+    def check_grid(self, grid: Grid) -> None:
+        if self.hard != "ste":
+            Estimator.make(self.hard).check_grid(grid)
+
     def value(self, z: Tensor, grid: Grid, temperature: Tensor) -> Tensor:
         inverse = 1.0 / temperature.clamp_min(_VANISHING)
         if grid.is_ternary:

@@ -7,11 +7,13 @@ trust        Q(z) = nearest level,   dQ/dz := 1[|Q(z) - z| <= r half steps]    P
 
 from __future__ import annotations
 
+from abc import ABC
 from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
 
+from ...errors import ConfigError
 from ..grids import Grid
 from .base import Estimator
 
@@ -27,6 +29,26 @@ class STE(Estimator):
 
     def gain(self, z: Tensor, grid: Grid, temperature: Tensor) -> None:
         return None
+
+
+@dataclass(frozen=True)
+class Staircase(STE, ABC):
+    """Base of the estimators whose gain repeats from level to level.
+
+    Raises:
+        ConfigError: a grid whose levels are not equally far apart.
+    """
+
+    def check_grid(self, grid: Grid) -> None:
+        if grid.distance is None:
+            raise ConfigError(f"{self.name}: the levels must be equally far apart, got {grid.name}; use 'ste'")
+
+    @staticmethod
+    def phase(z: Tensor, grid: Grid) -> Tensor:
+        """``(z - lowest level) / distance`` but for a whole number: ``z`` itself on consecutive integers."""
+        assert grid.distance is not None
+        consecutive = grid.unit == grid.distance == 1.0
+        return z if consecutive else z.sub_(grid.values[0]).div_(grid.distance)
 
 
 @dataclass(frozen=True)
@@ -50,10 +72,16 @@ class Trust(STE):
 
     Inside the grid's range every weight is that near its level, so ``reach = 1`` blocks what lies beyond the outer
     levels by more than half a step: |z| > 1.5 on the ternary grid, |z| > 2 on {-1, 1}, whose step is 2.
+
+    Raises:
+        ConfigError: a reach that is not positive: nothing would be trusted.
     """
 
     name: ClassVar[str] = "trust"
     reach: float = 1.0
+
+    def __post_init__(self) -> None:
+        self.require_positive("reach")
 
     def gain(self, z: Tensor, grid: Grid, temperature: Tensor) -> Tensor:  # type: ignore[override]
         half_step = 0.5 * min(b - a for a, b in zip(grid.values, grid.values[1:], strict=False))
