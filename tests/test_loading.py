@@ -177,6 +177,7 @@ def test_a_class_that_drops_parts_of_tokenizer_json_gives_way_to_the_file(
     change: Callable[[dict[str, Any]], object],
     kind: str,
     text: str,
+    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     said: list[str] = []
@@ -189,6 +190,10 @@ def test_a_class_that_drops_parts_of_tokenizer_json_gives_way_to_the_file(
         assert tokenizer(one)["input_ids"] == written.encode(one).ids
     assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.model_max_length) == ("<s>", "</s>", 64)
     assert len(said) == 1 and f"{kind} cuts" in said[0]
+    source = loading.resolve(str(parent_copy))
+    loading.save(loading.load_model(source), source, tmp_path / "child", tokenizer)
+    for one in (text, "<s>the cat", *loading.HARD_STRINGS):
+        assert AutoTokenizer.from_pretrained(tmp_path / "child")(one)["input_ids"] == written.encode(one).ids
 
 
 def test_a_class_that_cuts_as_its_file_does_stays(parent_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -324,7 +329,7 @@ def test_a_frozen_child_carries_its_parents_tokenizer_files_byte_for_byte(parent
     source = loading.resolve(str(parent_copy))
     model = loading.load_model(source)
     loading.cast_parameters(model, torch.bfloat16)
-    loading.save(model, source, tmp_path / "child")
+    loading.save(model, source, tmp_path / "child", loading.load_tokenizer(source))
     names = {path.name for path in (tmp_path / "child").iterdir()}
     assert names == {
         "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",

@@ -35,7 +35,7 @@ from transformers.utils.hub import cached_file
 
 from . import digests
 from .errors import ConfigError
-from .files import as_os_error, read_json, require_regular
+from .files import as_os_error, read_json, require_regular, write_json
 from .progress import announce
 
 _CLIENT_ERROR: type[Exception] = HfHubHTTPError.__bases__[
@@ -427,9 +427,18 @@ COPIED = (
 )
 """Files of a parent that its frozen child carries byte for byte."""
 
+_READS_THE_FILE = (None, "PreTrainedTokenizerFast", "TokenizersBackend")
+"""Classes, by their names in transformers 4 and 5, that take all of tokenizer.json."""
 
-def save(model: PreTrainedModel, source: Source, folder: Path) -> None:
-    """Write a frozen model as a Hugging Face folder: own weights and config, the parent's tokenizer files verbatim."""
+
+def save(
+    model: PreTrainedModel, source: Source, folder: Path, tokenizer: PreTrainedTokenizerBase | None = None
+) -> None:
+    """Write a frozen model as a Hugging Face folder: own weights and config, the parent's tokenizer files verbatim.
+
+    Only where ``tokenizer``, which trained, is tokenizer.json as it is and tokenizer_config.json names another class,
+    the copy names the class that reads all of the file: AutoTokenizer then gives everyone the ids that the model knows.
+    """
     try:
         model.save_pretrained(folder)
     except SafetensorError as error:
@@ -447,6 +456,11 @@ def save(model: PreTrainedModel, source: Source, folder: Path) -> None:
             copy = folder / path.relative_to(parent)
             copy.parent.mkdir(exist_ok=True)
             shutil.copyfile(path, copy)
+    config = folder / "tokenizer_config.json"
+    if type(tokenizer) is PreTrainedTokenizerFast and config.is_file():
+        record = read_json(config)
+        if record.get("tokenizer_class") not in _READS_THE_FILE:
+            write_json(config, {**record, "tokenizer_class": "PreTrainedTokenizerFast"})
 
 
 def _leads_out(path: Path, folder: Path) -> bool:

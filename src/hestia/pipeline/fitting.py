@@ -39,7 +39,7 @@ def train_and_freeze(work: Workspace, plan: Plan) -> None:
     write_json(work.folder / DIAGNOSTICS_FILE, {**diagnostics, "collapsed": lost})
     loading.cast_parameters(model, loading.parent_dtype(work.source, work.config))
     with replacing_folder(work.folder / MODEL_FOLDER) as temporary:
-        loading.save(model, work.source, temporary)
+        loading.save(model, work.source, temporary, work.tokenizer)
     save_codes(work.folder / CODES_FILE, codes)
 
 
