@@ -1,6 +1,7 @@
 """Do the configuration files for real models hold together? Each one estimated at full size, and run at two layers.
 
     python benchmarks/configurations.py [NAME ...]
+    python benchmarks/configurations.py --estimates     these alone, which no machine decides; the runs stay as recorded
 
 estimate   `hestia estimate` of the published shapes on one GPU of 80 GB at 400 TFLOP/s and 2 TB/s
 run        `hestia quantize --config` on random weights of the real widths, heads and vocabulary, cut to two layers:
@@ -104,6 +105,7 @@ def dry_run(path: Path, shapes: Path, scratch: Path) -> dict[str, Any]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*")
+    parser.add_argument("--estimates", action="store_true")
     given = parser.parse_args()
     progress.enable()
     record: dict[str, Any] = read_json(RESULT) if RESULT.is_file() else {"schema": 1, "rows": {}}
@@ -111,10 +113,12 @@ def main() -> int:
         if given.names and path.stem not in given.names:
             continue
         shapes = ROOT / "benchmarks" / "estimate" / "configs" / f"{path.stem}.json"
-        with tempfile.TemporaryDirectory() as scratch:
-            row = {"estimate": estimated(path, shapes), "run": dry_run(path, shapes, Path(scratch))}
-        record["rows"][path.stem] = row
-        record |= {"machine": machine(torch.device("cpu")), "versions": versions()}
+        row = record["rows"].setdefault(path.stem, {})
+        row["estimate"] = estimated(path, shapes)
+        if not given.estimates:
+            with tempfile.TemporaryDirectory() as scratch:
+                row["run"] = dry_run(path, shapes, Path(scratch))
+            record |= {"machine": machine(torch.device("cpu")), "versions": versions()}
         write_json(RESULT, record)
         found = row["estimate"]
         print(f"{path.stem}: {found['peak_bytes'] / 1e9:.1f} GB, {found['hours']:.1f} h, files {list(found['files'])}")

@@ -32,7 +32,7 @@ APART = 1.035
 def tokens_figure(stage: Stage, folder: Path | None = None) -> str | None:
     """NLL against tokens, of the mean over the texts and of each text; None without two budgets.
 
-    Arms with one seed at a budget have no interval and are left out there. Hollow, dotted: without a teacher.
+    Arms with too few seeds at a budget to claim anything are left out there. Hollow, dotted: without a teacher.
     """
     everything = _budgets(stage, folder)
     if len(everything) < 2:
@@ -40,13 +40,13 @@ def tokens_figure(stage: Stage, folder: Path | None = None) -> str | None:
     some = next(iter(next(iter(everything[-1].values())).values()))
     panels = [None, *some["test"]]
     drawing, axes = _drawing(7.2, 6.2, panels=(2, (len(panels) + 1) // 2))
-    shown = [arm for arm in stage.arms if any(len(records.get(arm.name, ())) > 1 for records in everything)]
+    shown = [arm for arm in stage.arms if any(_enough(records, arm) for records in everything)]
     for axis, file in zip(axes.flat, panels, strict=False):
         for place, arm in enumerate(shown):
             points = [
                 (fmean(r["tokens"] for r in runs), *_mean_interval([_nll(r, file) for r in runs]))
                 for records in everything
-                if len(runs := list(records.get(arm.name, {}).values())) > 1
+                if (runs := _enough(records, arm))
             ]
             x, y, half = zip(*sorted(points), strict=True)
             apart = APART ** (place - len(shown) / 2)
@@ -127,6 +127,12 @@ def ranking_figure(stage: Stage, folder: Path | None = None) -> str | None:
 def _budgets(stage: Stage, folder: Path | None) -> list[Records]:
     """The results of each budget that has any, the largest last."""
     return [records for records in final_records(stage, folder or stage.folder).values() if records]
+
+
+def _enough(records: Records, arm: Arm) -> list[dict[str, Any]]:
+    """The runs of an arm; none where they are too few."""
+    runs = list(records.get(arm.name, {}).values())
+    return runs if len(runs) >= SEEDS_TO_CLAIM else []
 
 
 def _nll(run: dict[str, Any], file: str | None) -> float:
