@@ -174,8 +174,9 @@ def _answer(request: dict[str, Any]) -> np.ndarray:
             out += [len(ids), *ids]
         return np.array(out, np.int64)
     if request["do"] == "decode":
-        vocabulary = opened(8, vocab_only=True)._model.vocab
-        texts = [b"".join(_piece(llama_cpp.llama_cpp, vocabulary, token) for token in ids) for ids in request["ids"]]
+        model = opened(8, vocab_only=True)  # held while it is asked: its vocabulary goes with it
+        library, vocabulary = llama_cpp.llama_cpp, model._model.vocab
+        texts = [b"".join(_piece(library, vocabulary, token) for token in ids) for ids in request["ids"]]
         return np.array([number for text in texts for number in (len(text), *text)], np.int64)
     if request["do"] == "logits":
         length = len(request["ids"][0])
