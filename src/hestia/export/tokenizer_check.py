@@ -73,7 +73,9 @@ def _with_more_prefixes(reference: Any, text: str, wanted: list[int]) -> list[in
         elif part:
             ids += [token.id for token in backend.model.tokenize("▁" + part.replace(" ", "▁"))]
     plain = list(reference(text, add_special_tokens=False)["input_ids"])
-    start = next(i for i in range(len(wanted) + 1) if wanted[i : i + len(plain)] == plain)
+    start = next((i for i in range(len(wanted) + 1) if wanted[i : i + len(plain)] == plain), None)
+    if start is None:  # special tokens that change their neighbours: no prefix explains those
+        return wanted
     return [*wanted[:start], *ids, *wanted[start + len(plain) :]]
 
 
