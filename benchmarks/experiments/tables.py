@@ -152,6 +152,7 @@ class Answer:
         planned: how many the stage asks for.
         difference: of the mean over the texts.
         texts: of every test file.
+        kl: of the KL to the parent, mean over the texts; it is told beside the score and no claim rests on it.
         adjusted_p: Holm's over all differences of the question; None with too few seeds to claim anything.
     """
 
@@ -161,6 +162,7 @@ class Answer:
     planned: int
     difference: PairedDifference
     texts: Mapping[str, PairedDifference]
+    kl: PairedDifference
     adjusted_p: float | None
 
     @property
@@ -192,6 +194,7 @@ def answers(stage: Stage, question: Question, records: Records) -> list[Answer]:
                     file: paired_difference(_nlls(ours, shared, file), _nlls(theirs, shared, file))
                     for file in stage.texts.test
                 },
+                kl=paired_difference(*([runs[s]["kl_to_parent"] for s in shared] for runs in (ours, theirs))),
                 adjusted_p=None,
             )
         )
@@ -282,21 +285,22 @@ def budget_table(made: Sequence[Row], baseline: str, parent: float) -> str:
 
 
 def question_table(question: Question, found: Sequence[Answer]) -> str:
-    """One arm minus another: the difference of the mean, what Holm leaves of it, and that of every text."""
+    """One arm minus another: the difference of the mean, what Holm leaves of it, that of every text, and that of KL."""
     files = list(found[0].texts)
     lines = [
         f"### {question.title}",
         "",
         f"Holm's correction is over {len(question.differences)}.",
         "",
-        f"| | seeds | nats a token | Holm p | | {' | '.join(files)} |",
-        "|---|--:|--:|--:|---|" + "--:|" * len(files),
+        f"| | seeds | nats a token | Holm p | | {' | '.join(files)} | KL to the parent |",
+        "|---|--:|--:|--:|---|" + "--:|" * (len(files) + 1),
     ]
     for answer in found:
         p = "-" if answer.adjusted_p is None else f"{answer.adjusted_p:.2g}"
         what = f"{answer.arm} − {answer.other}"
         cells = [what, str(answer.seeds), interval(answer.difference, 4), p, answer.verdict]
-        lines.append(f"| {' | '.join([*cells, *(interval(answer.texts[file], 4) for file in files)])} |")
+        rest = [interval(difference, 4) for difference in (*(answer.texts[file] for file in files), answer.kl)]
+        lines.append(f"| {' | '.join([*cells, *rest])} |")
     return "\n".join(lines)
 
 

@@ -67,7 +67,7 @@ def write_result(job: stages.Job, nll: float, folder: Path, **other: Any) -> Non
         "texts": TEXTS,
         "diverged": None,
         "nll": nll,
-        "kl_to_parent": 0.5,
+        "kl_to_parent": nll / 4,
         "top1_agreement": 0.25,
         "zero_share": 0.3,
         "flip_rate": 0.1,
@@ -154,11 +154,13 @@ def test_a_question_is_answered_over_the_seeds_that_both_have(stage: stages.Stag
     assert [found[name].adjusted_p for name in ("same", "ste", "control")] == pytest.approx(adjusted[:3])
     assert found["same"].difference.mean == pytest.approx((-0.51 - 0.47 - 0.53) / 3)
     assert found["same"].texts["d"] == found["same"].difference  # by construction: both texts shift alike
+    assert found["same"].kl.mean == pytest.approx(found["same"].difference.mean / 4)
     assert {name: answer.verdict for name, answer in found.items()} == {
         "same": "**win**", "young": "2 of 3 seeds", "ste": "**win**", "control": "loss",
     }  # fmt: skip
     section = tables.section(stage, tmp_path / "results")
     assert "Holm's correction is over 5." in section and "| same − control | 3 | +1.0033 [" in section
+    assert " | d | KL to the parent |" in section and "] | −0.1258 [" in section
 
 
 def test_a_question_about_no_arm_is_refused(tmp_path: Path) -> None:
