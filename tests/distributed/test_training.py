@@ -17,7 +17,7 @@ import hestia
 from hestia import processes as group
 from hestia.errors import ConfigError
 from hestia.training import TrainConfig
-from hestia.training.trainer import _blocks_a_process
+from hestia.training.arguments import blocks_a_process
 
 WORKER = Path(__file__).parent / "train_worker.py"
 
@@ -134,7 +134,7 @@ def test_a_rate_that_diverges_on_one_process_is_passed_over_by_all(tmp_path: Pat
 
 def test_a_batch_that_cannot_be_shared_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     config = TrainConfig(steps=1, batch_size=6, accumulation=2, learning_rate=1e-3)
-    assert _blocks_a_process(config) == 3
+    assert blocks_a_process(config) == 3
     monkeypatch.setattr(group, "world_size", lambda: 2)
     with pytest.raises(ConfigError, match=r"--batch-size 6 .* 2 processes in 2 micro-batches; choose a multiple of 4"):
-        _blocks_a_process(config)
+        blocks_a_process(config)

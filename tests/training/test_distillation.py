@@ -14,8 +14,8 @@ from toy_training import blocks, converted, log_rows, trainer
 
 from hestia.errors import ConfigError
 from hestia.training.distillation import DIVERGENCES, Distillation, head_share
+from hestia.training.stream import BlockStream
 from hestia.training.teacher import Teacher
-from hestia.training.trainer import BlockStream
 
 
 def distributions(rows: int = 7, words: int = 11, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:

@@ -19,7 +19,7 @@ from hestia.quant import Grid, WeightedRule
 from hestia.quant.family import Member
 from hestia.quant.scales import Scales
 from hestia.training import TrainConfig
-from hestia.training.trainer import parameter_groups
+from hestia.training.optimizer import parameter_groups
 
 
 def codes(model: Any) -> dict[str, list[Any]]:
@@ -118,7 +118,7 @@ def test_the_pull_is_decoupled_and_late(tmp_path: Path) -> None:
     layer = dict(quantized_modules(model))["model.layers.0.mlp.up_proj"]
     seen: list[torch.Tensor] = []
     spies = [At(k, lambda m: seen.append(layer.weight.detach().clone())) for k in range(4)]
-    flat = {"schedule": hestia.training.trainer.LearningRateSchedule(warmup=0.0, decay=0.0)}
+    flat = {"schedule": hestia.schedules.LearningRateSchedule(warmup=0.0, decay=0.0)}
     run = trainer(tmp_path / "run", model, plan, steps=4, weight_decay=0.0, callbacks=spies, **flat)  # type: ignore[arg-type]
     run.fit()
     assert torch.equal(seen[0], seen[1]) and torch.equal(seen[1], seen[2]) and torch.equal(seen[2], seen[3])

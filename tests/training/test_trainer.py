@@ -19,7 +19,9 @@ from hestia.evaluation import model_logits, score
 from hestia.nn import knobs_of, quantized_modules
 from hestia.schedules import LearningRateSchedule
 from hestia.training import TrainConfig, check_loggers
-from hestia.training.trainer import BlockStream, _arguments, saturated_share
+from hestia.training.arguments import arguments
+from hestia.training.stream import BlockStream
+from hestia.training.watch import saturated_share
 
 
 class Recorder(TrainerCallback):
@@ -70,16 +72,16 @@ def test_one_process_takes_its_batch_once_whatever_gpus_it_sees(
     tmp_path: Path, two_gpus: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said: list[str] = []
-    monkeypatch.setattr("hestia.training.trainer.announce", said.append)
+    monkeypatch.setattr("hestia.training.arguments.announce", said.append)
     config = TrainConfig(steps=1, batch_size=4, learning_rate=1e-3, bf16=False)
-    arguments = _arguments(config, tmp_path)
-    assert (arguments.device.type, arguments.n_gpu, arguments.train_batch_size) == ("cuda", 1, 4)
+    made = arguments(config, tmp_path)
+    assert (made.device.type, made.n_gpu, made.train_batch_size) == ("cuda", 1, 4)
     assert said == ["one of 2 GPUs is used; torchrun --nproc-per-node 2 uses all"]
 
 
 def test_the_cpu_is_used_where_it_was_asked_for(tmp_path: Path, two_gpus: None) -> None:
     config = TrainConfig(steps=1, batch_size=4, learning_rate=1e-3, bf16=False, device="cpu")
-    assert _arguments(config, tmp_path).device.type == "cpu"
+    assert arguments(config, tmp_path).device.type == "cpu"
     with pytest.raises(ConfigError, match="device must be auto, cpu or cuda, got 'gpu'"):
         TrainConfig(steps=1, batch_size=4, learning_rate=1e-3, device="gpu")
 

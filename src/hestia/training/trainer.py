@@ -5,12 +5,11 @@ without pickle, guards, and a log that keeps the soft training loss and the hard
 from __future__ import annotations
 
 import json
-import math
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,127 +17,33 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler, SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import SaveStrategy
 
 from .. import digests, processes
-from ..data import Blocks, epoch_order
-from ..data.noise import noisy
-from ..errors import ConfigError, nearest
+from ..data import Blocks
+from ..errors import ConfigError
 from ..evaluation import model_logits, shared_score
 from ..files import read_json, write_text
 from ..nn import knobs_of, quantized_modules
 from ..nn.shards import whole
 from ..plans import Plan
 from ..progress import announce
-from ..schedules import LearningRateSchedule
 from . import checkpoints, fingerprints
+from .arguments import arguments
 from .callback import QATCallback
-from .distillation import Distillation
+from .config import TrainConfig, that_moves
 from .guards import Interrupted, StopSignals, check_gradients, check_loss, check_state
+from .optimizer import adamw, scheduler
 from .progress import ProgressBar
+from .stream import BlockStream, stack
 from .teacher import HeadInput, Teacher, plain_head
-from .watch import SpikeWatch, collapsed_layers
+from .watch import SpikeWatch, collapsed_layers, saturated_share
 
 LOG_FILE = "log.jsonl"
 CHECKPOINTS = "checkpoints"
 SAVE_SECONDS = 30 * 60.0
 """Seconds after which a run that saves at all is saved, wherever ``save_every`` stands."""
-
-_BYSTANDERS = {"log_every", "eval_every", "save_every", "eval_blocks", "keep", "report_to", "device", "teacher"}
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """How to train; the defaults are the paper's where it gives one (Hestia, arXiv:2601.20745).
-
-    Attributes:
-        steps: optimizer steps.
-        batch_size: blocks a step in all, over processes and accumulation.
-        accumulation: micro-batches a step.
-        learning_rate: peak rate.
-        schedule: warm-up, constant, decay.
-        betas, weight_decay, clip: AdamW and gradient clipping (0: none); vectors (norms, biases) are not decayed.
-        scale_rate, norm_rate, embedding_rate: factors on the learning rate of learned scales, of norms and biases (all
-            other vectors), and of embeddings (with a tied head).
-        distill: the teacher's share in the loss; None trains on cross entropy alone.
-        teacher: the teacher's name or path, for the record; the model itself is given to the trainer.
-        train_embeddings: False freezes embeddings, and with them a tied head.
-        bf16: bf16 autocast over fp32 weights.
-        gradient_checkpointing: recompute activations in the backward pass.
-        compile: run the model through torch.compile.
-        seed: order of the data and every random draw.
-        log_every, eval_every, save_every: steps; 0 means never. A run that is saved is so every half hour, too.
-        eval_blocks: held-out blocks of the logged hard loss.
-        keep: checkpoints that rotation leaves.
-        report_to: the Trainer's loggers, such as ("tensorboard",).
-        device: "cpu", "cuda", or "auto": CUDA where there is any.
-    """
-
-    steps: int
-    batch_size: int
-    learning_rate: float
-    accumulation: int = 1
-    schedule: LearningRateSchedule = field(default_factory=LearningRateSchedule)
-    betas: tuple[float, float] = (0.9, 0.95)
-    weight_decay: float = 0.01
-    clip: float = 1.0
-    scale_rate: float = 1.0
-    norm_rate: float = 1.0
-    embedding_rate: float = 1.0
-    distill: Distillation | None = None
-    teacher: str = ""
-    train_embeddings: bool = True
-    bf16: bool = True
-    gradient_checkpointing: bool = False
-    compile: bool = False
-    seed: int = 0
-    log_every: int = 10
-    eval_every: int = 0
-    save_every: int = 0
-    eval_blocks: int = 32
-    keep: int = 2
-    report_to: tuple[str, ...] = ()
-    device: str = "auto"
-
-    def __post_init__(self) -> None:
-        if self.device not in ("auto", "cpu", "cuda"):
-            raise ConfigError(f"device must be auto, cpu or cuda, got {self.device!r}")
-        for name in ("scale_rate", "norm_rate", "embedding_rate"):
-            if not 0.0 <= getattr(self, name) < math.inf:
-                raise ConfigError(f"{name} must be 0 or a positive number, got {getattr(self, name)}")
-
-
-class BlockStream(Dataset[dict[str, Tensor]]):
-    """Example i of a run: epoch i // n, position i % n of that epoch's order. A pure function of seed and i.
-
-    Args:
-        blocks: n blocks.
-        examples: of the run.
-        seed: of the order and the noise.
-        noise: share of the tokens that are replaced; the labels are not.
-        vocabulary: tokens to replace them by.
-    """
-
-    def __init__(self, blocks: Blocks, examples: int, seed: int, *, noise: float = 0.0, vocabulary: int = 0) -> None:
-        self.blocks, self.examples, self.seed = blocks, examples, seed
-        self.noise, self.vocabulary = noise, vocabulary
-        self._epoch: tuple[int, Tensor] | None = None
-
-    def __len__(self) -> int:
-        return self.examples
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        epoch, position = divmod(index, len(self.blocks))
-        if self._epoch is None or self._epoch[0] != epoch:
-            self._epoch = (epoch, epoch_order(len(self.blocks), self.seed, epoch))
-        row = int(self._epoch[1][position])
-        ids = self.blocks.input_ids[row].long()
-        labels = torch.where(self.blocks.loss_mask[row], ids, -100)
-        if self.noise:
-            ids = noisy(ids, self.noise, self.vocabulary, self.seed, index)
-        return {"input_ids": ids, "labels": labels}
 
 
 class HestiaTrainer(Trainer):
@@ -200,10 +105,10 @@ class HestiaTrainer(Trainer):
         stream = BlockStream(train, config.steps * config.batch_size, config.seed, **noise)
         super().__init__(
             model=model,
-            args=_arguments(config, folder),
+            args=arguments(config, folder / CHECKPOINTS),
             train_dataset=stream,
             eval_dataset=stream,
-            data_collator=_stack,
+            data_collator=stack,
             callbacks=[
                 QATCallback(plan),
                 _SaveCallback(self._signals),
@@ -261,7 +166,7 @@ class HestiaTrainer(Trainer):
         """The step of a checkpoint; another run's is refused, and what differs is named."""
         record = read_json(checkpoint / checkpoints.STATE, schema=checkpoints.SCHEMA)
         before, now = record["fingerprint"], fingerprints.plain(self.fingerprint())
-        before = {**before, "config": _that_moves(fingerprints.completed(before["config"], self.config))}
+        before = {**before, "config": that_moves(fingerprints.completed(before["config"], self.config))}
         differing = {name: fingerprints.differences(before.get(name), now[name], name) for name in now}
         if any(differing.values()):
             names = " and another ".join(name for name, lines in differing.items() if lines)
@@ -284,7 +189,7 @@ class HestiaTrainer(Trainer):
         if self._fingerprint is None:
             self._fingerprint = {
                 "plan": fingerprints.of_plan(self.plan),
-                "config": _that_moves(asdict(self.config)),
+                "config": that_moves(asdict(self.config)),
                 "data": fingerprints.of_blocks(self._train),
                 "teacher": None if self._teacher is None else digests.of_tensors(self._teacher.model.state_dict()),
             }
@@ -299,10 +204,7 @@ class HestiaTrainer(Trainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW over trainable parameters; matrices decay, vectors do not. Each kind may have a rate of its own."""
         if self.optimizer is None:
-            groups = parameter_groups(model or self.model, self.config)  # type: ignore[arg-type]
-            self.optimizer = torch.optim.AdamW(
-                groups, lr=self.config.learning_rate, betas=self.config.betas, fused=True
-            )
+            self.optimizer = adamw(model or self.model, self.config)  # type: ignore[arg-type]
         return self.optimizer
 
     def create_scheduler(
@@ -310,11 +212,8 @@ class HestiaTrainer(Trainer):
     ) -> torch.optim.lr_scheduler.LambdaLR:
         """The warm-up, constant, decay schedule; step k of N has the rate of t = (k + 1) / N."""
         if self.lr_scheduler is None:
-            schedule = self.config.schedule
-            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
-                optimizer or self.optimizer,  # type: ignore[arg-type]
-                lambda step: schedule.factor(min(1.0, (step + 1) / num_training_steps)),
-            )
+            made: Any = optimizer or self.optimizer
+            self.lr_scheduler = scheduler(made, self.config.schedule, num_training_steps)
             self._created_lr_scheduler = True
         return self.lr_scheduler  # type: ignore[return-value]
 
@@ -479,35 +378,6 @@ class HestiaTrainer(Trainer):
             checkpoints.load_random(Path(checkpoint))
 
 
-def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
-    """AdamW's groups, by decay and by factor on the learning rate, without empty ones.
-
-    With all factors 1 they are two: matrices, which decay, and vectors, which do not.
-    """
-    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    groups: dict[tuple[bool, float], list[nn.Parameter]] = {(True, 1.0): [], (False, 1.0): []}
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        matrix, factor = parameter.ndim >= 2, 1.0
-        if id(parameter) in embeddings:
-            factor = config.embedding_rate
-        elif "._hestia." in name:
-            factor = config.scale_rate
-        elif not matrix:
-            factor = config.norm_rate
-        groups.setdefault((matrix, factor), []).append(parameter)
-    return [
-        {
-            "params": parameters,
-            "weight_decay": config.weight_decay if matrix else 0.0,
-            "lr": config.learning_rate * factor,
-        }
-        for (matrix, factor), parameters in groups.items()
-        if parameters
-    ]
-
-
 def _head_input(model: nn.Module, train: Blocks) -> HeadInput | None:
     """What keeps the input of the model's head, where the head is a linear layer without a bias and nothing else."""
     device = next(model.parameters()).device
@@ -530,31 +400,6 @@ def _checked_teacher(teacher: nn.Module | None, config: TrainConfig, model: nn.M
 
 def _vocabulary(model: Any) -> int:
     return int(model.get_output_embeddings().weight.shape[0])
-
-
-@torch.no_grad()
-def saturated_share(model: nn.Module, below: float = 0.1) -> float:
-    """Share of quantized weights whose surrogate gain is under ``below``: they hardly learn any more."""
-    stuck = total = 0.0
-    for _, module in quantized_modules(model):
-        total += module.weight.numel()
-        gain = module.gain()
-        if gain is not None:
-            stuck += float((gain < below).sum())
-    return stuck / max(1.0, total)
-
-
-def check_loggers(names: Sequence[str]) -> None:
-    """Check that the Trainer could report to these loggers.
-
-    Raises:
-        ConfigError: no such logger (the nearest is named), or its package is not installed.
-    """
-    for name in names:
-        if name not in INTEGRATION_TO_CALLBACK:
-            raise ConfigError(f"--report-to {name!r}: {nearest(name, INTEGRATION_TO_CALLBACK)}")
-        if name not in get_available_reporting_integrations():
-            raise ConfigError(f"--report-to {name}: its package is not installed; install it first")
 
 
 class _SaveCallback(TrainerCallback):
@@ -597,68 +442,12 @@ class _WatchCallback(TrainerCallback):
         self.trainer.watch_step()
 
 
-def _arguments(config: TrainConfig, folder: Path) -> TrainingArguments:
-    arguments = TrainingArguments(
-        output_dir=str(folder / CHECKPOINTS),
-        max_steps=config.steps,
-        per_device_train_batch_size=_blocks_a_process(config),
-        ddp_find_unused_parameters=False,  # every parameter of a causal language model has a part in the loss
-        gradient_accumulation_steps=config.accumulation,
-        learning_rate=config.learning_rate,
-        max_grad_norm=config.clip or math.inf,  # the Trainer would skip norm and guard at 0
-        bf16=config.bf16,
-        torch_compile=config.compile,
-        seed=config.seed,
-        logging_steps=max(1, config.log_every),
-        logging_strategy="steps" if config.log_every else "no",
-        logging_nan_inf_filter=False,  # it would hide a NaN in the log
-        eval_strategy="steps" if config.eval_every else "no",
-        eval_steps=config.eval_every or None,
-        save_strategy="steps" if config.save_every else "no",
-        save_steps=config.save_every or 500,
-        report_to=list(config.report_to) or "none",
-        disable_tqdm=True,
-        dataloader_pin_memory=False,
-        remove_unused_columns=False,
-        use_cpu=config.device == "cpu" or not torch.cuda.is_available(),
-    )
-    if arguments.n_gpu > 1:  # the Trainer would take the batch that many times, and copy the model at every step
-        if config.log_every:
-            announce(f"one of {arguments.n_gpu} GPUs is used; torchrun --nproc-per-node {arguments.n_gpu} uses all")
-        arguments._n_gpu = 1
-    return arguments
-
-
-def _blocks_a_process(config: TrainConfig) -> int:
-    """Blocks of one process and micro-batch: ``batch_size`` counts those of all processes.
-
-    Raises:
-        ConfigError: they cannot be shared out evenly.
-    """
-    parts = config.accumulation * processes.world_size()
-    if config.batch_size % parts:
-        raise ConfigError(
-            f"--batch-size {config.batch_size} cannot be shared out evenly between {processes.world_size()} processes "
-            f"in {config.accumulation} micro-batches; choose a multiple of {parts}"
-        )
-    return config.batch_size // parts
-
-
-def _that_moves(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of a configuration that moves a weight."""
-    return {name: value for name, value in config.items() if name not in _BYSTANDERS}
-
-
 def _step_of(line: str) -> int:
     """The step of a log line; the pilot's lines have none, half a line from a killed process belongs to no step."""
     try:
         return int(json.loads(line).get("step", 0))
     except (ValueError, TypeError, AttributeError, RecursionError):
         return sys.maxsize
-
-
-def _stack(examples: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    return {key: torch.stack([example[key] for example in examples]) for key in examples[0]}
 
 
 def _state_record(state: TrainerState) -> Mapping[str, Any]:

@@ -65,3 +65,15 @@ def collapsed_layers(model: nn.Module) -> dict[str, str]:
     """The same of a model in training, by the codes it would freeze to now; in memory are one layer's at a time."""
     found = {path: collapse_of(layer.codes().codes) for path, layer in quantized_modules(model)}
     return {path: how for path, how in found.items() if how is not None}
+
+
+@torch.no_grad()
+def saturated_share(model: nn.Module, below: float = 0.1) -> float:
+    """Share of quantized weights whose surrogate gain is under ``below``: they hardly learn any more."""
+    stuck = total = 0.0
+    for _, module in quantized_modules(model):
+        total += module.weight.numel()
+        gain = module.gain()
+        if gain is not None:
+            stuck += float((gain < below).sum())
+    return stuck / max(1.0, total)
