@@ -158,7 +158,7 @@ def test_a_run_from_the_hub_goes_on_with_its_commits_whatever_the_hub_says_today
     job: Job, toy_parent: Path, tmp_path: Path, invoke: Invoke, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The hub: every commit of owner/parent and owner/teacher holds the toy; which one was read is kept."""
-    hub, read, from_the_hub = SimpleNamespace(today="first"), set[tuple[str, str]](), loading._read
+    hub, read, from_the_hub = SimpleNamespace(today="first"), set[tuple[str, str]](), loading.reading.read
 
     def model_info(self: Any, name: str, *, revision: str | None, timeout: float) -> Any:
         if not hub.today:
@@ -171,9 +171,9 @@ def test_a_run_from_the_hub_goes_on_with_its_commits_whatever_the_hub_says_today
             source = dataclasses.replace(source, location=str(toy_parent))
         return from_the_hub(source, what, reader, **options)
 
-    monkeypatch.setattr(loading.HfApi, "model_info", model_info)
-    monkeypatch.setattr(loading, "_read", reading)
-    monkeypatch.setattr(loading, "snapshot_download", lambda *_, **__: toy_parent)
+    monkeypatch.setattr(loading.sources.HfApi, "model_info", model_info)
+    monkeypatch.setattr(loading.reading, "read", reading)
+    monkeypatch.setattr(loading.saving, "snapshot_download", lambda *_, **__: toy_parent)
     words = ["--teacher", "owner/teacher", "--resume", "--calibrate", "0"]
     run, begun = tmp_path / "run", {(name, f"first of {name}") for name in ("owner/parent", "owner/teacher")}
     for hub.today in ("first", "second", ""):

@@ -305,14 +305,14 @@ def test_trust_in_a_models_code_reaches_the_teacher_and_what_is_compared_with(
     invoke: Invoke, toy_parent: Path, parent_copy: Path, toy_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trusted: dict[str, set[bool]] = {}
-    read = loading._read
+    read = loading.reading.read
 
     def reading(source: loading.Source, what: str, reader: Any, **options: Any) -> Any:
         if "trust_remote_code" in options:  # what only fetches a file runs no code
             trusted.setdefault(source.name, set()).add(options["trust_remote_code"])
         return read(source, what, reader, **options)
 
-    monkeypatch.setattr(loading, "_read", reading)
+    monkeypatch.setattr(loading.reading, "read", reading)
     more = ["--data", toy_text, "--seq-len", "32", "--trust-remote-code"]
     assert invoke("eval", toy_parent, "--against", parent_copy, *more, "--eval-tokens", "64")[0] == 0
     assert trusted == {str(toy_parent): {True}, str(parent_copy): {True}}

@@ -1,0 +1,29 @@
+"""Model and tokenizer in: the one door to transformers below training and the exporters.
+
+Weights are read from safetensors only, code that a model folder may carry is never run unless asked for, and a hub id
+is resolved to a commit first, so that a run records exactly what it started from.
+"""
+
+from .configs import load_config
+from .models import cast_parameters, empty_model, load_model, parent_dtype
+from .saving import save
+from .sources import Source, config_source, content, fingerprint, license_of, resolve
+from .tokenizers import check_vocabulary, hard_texts, load_tokenizer
+
+__all__ = [
+    "Source",
+    "cast_parameters",
+    "check_vocabulary",
+    "config_source",
+    "content",
+    "empty_model",
+    "fingerprint",
+    "hard_texts",
+    "license_of",
+    "load_config",
+    "load_model",
+    "load_tokenizer",
+    "parent_dtype",
+    "resolve",
+    "save",
+]

@@ -1,0 +1,63 @@
+"""A model's configuration, refused where its sizes are no model's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, PretrainedConfig
+
+from ..errors import ConfigError
+from ..files import read_json
+from ..progress import announce
+from . import reading
+from .sources import Source
+
+LARGEST = {
+    "num_hidden_layers": 10_000, "hidden_size": 1 << 20, "intermediate_size": 1 << 24, "vocab_size": 1 << 26,
+    "num_attention_heads": 1 << 14, "num_key_value_heads": 1 << 14, "head_dim": 1 << 16, "num_experts": 1 << 16,
+    "num_local_experts": 1 << 16, "n_routed_experts": 1 << 16, "num_labels": 1 << 20,
+}  # fmt: skip
+"""Sizes in config.json and what no model comes near: beyond it, building the empty model would take the machine."""
+
+
+def load_config(source: Source, *, trust_remote_code: bool = False) -> Any:
+    """The model's configuration.
+
+    Raises:
+        ConfigError: it is damaged, or its architecture needs code from the model folder.
+    """
+    config = read_config(source, trust_remote_code)
+    own = getattr(config, "auto_map", None)
+    if own and not trust_remote_code:
+        names = sorted({str(name) for name in own.values()}) if isinstance(own, dict) else [str(own)]
+        announce(f"{source.name}: config.json names code of its own ({', '.join(names)}); it is not run")
+    return config
+
+
+def read_config(source: Source, trust_remote_code: bool) -> Any:
+    """The same without a word about code that is not run."""
+    if source.is_local:
+        place = Path(source.location)
+        record = read_json(place if place.is_file() else place / "config.json")
+        if not isinstance(record.get("model_type"), str):
+            raise ConfigError(f"{source.name}: config.json names no model_type, so no architecture can be chosen")
+        _check_sizes(source, record)
+    config = reading.read(source, "config.json", AutoConfig.from_pretrained, trust_remote_code=trust_remote_code)
+    _check_sizes(source, config.to_dict())
+    text = config.get_text_config()
+    if not isinstance(text, PretrainedConfig):
+        raise ConfigError(f"{source.name}: config.json: its text_config is no configuration")
+    _check_sizes(source, text.to_dict())
+    return config
+
+
+def _check_sizes(source: Source, record: dict[str, Any]) -> None:
+    for name, largest in LARGEST.items():
+        value = record.get(name)
+        least = 0 if "experts" in name else 1  # a family's dense members have none
+        # Some configurations hold one size a layer, or none.
+        if isinstance(value, (int, float)) and not least <= value <= largest:
+            raise ConfigError(
+                f"{source.name}: config.json: {name} must lie between {least} and {largest}, got {value:.12g}"
+            )

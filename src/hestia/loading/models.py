@@ -1,0 +1,116 @@
+"""The model: all of its weights in fp32, or its shapes alone; and the dtype that it goes back to."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from ..errors import ConfigError
+from . import reading
+from .configs import read_config
+from .sources import Source
+
+SPARE = 1.5
+"""Weights that a configuration may describe, a stored one: shared and derived ones are counted, nothing else."""
+
+
+def load_model(source: Source, *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The model in fp32 and eval mode, on the CPU; ``parent_dtype`` tells what it was stored in.
+
+    Raises:
+        ConfigError: damaged files, weights that are missing for the configured architecture, of another shape or not
+            finite, remote code needed.
+    """
+    if source.is_local and not trust_remote_code:
+        _check_described(source, read_config(source, trust_remote_code), trust_remote_code)
+    with contextlib.redirect_stderr(io.StringIO()):  # compressed-tensors draws a bar for each of its stages
+        loaded = reading.read(
+            source,
+            "model weights",
+            AutoModelForCausalLM.from_pretrained,
+            dtype=torch.float32,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
+            trust_remote_code=trust_remote_code,
+        )
+    model, info = loaded
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ConfigError(f"{source.name}: the checkpoint lacks {len(missing)} weights, the first is {missing[0]}")
+    mismatched = sorted(map(str, info.get("mismatched_keys", ())))
+    if mismatched:
+        raise ConfigError(f"{source.name}: weights of another shape than in config.json, first {mismatched[0]}")
+    for name, parameter in model.named_parameters():
+        if not bool(torch.isfinite(parameter).all()):
+            raise ConfigError(f"{source.name}: {name} holds NaN or infinity; the checkpoint is damaged")
+    model.eval()
+    return model
+
+
+def empty_model(source: Source, config: Any, *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The model's modules on the meta device: every shape, no weight.
+
+    Raises:
+        ConfigError: transformers has no causal language model for this configuration.
+    """
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except reading.ERRORS as error:
+        raise ConfigError(f"{source.name}: not a causal language model ({reading.first_line(error)})") from None
+
+
+def _check_described(source: Source, config: Any, trust_remote_code: bool) -> None:
+    """Refuse a configuration of far more weights than the files hold: they would be drawn before they are missed."""
+    empty = empty_model(source, config, trust_remote_code=trust_remote_code)
+    described = sum(parameter.numel() for parameter in empty.parameters())
+    stored = 0
+    for path in sorted(Path(source.location).glob("*.safetensors")):
+        with safe_open(path, framework="pt") as handle:
+            for name in handle.keys():  # noqa: SIM118 - not a mapping
+                piece = handle.get_slice(name)
+                numbers = math.prod(piece.get_shape())
+                packed = piece.get_dtype() not in ("F64", "F32", "F16", "BF16")
+                stored += 32 * numbers if packed else numbers  # an integer may hold many low-bit weights
+    if described > SPARE * stored + 1_000_000:
+        raise ConfigError(
+            f"{source.name}: the checkpoint lacks weights: config.json describes {described:,} weights, "
+            f"the safetensors files hold {stored:,}"
+        )
+
+
+def parent_dtype(source: Source, config: Any) -> torch.dtype:
+    """The dtype the checkpoint is stored in, to which a frozen model returns."""
+    dtype = getattr(config, "dtype", None)
+    if isinstance(dtype, str):
+        dtype = getattr(torch, dtype, None)
+    if dtype is None and source.is_local:
+        dtype = _first_float_dtype(Path(source.location))
+    return dtype if dtype in (torch.float32, torch.float16, torch.bfloat16) else torch.float32
+
+
+def _first_float_dtype(folder: Path) -> torch.dtype | None:
+    names = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as handle:
+            for name in handle.keys():  # noqa: SIM118 - not a mapping
+                found = names.get(handle.get_slice(name).get_dtype())
+                if found is not None:
+                    return found
+    return None
+
+
+def cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:
+    """Cast every floating parameter of a frozen model to ``dtype``, in place (buffers keep theirs)."""
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)

@@ -1,0 +1,171 @@
+"""Folders and hub ids: what is refused before anything is read, and what pins a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+from hestia import loading
+from hestia.errors import ConfigError
+
+
+def _remove(*names: str) -> Callable[[Path], None]:
+    return lambda folder: [(folder / name).unlink() for name in names] and None
+
+
+def _write(name: str, content: bytes) -> Callable[[Path], None]:
+    def write(folder: Path) -> None:
+        (folder / name).write_bytes(content)
+
+    return write
+
+
+INDEX = b'{"weight_map": {"a": "model.safetensors", "b": "model-00002-of-00002.safetensors"}}'
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (_remove("config.json"), "no config.json"),
+        (_remove("model.safetensors"), "no .safetensors weights. Convert the checkpoint"),
+        (_write("model.safetensors", b""), "damaged or truncated safetensors file"),
+        (_write("model.safetensors", b"\xff" * 64), "damaged or truncated safetensors file"),
+        (_write("model.safetensors.index.json", b"{"), "damaged index"),
+        (_write("model.safetensors.index.json", b"[1]"), "damaged index"),
+        (_write("model.safetensors.index.json", INDEX), "model-00002-of-00002.safetensors, which are not there"),
+    ],
+)
+def test_a_damaged_folder_is_refused_before_any_weight_is_read(
+    parent_copy: Path, damage: Callable[[Path], None], message: str
+) -> None:
+    damage(parent_copy)
+    with pytest.raises(ConfigError, match=message.replace(".", r"\.")):
+        loading.resolve(str(parent_copy))
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".pt", ".pth", ".ckpt"])
+def test_pickled_weights_are_named_and_left_alone(parent_copy: Path, suffix: str) -> None:
+    (parent_copy / "model.safetensors").rename(parent_copy / f"weights{suffix}")
+    with pytest.raises(ConfigError, match=rf"weights\{suffix}, and pickled weights can run code"):
+        loading.resolve(str(parent_copy))
+
+
+def test_pickled_weights_beside_safetensors_are_not_read(parent_copy: Path) -> None:
+    (parent_copy / "pytorch_model.bin").write_bytes(b"\x80\x04not a model")
+    assert loading.load_model(loading.resolve(str(parent_copy))).num_parameters() > 0
+
+
+@pytest.mark.parametrize("name", ["./nothing", "/nothing/at/all", "a/b/c", "~/model"])
+def test_a_name_that_is_a_path_is_not_asked_of_the_hub(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("the hub was asked")
+
+    monkeypatch.setattr(loading.sources.HfApi, "model_info", never)
+    with pytest.raises(ConfigError, match="no such model folder"):
+        loading.resolve(name)
+
+
+def test_a_file_is_no_model_folder(toy_parent: Path) -> None:
+    with pytest.raises(ConfigError, match="no such model folder"):
+        loading.resolve(str(toy_parent / "config.json"))
+
+
+def test_a_hub_id_is_pinned_to_its_commit(monkeypatch: pytest.MonkeyPatch) -> None:
+    commits = {None: "0123abcd", "v1": "4567cdef", "refs/pr/2": "89abcdef"}
+    info = type("Info", (), {})
+
+    def asked(self: Any, name: str, *, revision: str | None, timeout: float) -> Any:
+        assert name == "owner/name"
+        found = info()
+        found.sha = commits[revision]
+        return found
+
+    monkeypatch.setattr(loading.sources.HfApi, "model_info", asked)
+    source = loading.resolve("owner/name")
+    assert (source.location, source.commit, source.is_local) == ("owner/name", "0123abcd", False)
+    for revision in ("v1", "refs/pr/2"):
+        source = loading.resolve(f"owner/name@{revision}")
+        assert (source.name, source.location, source.commit) == (
+            f"owner/name@{revision}",
+            "owner/name",
+            commits[revision],
+        )
+
+
+def test_a_commit_that_is_known_is_not_asked_for(monkeypatch: pytest.MonkeyPatch, toy_parent: Path) -> None:
+    monkeypatch.setattr(loading.sources.HfApi, "model_info", lambda *_, **__: pytest.fail("the hub was asked"))
+    whole = "0123456789abcdef" * 2 + "01234567"
+    source = loading.resolve(f"owner/name@{whole}")
+    assert (source.location, source.commit) == ("owner/name", whole)
+    assert loading.resolve("owner/name@main", "c0ffee").commit == "c0ffee"
+    assert loading.resolve(str(toy_parent), "c0ffee").is_local
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (HFValidationError("bad"), "not a hub id"),
+        (OSError("no network\nand more"), "the hub could not be asked (OSError: no network)"),
+        (TimeoutError(), "the hub could not be asked (TimeoutError: )"),
+        (None, "the hub could not be asked"),
+    ],
+)
+def test_a_hub_that_does_not_answer_is_one_sentence(
+    error: Exception | None, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class NotFoundError(HfHubHTTPError):
+        def __init__(self) -> None:
+            Exception.__init__(self, "404 Not Found")
+
+    def fails(*_: object, **__: object) -> None:
+        raise error or NotFoundError()
+
+    monkeypatch.setattr(loading.sources.HfApi, "model_info", fails)
+    with pytest.raises(ConfigError) as caught:
+        loading.resolve("owner/name")
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("card", "found"),
+    [
+        ("---\nlanguage: en\nlicense: apache-2.0\n---\n# Model", "apache-2.0"),
+        ("---\nlanguage: en\n---\nlicense: mit\n", None),
+        ("license: mit\n", None),
+        ("", None),
+    ],
+)
+def test_the_licence_is_read_from_the_front_matter_alone(parent_copy: Path, card: str, found: str | None) -> None:
+    (parent_copy / "README.md").write_text(card, encoding="utf-8")
+    assert loading.license_of(loading.resolve(str(parent_copy))) == found
+
+
+def test_a_card_that_is_not_utf_8_does_no_harm(parent_copy: Path) -> None:
+    (parent_copy / "README.md").write_bytes(b"---\nlicense: mit\n---\n\xff\xfe")
+    assert loading.license_of(loading.resolve(str(parent_copy))) == "mit"
+
+
+def test_what_a_run_records_of_its_parent(toy_parent: Path) -> None:
+    source = loading.resolve(str(toy_parent))
+    record = loading.fingerprint(source, loading.load_config(source))
+    assert record == {
+        "name": "parent", "commit": None, "model_type": "llama", "hidden_size": 64, "num_hidden_layers": 2,
+        "vocab_size": 320,
+    }  # fmt: skip
+
+
+def test_content_tells_models_apart_by_what_decides_a_number(parent_copy: Path) -> None:
+    source = loading.resolve(str(parent_copy))
+    before = loading.content(source)
+    assert set(before) == {"config.json", "model.safetensors"}
+    (parent_copy / "README.md").write_text("hello", encoding="utf-8")
+    assert loading.content(source) == before
+    path = parent_copy / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"\x01")
+    assert loading.content(source)["model.safetensors"] != before["model.safetensors"]
+    assert loading.content(loading.Source("a/b", "a/b", "c0ffee")) == {"commit": "c0ffee"}
