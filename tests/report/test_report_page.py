@@ -13,9 +13,12 @@ import pytest
 from report_runs import PATHS, diagnostics, make_run, plan, report, sensitivity
 
 from hestia.report import plots
+from hestia.report.diagnostics import Histogram
 from hestia.report.heatmap import draw, heat_map
 from hestia.report.html import write_report
-from hestia.report.records import Histogram, RunRecord, Trace, TrainingLog, TrainingRow
+from hestia.report.records import RunRecord
+from hestia.report.sensitivity import Trace
+from hestia.report.training_log import TrainingLog, TrainingRow
 
 VOID = {"meta", "br", "link", "img", "input", "hr"}
 EVIL = "model.layers.0.\"'><script>alert(1)</script><svg onload=alert(2)>$\\frac{&amp;}</style>"

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from report_runs import make_run, report
 
 from hestia.report.heatmap import heat_map
-from hestia.report.records import RunRecord, Trace
+from hestia.report.records import RunRecord
+from hestia.report.sensitivity import Trace
 from hestia.report.tables import compare, headline, headline_rows
 from hestia.report.wording import duration, significant, size, verdict
 

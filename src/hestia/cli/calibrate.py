@@ -50,7 +50,7 @@ def heat_map_of(sensitivity: Sensitivity) -> str | None:
     from ..curvature.damage import damages
     from ..curvature.show import reference_label
     from ..report.heatmap import draw, heat_map
-    from ..report.records import Trace
+    from ..report.sensitivity import Trace
 
     label = reference_label(sensitivity)
     read = damages(sensitivity, label) if label is not None else None

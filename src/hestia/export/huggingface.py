@@ -18,7 +18,7 @@ more. ``choose_scheme`` picks it: ``group`` with the scales repeated wherever a 
 since that is what most engines load, else ``channel``, one scale a row, which llama.cpp's converter refuses (groups of
 a smaller common factor would be several times as large, and no GPU kernel has them).
 
-This file and ``loading.py`` are the doors to transformers.
+This file and ``loading`` are the doors to transformers.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """What a run says about itself: JSON in; tables, plots, one HTML page and a model card out. No model is ever loaded.
 
-    records.py      a run's folder -> RunRecord, checked
+    records.py      a run's folder -> RunRecord, checked: report.json, and by one file each
+                      exports.py  sensitivity.py  training_log.py  diagnostics.py   (fields.py: values out of JSON)
     wording.py      numbers and the one-sentence verdict, in the same words everywhere
     tables.py       the headline table, ``hestia compare``
     heatmap.py      sensitivity by layer and projection

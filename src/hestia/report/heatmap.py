@@ -12,7 +12,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .records import Trace
+from .sensitivity import Trace
 
 _LAYER = re.compile(r"^(?:.*?\.)?(\d+)\.(.+)$", re.DOTALL)
 

@@ -19,8 +19,11 @@ from markupsafe import Markup
 
 from ..files import write_text
 from . import plots, wording
+from .diagnostics import CodeShares, Histogram
+from .fields import text
 from .heatmap import heat_map
-from .records import CodeShares, Histogram, RunRecord, Sensitivity, Trace, text
+from .records import RunRecord
+from .sensitivity import Sensitivity, Trace
 from .tables import headline_rows
 
 REPORT_PAGE = "report.html"

@@ -18,8 +18,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from ..files import write_text
 from . import wording
+from .exports import Export
 from .html import flat
-from .records import Export, RunRecord
+from .records import RunRecord
 from .tables import headline_rows
 
 MODEL_CARD = "README.md"

@@ -22,7 +22,8 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
-from .records import Histogram, TrainingLog
+from .diagnostics import Histogram
+from .training_log import TrainingLog
 
 # Placeholder colours that the style sheet's variables replace in the finished SVG.
 _INK, _SOFT, _RULE, _EMBER, _SLATE = "#010101", "#020202", "#030303", "#040404", "#050505"

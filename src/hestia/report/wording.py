@@ -10,7 +10,8 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from .records import Interval, RunRecord, Sensitivity
+from .records import Interval, RunRecord
+from .sensitivity import Sensitivity
 
 UNKNOWN = "–"
 _GRIDS = {(-1.0, 1.0): "binary", (-1.0, 0.0, 1.0): "ternary", (-2.0, -1.0, 0.0, 1.0): "2-bit"}
