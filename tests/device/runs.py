@@ -1,0 +1,93 @@
+"""Runs of a toy on the CPU and on the pretended device; for each, what both gave. Usage: runs.py PARENT TEXT OUT SCALE
+
+One JSON object goes to standard output: run -> [on the CPU, on the device], each a report's scores.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import toy_models
+from second_device import DEVICE, Elsewhere, pretended
+from toy_training import converted, trainer
+
+import hestia
+from hestia import recipes
+from hestia.options import Options
+from hestia.training import Distillation
+
+FEW: dict[str, Mapping[str, Any]] = {
+    "the default": {"target": ("hf", "gguf:q4_0")},
+    "the published method, bf16": {"recipe": "hestia", "teacher": "none", "calibrate": 2, "precision": "bf16"},
+    "a budget": {"bits": 2.8, "calibrate": 2},
+}
+ALL: dict[str, Mapping[str, Any]] = {
+    **{f"recipe {name}": {"recipe": name, "teacher": "none"} for name in recipes.names()},
+    **{
+        f"estimator {name}": {"recipe": "hestia", "teacher": "none", "calibrate": 2, "estimator": name}
+        for name in ("gnb", "fisher", "kl", "hutchinson", "hutchpp", "xtrace", "eigen")
+    },
+    "akl, noise, accumulation": {"distill": "akl", "distill_weight": 0.5, "distill_noise": 0.1, "accumulation": 2},
+    "reverse kl, checkpointing": {"distill": "reverse_kl", "gradient_checkpointing": True},
+    "frozen embeddings, groups, mlx": {"embeddings": "freeze", "group_size": "32", "target": ("mlx",)},
+    "a pilot": {"lr": "auto"},
+}
+
+
+def refuses() -> None:
+    """The device itself: what it lets pass, and what not."""
+    with pretended():
+        there = torch.ones(2, 3).to(DEVICE)
+        assert isinstance(there, Elsewhere) and there.device == DEVICE
+        assert (there * torch.tensor(2.0))[torch.tensor([0, 1])].sum().item() == 12.0
+        try:
+            there + torch.ones(2, 3)
+        except RuntimeError as error:
+            assert "same device" in str(error)
+        else:
+            raise AssertionError("tensors of two devices were added")
+
+
+def resumes(folder: Path) -> None:
+    """A run that goes on from a checkpoint ends in the weights of one that was not stopped."""
+    with pretended():
+        ends = []
+        for first in (None, folder / "whole" / "checkpoints" / "step-000003"):
+            model, plan = converted(recipe="hearth")
+            distill = Distillation(weight=1.0)
+            run = folder / ("whole" if first is None else "rest")
+            trainer(run, model, plan, save_every=3, teacher=toy_models.llama(), distill=distill).fit(first)
+            ends.append({name: weight.cpu() for name, weight in model.state_dict().items()})
+        assert ends[0].keys() == ends[1].keys()
+        for name, weight in ends[0].items():
+            assert torch.equal(weight, ends[1][name]), name
+
+
+def outcome(parent: str, text: str, out: Path, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Scores, and whether every file is what was trained."""
+    quick = {"steps": 8, "seq_len": 32, "batch_size": 4, "lr": "3e-3", "precision": "fp32", "eval_tokens": "1024"}
+    report = hestia.quantize(Options(model=parent, data=(text,), out=str(out), **{**quick, **options}))
+    return {
+        "nll": report["nll"],
+        "kl": report["kl_to_parent"],
+        "verified": [export["verify"]["codes_equal"] for export in report["exports"]],
+    }
+
+
+if __name__ == "__main__":
+    parent, text, folder, scale = sys.argv[1:]
+    torch.set_num_threads(1)
+    refuses()
+    resumes(Path(folder))
+    found: dict[str, list[Any]] = {}
+    torch.backends.cuda.enable_flash_sdp(False)  # the CPU's own attention kernel rounds otherwise than its parts
+    for number, (name, options) in enumerate((ALL if scale == "all" else FEW).items()):
+        here = outcome(parent, text, Path(folder) / f"{number}-here", options)
+        with pretended():
+            found[name] = [here, outcome(parent, text, Path(folder) / f"{number}-there", options)]
+    print(json.dumps(found))
