@@ -13,11 +13,15 @@ import sys
 from pathlib import Path
 
 import pytest
+from torch.utils import backend_registration
 from toy_runs import make_parent, write_stories
 
 HERE = Path(__file__).parent
 
 
+@pytest.mark.skipif(
+    not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"), reason="torch without Python backends"
+)
 @pytest.mark.timeout(1500)
 @pytest.mark.parametrize("scale", ["few", pytest.param("all", marks=pytest.mark.slow)])
 def test_a_run_elsewhere_ends_in_the_model_of_a_run_here(tmp_path: Path, scale: str) -> None:
