@@ -17,8 +17,9 @@ mpl.use("Agg")
 import matplotlib.pyplot as plt
 
 from hestia.evaluation import paired_difference
+from hestia.files import read_json
 
-from .stages import Arm, Stage
+from .stages import SCHEMA, Arm, Stage
 from .tables import SEEDS_TO_CLAIM, Records, final_records, rows
 
 GREY, DARK, EMBER, BROWN, SLATE, SAND = "#b8becb", "#6b7280", "#c2410c", "#8f5a3c", "#475569", "#c98a4b"
@@ -32,16 +33,18 @@ APART = 1.035
 def tokens_figure(stage: Stage, folder: Path | None = None) -> str | None:
     """NLL against tokens, of the mean over the texts and of each text; None without two budgets.
 
-    Arms with too few seeds at a budget to claim anything are left out there. Hollow, dotted: without a teacher.
+    Arms with too few seeds at a budget to claim anything are left out there. Hollow, dotted: without a teacher. The
+    line across: the parent as it was.
     """
     everything = _budgets(stage, folder)
     if len(everything) < 2:
         return None
-    some = next(iter(next(iter(everything[-1].values())).values()))
-    panels = [None, *some["test"]]
+    parent = read_json((folder or stage.folder) / "parent.json", schema=SCHEMA)["parent"]
+    panels = [None, *stage.texts.test]
     drawing, axes = _drawing(7.2, 6.2, panels=(2, (len(panels) + 1) // 2))
     shown = [arm for arm in stage.arms if any(_enough(records, arm) for records in everything)]
     for axis, file in zip(axes.flat, panels, strict=False):
+        axis.axhline(_nll(parent, file), color=GREY, linewidth=1, label="parent")
         for place, arm in enumerate(shown):
             points = [
                 (fmean(r["tokens"] for r in runs), *_mean_interval([_nll(r, file) for r in runs]))
@@ -51,7 +54,7 @@ def tokens_figure(stage: Stage, folder: Path | None = None) -> str | None:
             x, y, half = zip(*sorted(points), strict=True)
             apart = APART ** (place - len(shown) / 2)
             axis.errorbar([v * apart for v in x], y, yerr=half, label=arm.name, **_line(stage, arm))
-        axis.set_title("mean of the texts" if file is None else file, loc="left", fontsize=10, color=DARK)
+        axis.set_title("mean of the texts" if file is None else file.partition(".")[0], loc="left", fontsize=10, color=DARK)
         axis.set_xscale("log")
         budgets = sorted({next(iter(runs.values()))["tokens"] for records in everything for runs in records.values()})
         axis.set_xticks(budgets, [f"{round(b / 1e5) / 10:g}M" for b in budgets])
