@@ -54,7 +54,9 @@ def tokens_figure(stage: Stage, folder: Path | None = None) -> str | None:
             x, y, half = zip(*sorted(points), strict=True)
             apart = APART ** (place - len(shown) / 2)
             axis.errorbar([v * apart for v in x], y, yerr=half, label=arm.name, **_line(stage, arm))
-        axis.set_title("mean of the texts" if file is None else file.partition(".")[0], loc="left", fontsize=10, color=DARK)
+        axis.set_title(
+            "mean of the texts" if file is None else file.partition(".")[0], loc="left", fontsize=10, color=DARK
+        )
         axis.set_xscale("log")
         budgets = sorted({next(iter(runs.values()))["tokens"] for records in everything for runs in records.values()})
         axis.set_xticks(budgets, [f"{round(b / 1e5) / 10:g}M" for b in budgets])

@@ -152,7 +152,7 @@ class Answer:
         planned: how many the stage asks for.
         difference: of the mean over the texts.
         texts: of every test file.
-        kl: of the KL to the parent, mean over the texts; it is told beside the score and no claim rests on it.
+        kl: of the KL to the parent, mean over the texts; it is told beside the score and no verdict rests on it.
         adjusted_p: Holm's over all differences of the question; None with too few seeds to claim anything.
     """
 

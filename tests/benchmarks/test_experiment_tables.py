@@ -202,7 +202,9 @@ def test_figures_are_the_same_twice_and_need_results(stage: stages.Stage, tmp_pa
         assert text is not None and text == draw(stage, folder)
         assert draw(stage, tmp_path / "nowhere") is None
     tokens = figures.tokens_figure(stage, folder)
-    assert tokens is not None and all(f">{part}<" in tokens for part in ("mean of the texts", "c", "d", "parent", "better"))
+    assert tokens is not None and all(
+        f">{part}<" in tokens for part in ("mean of the texts", "c", "d", "parent", "better")
+    )
     assert ">unbuilt<" not in tokens
     ranking = figures.ranking_figure(stage, folder)
     assert ranking is not None and ">better<" in ranking and ">ste<" not in ranking

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 import toy_models
-from second_device import DEVICE, Elsewhere, pretended
-from toy_training import converted, trainer
+from second_device import DEVICE, REFUSED, TRAINED_ON, Elsewhere, pretended
+from toy_training import converted, log_rows, trainer
 
 import hestia
 from hestia import recipes
@@ -42,15 +42,26 @@ ALL: dict[str, Mapping[str, Any]] = {
 def refuses() -> None:
     """The device itself: what it lets pass, and what not."""
     with pretended():
-        there = torch.ones(2, 3).to(DEVICE)
+        there, first = torch.ones(2, 3).to(DEVICE), torch.tensor([0])
+        number = there.sum()
         assert isinstance(there, Elsewhere) and there.device == DEVICE
-        assert (there * torch.tensor(2.0))[torch.tensor([0, 1])].sum().item() == 12.0
-        try:
-            there + torch.ones(2, 3)
-        except RuntimeError as error:
-            assert "same device" in str(error)
-        else:
-            raise AssertionError("tensors of two devices were added")
+        assert (there * torch.tensor(2.0))[first].sum().item() == 6.0
+        refused = [
+            lambda: there + torch.ones(2, 3),
+            lambda: torch.stack([number, torch.tensor(1.0)]),
+            lambda: torch.tensor(1.0).add_(number),
+            lambda: torch.ones(2)[first.to(DEVICE)],
+            lambda: there.index_put_((first,), torch.ones(3)),
+        ]
+        for mix in refused:
+            try:
+                mix()
+            except (RuntimeError, IndexError):
+                pass
+            else:
+                raise AssertionError("tensors of two devices went through")
+    assert len(REFUSED) == len(refused)
+    REFUSED.clear()
 
 
 def resumes(folder: Path) -> None:
@@ -59,20 +70,24 @@ def resumes(folder: Path) -> None:
         ends = []
         for first in (None, folder / "whole" / "checkpoints" / "step-000003"):
             model, plan = converted(recipe="hearth")
-            distill = Distillation(weight=1.0)
             run = folder / ("whole" if first is None else "rest")
-            trainer(run, model, plan, save_every=3, teacher=toy_models.llama(), distill=distill).fit(first)
+            given = {"teacher": toy_models.llama(), "distill": Distillation(weight=1.0)}
+            trainer(run, model, plan, save_every=3, **given).fit(first)
             ends.append({name: weight.cpu() for name, weight in model.state_dict().items()})
+        assert log_rows(folder / "rest")[0]["step"] == 4, "it began anew"
         assert ends[0].keys() == ends[1].keys()
         for name, weight in ends[0].items():
             assert torch.equal(weight, ends[1][name]), name
+    assert not REFUSED and {DEVICE} == TRAINED_ON
 
 
 def outcome(parent: str, text: str, out: Path, options: Mapping[str, Any]) -> dict[str, Any]:
     """Scores, and whether every file is what was trained."""
     quick = {"steps": 8, "seq_len": 32, "batch_size": 4, "lr": "3e-3", "precision": "fp32", "eval_tokens": "1024"}
     report = hestia.quantize(Options(model=parent, data=(text,), out=str(out), **{**quick, **options}))
+    assert not REFUSED, REFUSED
     return {
+        "device": report["machine"]["device"],
         "nll": report["nll"],
         "kl": report["kl_to_parent"],
         "verified": [export["verify"]["codes_equal"] for export in report["exports"]],
@@ -88,6 +103,8 @@ if __name__ == "__main__":
     torch.backends.cuda.enable_flash_sdp(False)  # the CPU's own attention kernel rounds otherwise than its parts
     for number, (name, options) in enumerate((ALL if scale == "all" else FEW).items()):
         here = outcome(parent, text, Path(folder) / f"{number}-here", options)
+        TRAINED_ON.clear()
         with pretended():
             found[name] = [here, outcome(parent, text, Path(folder) / f"{number}-there", options)]
+        assert ({DEVICE} if name != "recipe round_to_nearest" else set()) == TRAINED_ON, name
     print(json.dumps(found))

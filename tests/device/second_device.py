@@ -1,8 +1,9 @@
 """A second device without a second device: tensors that say they lie on ``pretended:0`` and hold ordinary ones.
 
 What they hold computes on the CPU, so that a run gives the numbers that it gives there. An operation that is handed
-tensors of both places is refused, as CUDA refuses it; what CUDA lets pass passes: scalars, copies, and indices from the
-CPU. Memory, streams, kernels and bf16 arithmetic of a real GPU are not pretended.
+tensors of both places is refused, as CUDA refuses it; what CUDA lets pass passes: copies, indices from the CPU, and
+numbers from there in what works element by element. Memory, streams, kernels and bf16 arithmetic of a real GPU are not
+pretended.
 
 torch knows one backend a process that Python may register, and it cannot be taken back: import this in a process of its
 own.
@@ -25,11 +26,16 @@ from torch.utils.backend_registration import _DummyBackendModule, _setup_private
 
 NAME = "pretended"
 aten = torch.ops.aten
-MIXES = {
-    aten.copy_.default, aten._to_copy.default, aten.index.Tensor, aten.index_put.default, aten.index_put_.default,
-    aten._index_put_impl_.default,
-}  # fmt: skip
-"""What CUDA takes tensors of both places for."""
+COPIES = (aten.copy_.default, aten._to_copy.default)
+INDEXING = (aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default)
+FILLING = (aten.fill_.Tensor, aten.fill.Tensor, aten.masked_fill.Tensor, aten.masked_fill_.Tensor, *INDEXING)
+"""What takes a number from the CPU, beside all that works element by element."""
+
+REFUSED: list[str] = []
+"""Operations that were refused, for callers that catch the error."""
+
+TRAINED_ON: set[torch.device] = set()
+"""Where the model lay in the training steps of pretended runs."""
 
 
 class _Backend(_DummyBackendModule):
@@ -112,11 +118,32 @@ class Elsewhere(Tensor):
         return self.held.tolist()
 
 
+def _clash(func: Any, args: Any, kwargs: Any) -> bool:
+    """Whether CUDA would refuse the places of an operation's tensors."""
+    if func in COPIES:
+        return False
+    arguments = func._schema.arguments
+    given = [*zip(arguments, args, strict=False), *((a, kwargs[a.name]) for a in arguments if a.name in kwargs)]
+    if func in INDEXING:  # the indices may lie on the CPU, or where the tensor lies
+        indices = [x for x in tree_iter(args[1]) if isinstance(x, Elsewhere)]
+        if indices and not isinstance(args[0], Elsewhere):
+            return True
+        given = [given[0], *given[2:]]
+    takes_numbers = torch.Tag.pointwise in func.tags or func in FILLING
+    places: set[bool] = set()
+    for argument, value in given:
+        written = argument.alias_info is not None and argument.alias_info.is_write
+        for x in tree_iter(value):
+            number = isinstance(x, Tensor) and x.ndim == 0 and not isinstance(x, Elsewhere)
+            if isinstance(x, Tensor) and not (number and takes_numbers and not written):
+                places.add(isinstance(x, Elsewhere))
+    return len(places) == 2
+
+
 def _run(func: Any, args: Any, kwargs: Any) -> Any:
-    tensors = [x for x in tree_iter((args, kwargs)) if isinstance(x, Tensor)]
-    there = [x for x in tensors if isinstance(x, Elsewhere)]
-    here = [x for x in tensors if not isinstance(x, Elsewhere) and x.ndim > 0]
-    if there and here and func not in MIXES:
+    there = [x for x in tree_iter((args, kwargs)) if isinstance(x, Elsewhere)]
+    if there and _clash(func, args, kwargs):
+        REFUSED.append(str(func))
         raise RuntimeError(f"Expected all tensors to be on the same device, {func} was given {DEVICE} and cpu")
     asked = kwargs.get("device")
     to = bool(there) if asked is None else torch.device(asked).type == NAME
@@ -155,7 +182,7 @@ class _Constants(TorchFunctionMode):
 
 @contextmanager
 def pretended() -> Iterator[None]:
-    """``DEVICE`` exists, and hestia's jobs and its trainer choose it."""
+    """``DEVICE`` exists, and the main job and its trainer choose it."""
     import hestia.pipeline.workspace as workspace
     import hestia.training.trainer as trainer
     from hestia.training import TrainConfig
@@ -169,12 +196,18 @@ def pretended() -> Iterator[None]:
     def flattened(tensors: dict[str, Tensor], kept: list[Any]) -> Any:
         return flatten({name: t.held if isinstance(t, Elsewhere) else t for name, t in tensors.items()}, kept)
 
+    def stepped(self: Any, model: Any, *words: Any, **more: Any) -> Any:
+        TRAINED_ON.update(weight.device for weight in model.parameters())
+        return step(self, model, *words, **more)
+
+    step = trainer.HestiaTrainer.training_step
     arguments, flatten, choose = trainer.arguments, safetensors.torch._flatten_as_ptr, workspace.choose_device
     check = TrainConfig.__post_init__
     PartialState()
     before = PartialState._shared_state["device"]
     trainer.arguments, safetensors.torch._flatten_as_ptr = elsewhere, flattened
     workspace.choose_device, TrainConfig.__post_init__ = lambda options: DEVICE, lambda self: None
+    trainer.HestiaTrainer.training_step = stepped
     try:
         with _Operations(), _Constants():
             yield
@@ -182,3 +215,4 @@ def pretended() -> Iterator[None]:
         trainer.arguments, safetensors.torch._flatten_as_ptr = arguments, flatten
         workspace.choose_device, TrainConfig.__post_init__ = choose, check
         PartialState._shared_state["device"] = before
+        trainer.HestiaTrainer.training_step = step

@@ -28,12 +28,18 @@ def test_a_run_elsewhere_ends_in_the_model_of_a_run_here(tmp_path: Path, scale: 
     parent, text = make_parent(tmp_path / "parent"), write_stories(tmp_path / "text.txt", 400, seed=1)
     words = [sys.executable, str(HERE / "runs.py"), str(parent), str(text), str(tmp_path), scale]
     places = os.pathsep.join([str(HERE.parent), str(HERE.parent / "training")])
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([places, os.environ.get("PYTHONPATH", "")])}
+    # whatever the machine has, the other side is the CPU
+    environment = {
+        **os.environ,
+        "CUDA_VISIBLE_DEVICES": "",
+        "PYTHONPATH": os.pathsep.join([places, os.environ.get("PYTHONPATH", "")]),
+    }
     done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False, timeout=1400)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
     assert found
     for name, (here, there) in found.items():
+        assert (here["device"], there["device"]) == ("cpu", "pretended"), name
         assert there["verified"] and all(there["verified"]), name
         for untrained in ("parent", "round_to_nearest"):
             assert there["nll"][untrained] == here["nll"][untrained], name

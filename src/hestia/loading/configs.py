@@ -36,7 +36,11 @@ def load_config(source: Source, *, trust_remote_code: bool = False) -> Any:
 
 
 def read_config(source: Source, trust_remote_code: bool) -> Any:
-    """The same without a word about code that is not run."""
+    """``load_config`` without a word about code that is not run.
+
+    Raises:
+        ConfigError: it is damaged, names no architecture, or holds a size that no model has.
+    """
     if source.is_local:
         place = Path(source.location)
         record = read_json(place if place.is_file() else place / "config.json")

@@ -114,7 +114,7 @@ def _head_sentence(entry: Object, verify: Verification | None) -> str:
     types = ", ".join(f"{name} as {mapping(t).get('type')}" for name, t in mapping(head.get("tensors")).items())
     change = verify.head_nll_change if verify is not None else None
     cost = "its cost was not measured" if change is None else f"this moves the NLL by {change:+.2g} nats a token"
-    return f"On request {types}, which rounds: {cost}."
+    return text(f"On request {types}, which rounds: {cost}.")
 
 
 def _refit_sentence(entry: Object) -> str:
@@ -125,7 +125,7 @@ def _refit_sentence(entry: Object) -> str:
     change, error = number(refit.get("nll_change")), number(refit.get("relative_error"))
     cost = "its cost was not measured" if change is None else f"this moves the NLL by {change:+.3g} nats a token"
     moved = "" if error is None else f" (relative error {error:.2g})"
-    return (
+    return text(
         f"This file is not the trained model itself: on request {refit.get('tensors')} tensors got coarser scales, "
         f"one for {refit.get('group_size')} weights{moved}; {cost}."
     )

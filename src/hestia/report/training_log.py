@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
-from .fields import mapping, number
+from .fields import mapping, number, text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +86,7 @@ def read_log(path: Path) -> TrainingLog:
             hard[int(step)] = loss
         if "loss" in entry:
             rows[int(step)] = _training_row(int(step), entry)
-        events |= {(int(step), text) for text in _events(entry)}
+        events |= {(int(step), event) for event in _events(entry)}
     ordered = tuple(rows[step] for step in sorted(rows))
     return TrainingLog(ordered, tuple(sorted(hard.items())), tuple(pilots), tuple(sorted(events)), skipped)
 
@@ -96,7 +96,7 @@ def _events(entry: dict[str, Any]) -> Iterator[str]:
     if spike is not None and before is not None:
         yield f"the loss jumped to {spike:.3f}, from at most {before:.3f} in the steps before"
     for path, how in mapping(entry.get("collapsed")).items():
-        yield f"{path}: codes {'use both signs again' if how is None else f'collapsed, {how}'}"
+        yield text(f"{path}: codes {'use both signs again' if how is None else f'collapsed, {how}'}")
 
 
 def _training_row(step: int, entry: dict[str, Any]) -> TrainingRow:
