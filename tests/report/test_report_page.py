@@ -191,10 +191,11 @@ def test_what_the_watch_saw_is_told_once_each(tmp_path: Path) -> None:
         {"step": 40, "collapsed": {EVIL: "all zero"}},
         {"step": 30, "loss_spike": 9.25, "highest_before": 4.5},  # a resumed run says it again
         {"step": 60, "collapsed": {EVIL: None}},
+        {"step": 65, "collapsed": {"half a pair \ud800": "all zero"}},
         {"step": 70, "loss_spike": None, "collapsed": 3},
     ]
     run = make_run(tmp_path / "run", log_text="\n".join(map(json.dumps, lines)))
-    assert [step for step, _ in RunRecord.load(run).log.events] == [30, 40, 60]
+    assert [step for step, _ in RunRecord.load(run).log.events] == [30, 40, 60, 65]
     text = write_report(run).read_text()
     assert Page(text).text.count("step 30: the loss jumped to 9.250, from at most 4.500") == 1
     assert "codes collapsed, all zero" in text and "codes use both signs again" in text

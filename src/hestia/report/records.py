@@ -7,8 +7,9 @@ no learning rate. The other artefacts are optional:
     plan.json  sensitivity.json  diagnostics.json  run.yaml    absent is fine, damaged is an error
     log.jsonl                                                  absent is fine, damaged lines are skipped and counted
 
-Every text that comes from a run (names, prompts, what a model wrote) goes through ``fields.text``, which makes it encodable, and is
-escaped where it is printed: HTML in html.py, Markdown in model_card.py, control characters in tables.py.
+Every text that comes from a run (names, prompts, what a model wrote) goes through ``fields.text``, which makes it
+encodable, and is escaped where it is printed: HTML in html.py, Markdown in model_card.py, control characters in
+tables.py.
 """
 
 from __future__ import annotations
