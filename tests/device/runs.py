@@ -1,6 +1,7 @@
 """Runs of a toy on the CPU and on the pretended device; for each, what both gave. Usage: runs.py PARENT TEXT OUT SCALE
 
-One JSON object goes to standard output: run -> [on the CPU, on the device], each a report's scores.
+One JSON object goes to standard output: what the verbs say, [on the CPU, on the device], and run -> the scores of both
+reports.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from second_device import DEVICE, REFUSED, TRAINED_ON, Elsewhere, pretended
 from toy_training import converted, log_rows, trainer
 
 import hestia
-from hestia import recipes
+from hestia import jobs, loading, recipes
+from hestia.evaluation import model_logits, score
 from hestia.options import Options
 from hestia.training import Distillation
 
@@ -81,6 +83,21 @@ def resumes(folder: Path) -> None:
     assert not REFUSED and {DEVICE} == TRAINED_ON
 
 
+def verbs(parent: str, text: str) -> list[Any]:
+    """What calibrate and eval say, and the score of a student here against its parent wherever that lies."""
+    options = Options(model=parent, data=(text,), seq_len=32, calibrate=4, eval_tokens="1024")
+    source = loading.resolve(parent)
+    student, blocks = loading.load_model(source), jobs.all_blocks(options, loading.load_tokenizer(source), 32)
+    elsewhere = loading.load_model(source).to(jobs.choose_device(options))
+    crossed = score(model_logits(student), blocks, parent=model_logits(elsewhere))
+    return [
+        jobs.calibrate_model(options).traces,
+        jobs.evaluate_model(options, against=parent),
+        jobs.evaluate_model(options, protocol="hestia"),
+        crossed.to_json(),
+    ]
+
+
 def outcome(parent: str, text: str, out: Path, options: Mapping[str, Any]) -> dict[str, Any]:
     """Scores, and whether every file is what was trained."""
     quick = {"steps": 8, "seq_len": 32, "batch_size": 4, "lr": "3e-3", "precision": "fp32", "eval_tokens": "1024"}
@@ -101,10 +118,14 @@ if __name__ == "__main__":
     resumes(Path(folder))
     found: dict[str, list[Any]] = {}
     torch.backends.cuda.enable_flash_sdp(False)  # the CPU's own attention kernel rounds otherwise than its parts
+    said_here = verbs(parent, text)
+    with pretended():
+        said_there = verbs(parent, text)
+    assert not REFUSED, REFUSED
     for number, (name, options) in enumerate((ALL if scale == "all" else FEW).items()):
         here = outcome(parent, text, Path(folder) / f"{number}-here", options)
         TRAINED_ON.clear()
         with pretended():
             found[name] = [here, outcome(parent, text, Path(folder) / f"{number}-there", options)]
         assert ({DEVICE} if name != "recipe round_to_nearest" else set()) == TRAINED_ON, name
-    print(json.dumps(found))
+    print(json.dumps({"verbs": [said_here, said_there], "runs": found}))

@@ -182,7 +182,8 @@ class _Constants(TorchFunctionMode):
 
 @contextmanager
 def pretended() -> Iterator[None]:
-    """``DEVICE`` exists, and the main job and its trainer choose it."""
+    """``DEVICE`` exists, and the main job, its trainer and the other verbs choose it."""
+    import hestia.jobs as jobs
     import hestia.pipeline.workspace as workspace
     import hestia.training.trainer as trainer
     from hestia.training import TrainConfig
@@ -206,13 +207,15 @@ def pretended() -> Iterator[None]:
     PartialState()
     before = PartialState._shared_state["device"]
     trainer.arguments, safetensors.torch._flatten_as_ptr = elsewhere, flattened
-    workspace.choose_device, TrainConfig.__post_init__ = lambda options: DEVICE, lambda self: None
+    workspace.choose_device = jobs.choose_device = lambda options: DEVICE
+    TrainConfig.__post_init__ = lambda self: None
     trainer.HestiaTrainer.training_step = stepped
     try:
         with _Operations(), _Constants():
             yield
     finally:
         trainer.arguments, safetensors.torch._flatten_as_ptr = arguments, flatten
-        workspace.choose_device, TrainConfig.__post_init__ = choose, check
+        workspace.choose_device = jobs.choose_device = choose
+        TrainConfig.__post_init__ = check
         PartialState._shared_state["device"] = before
         trainer.HestiaTrainer.training_step = step

@@ -37,8 +37,10 @@ def test_a_run_elsewhere_ends_in_the_model_of_a_run_here(tmp_path: Path, scale: 
     done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False, timeout=1400)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
-    assert found
-    for name, (here, there) in found.items():
+    (traces, *scores), (traces_there, *scores_there) = found["verbs"]
+    assert traces_there == pytest.approx(traces, rel=1e-5) and scores_there == scores
+    assert found["runs"]
+    for name, (here, there) in found["runs"].items():
         assert (here["device"], there["device"]) == ("cpu", "pretended"), name
         assert there["verified"] and all(there["verified"]), name
         for untrained in ("parent", "round_to_nearest"):
