@@ -139,7 +139,7 @@ def _threads() -> Check:
 def _bf16() -> Check:
     """Whether bf16 matrix products are worth it here: measured, because a flag says nothing about speed."""
     if torch.cuda.is_available():
-        supported = torch.cuda.is_bf16_supported()
+        supported = torch.cuda.is_bf16_supported(including_emulation=False)
         advice = "" if supported else "use --precision fp32"
         return Check("bf16", "ok" if supported else "note", "native" if supported else "emulated", advice)
     seconds = {dtype: _product_time(dtype) for dtype in (torch.float32, torch.bfloat16)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from .nn import select
 from .options import Options, count
 from .planner import plan as make_plan
 from .plans import Plan
+from .progress import announce
 from .quant import Gaussian, GroupSize, QuantSpec
 from .quant.grouping import group_shape
 
@@ -166,7 +168,7 @@ def _paper_documents(options: Options) -> Iterator[str]:
 
 
 def choose_device(options: Options) -> torch.device:
-    """The device asked for; threads are set here too.
+    """The device asked for, said where it is a GPU or could have been one; threads are set here too.
 
     Raises:
         ConfigError: CUDA asked for where there is none.
@@ -175,8 +177,27 @@ def choose_device(options: Options) -> torch.device:
         torch.set_num_threads(options.threads)
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda: this torch sees no CUDA device")
-    use_cuda = options.device == "cuda" or (options.device == "auto" and torch.cuda.is_available())
-    return torch.device("cuda" if use_cuda else "cpu")
+    if options.device == "cpu":
+        return torch.device("cpu")
+    if torch.cuda.is_available():
+        free, size = torch.cuda.mem_get_info()
+        announce(f"on {torch.cuda.get_device_name()}, {free / 1e9:.1f} of {size / 1e9:.1f} GB free")
+        return torch.device("cuda")
+    if shutil.which("nvidia-smi"):
+        announce("on the CPU: a GPU is here and torch does not see it, `hestia doctor` says more")
+    return torch.device("cpu")
+
+
+def in_bf16(options: Options, config: Any, device: torch.device) -> bool:
+    """Whether training runs under bf16 autocast.
+
+    auto: on a GPU that multiplies bf16 without emulating it (from Ampere on); on a CPU if the model is 128 wide.
+    """
+    if options.precision != "auto":
+        return options.precision == "bf16"
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return int(getattr(config.get_text_config(), "hidden_size", 1024)) >= 128
 
 
 def prepare_text(

@@ -13,7 +13,7 @@ import torch
 
 from .. import loading, recipes
 from ..errors import ConfigError
-from ..jobs import LARGEST_DEFAULT_BATCH, choose_device, longest_block
+from ..jobs import LARGEST_DEFAULT_BATCH, choose_device, in_bf16, longest_block
 from ..nn.select import EMBEDDING, HEAD
 from ..options import Options, count
 from ..pipeline.delivery import probe_shape
@@ -120,9 +120,8 @@ class _Model:
         self.micro = max(1, self.batch // options.accumulation // layout.processes)
         self.dtype = loading.parent_dtype(self.source, self.config)
         text = self.config.get_text_config()
-        self.bf16 = options.precision == "bf16" or (
-            options.precision == "auto" and int(getattr(text, "hidden_size", 1024)) >= 128
-        )
+        device = choose_device(options)
+        self.bf16 = in_bf16(options, self.config, device)
         teacher = _teacher(options, self.config)
         self.sizes = _sizes(self.empty, self.plan, options, int(text.vocab_size), self.tokens, teacher)
         self.passes = passes(
@@ -133,7 +132,7 @@ class _Model:
             batch=self.micro,
             bf16=self.bf16,
             teacher=teacher,
-            device=choose_device(options).type,
+            device=device.type,
         )
         self.kept = _kept(self.empty, self.plan)
 

@@ -13,6 +13,7 @@ from ..files import read_json, replacing_folder, write_json
 from ..jobs import TUNING_BLOCKS
 from ..plans import Plan
 from ..progress import announce as say
+from ..resources import release
 from ..training import Distillation, HestiaTrainer, TrainConfig, checkpoints, pilot
 from ..training.trainer import LOG_FILE
 from ..training.watch import collapsed
@@ -22,10 +23,10 @@ from .workspace import Workspace
 
 def train_and_freeze(work: Workspace, plan: Plan) -> None:
     """Train the model by its plan, from its newest checkpoint if there is one, and save it frozen."""
+    config = _train_config(work, plan) if plan.trains else None
     model: Any = nn.apply(work.load_model(), plan)
-    if plan.trains:
+    if config is not None:
         checkpoint = checkpoints.newest(work.folder / "checkpoints") if work.resume else None
-        config = _train_config(work, plan)
         trainer = _trainer(work, model, plan, config, f"training {plan.recipe['name']}")
         work.clock.measure("train", lambda: trainer.fit(checkpoint))
         work.clock.at_least("train", trainer.trained)
@@ -45,6 +46,7 @@ def train_and_freeze(work: Workspace, plan: Plan) -> None:
 
 def trial(work: Workspace, plan: Plan, rate: float, steps: int) -> float:
     """Hard loss on the tuning blocks after a whole run in miniature: ``steps`` steps, schedules included."""
+    release()  # the trial before
     model = nn.apply(work.load_model(), plan)
     _trainer(work, model, plan, _config_for(work, rate, steps, save=False), f"pilot at {rate:g}").fit()
     return shared_score(model_logits(model), work.tuning, description="pilot loss").nll
@@ -56,6 +58,7 @@ def _train_config(work: Workspace, plan: Plan) -> TrainConfig:
         return _config_for(work, float(read_json(path)["learning_rate"]), work.steps, save=True)
     rate = o.learning_rate() or _pilot(work, plan)
     config = _config_for(work, rate, work.steps, save=True)
+    release()  # the last trial
     parent: Any = work.load_model()
     parent.to(work.device)
     unseen = shared_score(model_logits(parent), work.tuning[: config.eval_blocks], description="scoring the parent").nll

@@ -15,6 +15,7 @@ from ..export.frozen import MODEL_FOLDER
 from ..files import read_json, write_json
 from ..plans import Plan
 from ..quant import STE, AbsMean, QuantSpec
+from ..resources import release
 from .artefacts import DIAGNOSTICS_FILE, SCORES_FILE
 from .workspace import Workspace
 
@@ -24,6 +25,7 @@ def score_run(work: Workspace, plan: Plan, reference: dict[str, Any] | None = No
     path = work.folder / SCORES_FILE
     if work.resume and path.is_file():
         return read_json(path)
+    release()  # the trainer
     blocks = work.scored
     parent: Any = work.load_model()
     parent.to(work.device)

@@ -12,7 +12,15 @@ from .. import loading, processes
 from ..data import Blocks, TokenizedText
 from ..errors import ConfigError
 from ..files import read_json, require_writable
-from ..jobs import LARGEST_DEFAULT_BATCH, TUNING_BLOCKS, choose_device, longest_block, prepare_text, spread
+from ..jobs import (
+    LARGEST_DEFAULT_BATCH,
+    TUNING_BLOCKS,
+    choose_device,
+    in_bf16,
+    longest_block,
+    prepare_text,
+    spread,
+)
 from ..options import Options, count, load_config
 from ..schedules import LearningRateSchedule
 from ..training import check_loggers
@@ -145,10 +153,7 @@ class Workspace:
         tokens = count(self.options.tokens, "tokens")
         return self.options.steps or max(1, tokens // (self.batch_size * self.seq_len))
 
-    @property
+    @cached_property
     def bf16(self) -> bool:
-        """Whether training runs under bf16 autocast; auto says yes but for very narrow models on a CPU."""
-        if self.options.precision != "auto":
-            return self.options.precision == "bf16"
-        width = int(getattr(self.config.get_text_config(), "hidden_size", 1024))
-        return width >= 128 or self.device.type == "cuda"
+        """Whether training runs under bf16 autocast."""
+        return in_bf16(self.options, self.config, self.device)

@@ -32,6 +32,7 @@ def arguments(config: TrainConfig, folder: Path) -> TrainingArguments:
         max_grad_norm=config.clip or math.inf,  # the Trainer would skip norm and guard at 0
         bf16=config.bf16,
         torch_compile=config.compile,
+        tf32=False,  # compiling would switch it on for the whole process, scores included
         seed=config.seed,
         logging_steps=max(1, config.log_every),
         logging_strategy="steps" if config.log_every else "no",

@@ -176,6 +176,6 @@ def generator(ids: Tensor, seed: int, path: str) -> torch.Generator:
 
 def rademacher(like: Tensor, draws: torch.Generator) -> Tensor:
     """Independent fair signs in the shape, dtype and place of ``like``; the same on every device."""
-    words = torch.randint(0, 2**32, (-(-like.numel() // 32), 1), generator=draws)
-    signs = ((words >> torch.arange(32)) & 1).view(-1)[: like.numel()] * 2 - 1
+    words = torch.randint(0, 2**32, (-(-like.numel() // 32), 1), generator=draws).to(like.device)
+    signs = ((words >> torch.arange(32, device=like.device)) & 1).view(-1)[: like.numel()] * 2 - 1
     return signs.view(like.shape).to(like)
