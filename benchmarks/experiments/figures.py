@@ -85,7 +85,7 @@ def bits_figure(stage: Stage, folder: Path | None = None) -> str | None:
             bits = fmean(plan["bits_per_weight"] for plan in plans)
             mixed = any(len(plan["grids"]) > 1 for plan in plans)
             points.append((bits, *_mean_interval([r["nll"] for r in runs.values()]), name, mixed))
-    if len({round(bits, 2) for bits, *_ in points}) < 3:
+    if len({round(bits, 1) for bits, *_ in points}) < 3:  # closer than a tenth: one width, with other scales
         return None
     drawing, ((axis,),) = _drawing(6.4, 3.8)
     for bits, mean, half, name, mixed in sorted(points):
