@@ -271,6 +271,8 @@ def main() -> int:
             "",
             table(found),
             "",
+            f"![Nats a token of parent, rounded and trained models](../docs/figures/{FIGURE.name})",
+            "",
             "## The controlled comparison",
             "",
             "The full tables, with the figures: "
