@@ -13,6 +13,7 @@ import torch
 from toy_runs import QUICK, Invoke
 
 from hestia import jobs
+from hestia.estimate import estimate
 from hestia.options import Options
 from hestia.pipeline import scoring
 from hestia.training import HestiaTrainer, TrainConfig
@@ -30,13 +31,23 @@ def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return lines
 
 
-def test_a_gpu_is_named_with_what_is_free_of_it(said: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Abacus 9")
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (3_100_000_000, 24_000_000_000))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (3_100_000_000, 24_000_000_000))
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
+
+
+def test_a_gpu_is_named_with_what_is_free_of_it(said: list[str], gpu: None) -> None:
     assert jobs.choose_device(Options()).type == "cuda"
     assert said == ["on Abacus 9, 3.1 of 24.0 GB free"]
     assert jobs.choose_device(Options(device="cpu")).type == "cpu" and len(said) == 1
+
+
+def test_an_estimate_names_it_once(said: list[str], gpu: None, toy_parent: Path) -> None:
+    estimate(Options(model=str(toy_parent)), flops="1T", bandwidth="1T")
+    assert said == ["on Abacus 9, 3.1 of 24.0 GB free"]
 
 
 def test_a_gpu_that_torch_does_not_see_is_not_passed_over_in_silence(

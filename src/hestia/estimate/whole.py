@@ -110,6 +110,7 @@ class _Model:
     """What the options say of the model: its configuration, plan, sizes and the shape of a step."""
 
     def __init__(self, options: Options, layout: Layout) -> None:
+        self.device = choose_device(options)
         remote = options.trust_remote_code
         self.source = loading.config_source(options.model)
         self.config = loading.load_config(self.source, trust_remote_code=remote)
@@ -120,8 +121,7 @@ class _Model:
         self.micro = max(1, self.batch // options.accumulation // layout.processes)
         self.dtype = loading.parent_dtype(self.source, self.config)
         text = self.config.get_text_config()
-        device = choose_device(options)
-        self.bf16 = in_bf16(options, self.config, device)
+        self.bf16 = in_bf16(options, self.config, self.device)
         teacher = _teacher(options, self.config)
         self.sizes = _sizes(self.empty, self.plan, options, int(text.vocab_size), self.tokens, teacher)
         self.passes = passes(
@@ -132,7 +132,7 @@ class _Model:
             batch=self.micro,
             bf16=self.bf16,
             teacher=teacher,
-            device=device.type,
+            device=self.device.type,
         )
         self.kept = _kept(self.empty, self.plan)
 
@@ -174,9 +174,8 @@ def estimate(
     layout = layout or Layout()
     given = {k: quantity(v, k) for k, v in {"memory": memory, "disk": disk}.items() if v is not None}
     speed = {k: quantity(v, k) for k, v in {"flops": flops, "bandwidth": bandwidth}.items() if v is not None}
-    device = choose_device(options)
     model = _Model(options, layout)
-    machine = _machine(options, device, given, speed, bf16=model.bf16, processes=layout.processes)
+    machine = _machine(options, model.device, given, speed, bf16=model.bf16, processes=layout.processes)
     run = job(
         options,
         tokens=model.tokens,
