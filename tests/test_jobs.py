@@ -13,7 +13,7 @@ import torch
 from toy_runs import QUICK, Invoke
 
 from hestia import jobs
-from hestia.estimate import estimate
+from hestia.estimate.whole import estimate
 from hestia.options import Options
 from hestia.pipeline import scoring
 from hestia.training import HestiaTrainer, TrainConfig
