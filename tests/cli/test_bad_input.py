@@ -371,20 +371,34 @@ def test_a_place_that_may_not_be_written(refuse: Refuse, job: Job, tmp_path: Pat
     assert "locked" in refuse(*job("--out", tmp_path / "locked" / "run"))
 
 
-def test_a_full_gpu_is_one_message_and_other_failures_are_not_hidden(
-    invoke: Invoke, job: Job, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("error", "whose"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), "the GPU's"),
+        (RuntimeError("CUDA error: out of memory"), "the GPU's"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), "the GPU's"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."), "the"),
+        (MemoryError(), "the"),
+    ],
+)
+def test_full_memory_is_one_message(
+    invoke: Invoke, job: Job, monkeypatch: pytest.MonkeyPatch, error: Exception, whose: str
 ) -> None:
-    def fails(error: Exception) -> None:
-        def load(*_: object, **__: object) -> None:
-            raise error
-
-        monkeypatch.setattr("hestia.loading.load_model", load)
-
-    fails(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."))
+    monkeypatch.setattr("hestia.loading.load_model", _raising(error))
     status, out, err = invoke(*job())
     assert (status, out) == (1, "")
-    assert "hestia: the GPU's memory is full; what a run had saved is intact" in err
+    assert f"hestia: {whose} memory is full; what a run had saved is intact" in err
     assert "Traceback" not in err
-    fails(RuntimeError("a defect"))
+
+
+def test_other_failures_are_not_hidden(invoke: Invoke, job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hestia.loading.load_model", _raising(RuntimeError("a defect")))
     with pytest.raises(RuntimeError, match="a defect"):
         invoke(*job())
+
+
+def _raising(error: Exception) -> Callable[..., None]:
+    def load(*_: object, **__: object) -> None:
+        raise error
+
+    return load

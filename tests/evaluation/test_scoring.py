@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from exact_curvature import tiny_llama
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -85,6 +86,22 @@ def test_neither_batch_size_nor_chunks_change_a_bit(monkeypatch):
         assert torch.equal(part.block_nll, whole.block_nll)
         assert whole.block_kl is not None and part.block_kl is not None
         assert torch.equal(part.block_kl, whole.block_kl)
+
+
+def test_a_large_vocabulary_runs_fewer_blocks_at_once(monkeypatch):
+    assert [scoring.blocks_at_once(256, v) for v in (8192, 131072, 131073)] == [8, 8, 7]
+    assert scoring.blocks_at_once(1024, 1 << 20) == 1
+    seen: list[int] = []
+    model = tiny_llama()
+    logits = model_logits(model)
+    model.base_model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    blocks = random_blocks(4, blocks=7)
+    monkeypatch.setattr(scoring, "MOST_LOGITS", 3 * blocks.input_ids.shape[1] * model.config.vocab_size)
+    score(logits, blocks)
+    score(lambda ids: logits(ids), blocks, parent=logits)  # the callable that knows decides for both
+    assert seen == [3, 3, 1, 3, 3, 3, 3, 1, 1]
 
 
 def test_blocks_scored_alone_give_the_per_block_means():

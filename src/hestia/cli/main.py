@@ -90,13 +90,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except HestiaError as error:
         return _fail(str(error), error.exit_status)
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, MemoryError):
-            return _fail("the memory is full; what a run had saved is intact", 1)
-        if type(error).__name__ != "OutOfMemoryError":  # torch's own; to import torch for its name takes seconds
+        where = _full_memory(error)
+        if where is None:
             raise
         return _fail(
-            "the GPU's memory is full; what a run had saved is intact: free memory, then --resume, or begin in another "
-            "--out with --gradient-checkpointing or a smaller --batch-size",
+            f"{where} memory is full; what a run had saved is intact: free memory, then --resume, which after training "
+            "only scores, with --device cpu too; or begin in another --out with --gradient-checkpointing, a smaller "
+            "--batch-size or --teacher none",
             1,
         )
     except OSError as error:
@@ -104,6 +104,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _fail(f"the disk is full ({error}); earlier checkpoints are intact: make room, then --resume", 1)
         status = 2 if error.errno in (errno.ENAMETOOLONG, errno.ELOOP) else 1  # only a name that was typed can be
         return _fail(f"the system refused: {error}", status)
+
+
+def _full_memory(error: BaseException) -> str | None:
+    """Whose memory an error says is full, None for another error; by its words, since to import torch takes seconds."""
+    said = str(error)
+    if isinstance(error, MemoryError) or "DefaultCPUAllocator" in said:
+        return "the"
+    out = "CUDA error: out of memory" in said or "CUBLAS_STATUS_ALLOC_FAILED" in said
+    return "the GPU's" if out or type(error).__name__ == "OutOfMemoryError" else None
 
 
 def spread(arguments: list[str]) -> list[str]:

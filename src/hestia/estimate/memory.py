@@ -4,8 +4,8 @@
                 needs a sensitivity that is not given
     train       4 P weights + 8 P_t AdamW + gradients and activations of a micro-batch (with a teacher 4 P more, and its
                 forward pass beside what the student's has left), or, where that is more, an evaluation in the middle
-                of the run: 12 P and the logits of eight blocks
-    score       two models, and the logits of both for eight blocks
+                of the run: 12 P and the logits of a few blocks
+    score       two models, and the logits of both for as many blocks as are scored at once
     export      4 P + Q: the packed file loaded and unpacked, and the logits of the frozen model, to which its own are
                 compared (measured for hf; what llama.cpp itself takes to run a .gguf file is not counted)
 
@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..curvature.estimators.base import CHUNK
+from ..evaluation.scoring import blocks_at_once
 from ..options import Options
 from ..pipeline.planning import calibrates
 from ..plans import Plan
@@ -35,9 +36,6 @@ TIGHT = {"train": ("activations",)}
 
 CONSTANT = {"calibrate": 12 << 20, "train": 40 << 20, "score": 0, "export": 14 << 20}
 """Bytes of kernels, their workspaces and Python objects, whatever the model, by stage, measured."""
-
-EVALUATED_BLOCKS = 8
-"""Blocks that ``evaluation.score`` runs at once."""
 
 SCORED_ELEMENTS = 1 << 22
 """Log-probabilities that ``evaluation.score`` holds at once, at most."""
@@ -86,7 +84,7 @@ class Sizes:
         largest_block: parameters of the largest block.
         outside: parameters outside the blocks (embeddings, last norm, head).
         vocabulary: of the head.
-        logits: numbers of the logits of ``EVALUATED_BLOCKS`` blocks.
+        logits: numbers of the logits of the blocks that are scored at once.
         compared: numbers of the logits on which an exported file is compared.
         teacher: parameters of the teacher; 0: none.
     """
@@ -155,7 +153,7 @@ def passes(
         )
         if plan.trains
         else None,
-        evaluate=run(batch=EVALUATED_BLOCKS, plan=plan),
+        evaluate=run(batch=blocks_at_once(tokens, int(config.get_text_config().vocab_size)), plan=plan),
         teacher=run(teacher, batch=batch, teaching=True, bf16=bf16) if taught else None,
     )
 
@@ -228,7 +226,7 @@ def _halfway(sizes: Sizes, work: Work) -> Stage:
         "activations": work.peak + 8 * min(SCORED_ELEMENTS, sizes.logits),
         "teacher": 4 * sizes.teacher,
     }
-    return _stage("train", parts, "decided by the hard loss on eight held-out blocks, logged ten times a run")
+    return _stage("train", parts, "decided by the hard loss on held-out blocks, logged ten times a run")
 
 
 def _scoring(sizes: Sizes, work: Work) -> Stage:

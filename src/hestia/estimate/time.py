@@ -13,11 +13,12 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ..evaluation.scoring import blocks_at_once
 from ..options import Options, count
 from ..pipeline.planning import calibrates
 from ..training import pilot
 from .machine import Machine
-from .memory import EVALUATED_BLOCKS, Passes, Sizes
+from .memory import Passes, Sizes
 
 STEP_BYTES = 40
 """Bytes moved a trained parameter and step beside forward and backward: norm, clipping, AdamW."""
@@ -89,6 +90,6 @@ def seconds(run: Job, done: Passes, sizes: Sizes, machine: Machine) -> dict[str,
             out["pilot"] = (pilot.ROUNDS[0][0] * first + pilot.ROUNDS[1][0] * second) * step
         out["train"] = run.steps * step
     whole = cost(done.evaluate.flops, done.evaluate.moved)
-    blocks = run.scored / run.tokens
-    out["score"] = SCORED_PASSES * blocks / EVALUATED_BLOCKS * whole / run.processes
+    batches = run.scored / run.tokens / blocks_at_once(run.tokens, sizes.vocabulary)
+    out["score"] = SCORED_PASSES * batches * whole / run.processes
     return out

@@ -13,6 +13,7 @@ import torch
 
 from .. import loading, recipes
 from ..errors import ConfigError
+from ..evaluation.scoring import blocks_at_once
 from ..jobs import LARGEST_DEFAULT_BATCH, choose_device, in_bf16, longest_block
 from ..nn.select import EMBEDDING, HEAD
 from ..options import Options, count
@@ -23,7 +24,7 @@ from ..plans import Plan
 from ..resources import free_disk
 from .files import FileSize, Kept, file_sizes, run_folder
 from .machine import Machine, memory_of, probe, quantity
-from .memory import EVALUATED_BLOCKS, Passes, Sizes, Stage, passes, stages
+from .memory import Passes, Sizes, Stage, passes, stages
 from .time import Job, job, seconds
 
 
@@ -311,7 +312,7 @@ def _sizes(empty: Any, plan: Plan, options: Options, vocabulary: int, tokens: in
         largest_block=max(blocks.values(), default=total),
         outside=total - sum(blocks.values()),
         vocabulary=vocabulary,
-        logits=EVALUATED_BLOCKS * tokens * vocabulary,
+        logits=blocks_at_once(tokens, vocabulary) * tokens * vocabulary,
         compared=math.prod(probe_shape(tokens, vocabulary)) * vocabulary,
         teacher=0 if teacher is None else sum(p.numel() for p in _empty(teacher, options).parameters()),
     )

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from ..data import Blocks
 from ..errors import ConfigError, GuardError
@@ -29,6 +30,17 @@ Logits = Callable[[Tensor], Tensor]
 """Token ids ``[B, T]`` to logits ``[B, T, V]``; position t predicts token t + 1."""
 
 _CHUNK_ELEMENTS = 1 << 22  # 16 MB in fp32: larger is not faster, smaller pays for Python
+
+MOST_BLOCKS = 8
+"""Blocks of a forward pass, where their logits are no more than ``MOST_LOGITS`` numbers."""
+
+MOST_LOGITS = 1 << 28
+"""Logits of a forward pass, unless a single block has more: 1 GiB in fp32, and as much again of the parent."""
+
+
+def blocks_at_once(tokens: int, vocabulary: int) -> int:
+    """Blocks of ``tokens`` that ``score`` runs in one forward pass: max(1, min(8, 2^28 / (tokens x vocabulary)))."""
+    return max(1, min(MOST_BLOCKS, MOST_LOGITS // max(1, tokens * vocabulary)))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -72,7 +84,7 @@ def score(
     blocks: Blocks,
     *,
     parent: Logits | None = None,
-    batch_size: int = 8,
+    batch_size: int | None = None,
     description: str = "evaluating",
 ) -> Score:
     """NLL, and with a parent KL and top-1 agreement, of one model in one pass over ``blocks``.
@@ -84,7 +96,7 @@ def score(
         blocks: ``input_ids`` int ``[B, T]`` and ``loss_mask`` bool ``[B, T]``, True where the token is a target that
             counts. The first token of a block has nothing before it and never counts.
         parent: what the model is compared with; runs on the same batches.
-        batch_size: blocks a forward pass.
+        batch_size: blocks a forward pass; None: ``blocks_at_once``, eight where a callable has no ``vocabulary``.
         description: label of the progress bar.
 
     Raises:
@@ -96,6 +108,8 @@ def score(
         raise ConfigError(
             f"blocks: input_ids {list(ids.shape)} and loss_mask {list(targets.shape)} must both be [blocks, tokens]"
         )
+    if batch_size is None:
+        batch_size = blocks_at_once(ids.shape[1], max(getattr(by, "vocabulary", 0) for by in (logits, parent)))
     if batch_size < 1:
         raise ConfigError(f"batch_size is a number of blocks, 1 or more, got {batch_size}")
     targets[:, :1] = False
@@ -150,19 +164,27 @@ def model_logits(model: nn.Module) -> Logits:
 
     Token ids are moved to the model's device; every submodule gets its own training mode back afterwards.
     """
+    return _ModelLogits(model)
+
+
+class _ModelLogits:
+    """See ``model_logits``; ``vocabulary`` is the number of rows of the head, 0 for a model without one."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+        self.vocabulary = 0 if head is None else int(head.weight.shape[0])
 
     @torch.no_grad()
-    def logits(ids: Tensor) -> Tensor:
-        trained = [module for module in model.modules() if module.training]
-        model.eval()
+    def __call__(self, ids: Tensor) -> Tensor:
+        trained = [module for module in self.model.modules() if module.training]
+        self.model.eval()
         try:
-            device = next(model.parameters()).device
-            return model(input_ids=ids.to(device=device, dtype=torch.long), use_cache=False).logits
+            device = next(self.model.parameters()).device
+            return self.model(input_ids=ids.to(device=device, dtype=torch.long), use_cache=False).logits
         finally:
             for module in trained:
                 module.training = True
-
-    return logits
 
 
 class _TargetRows:

@@ -20,7 +20,7 @@ def shared_score(
     blocks: Blocks,
     *,
     parent: Logits | None = None,
-    batch_size: int = 8,
+    batch_size: int | None = None,
     description: str = "evaluating",
 ) -> Score:
     """``score``, called by every process with the same blocks; alone it is ``score`` itself.
