@@ -246,6 +246,23 @@ def test_by_default_the_parent_teaches_hearth(invoke: Invoke, toy_run: Path, job
     assert report["parent_hard_loss"] == pytest.approx(parent, rel=1e-6)
 
 
+def test_both_lines_of_the_hard_loss_are_taken_in_the_precision_of_training(
+    invoke: Invoke, job: Job, tmp_path: Path
+) -> None:
+    assert invoke(*job("--precision", "bf16"))[0] == 0
+    run = tmp_path / "run"
+    work = pipeline.Workspace(Options(**load_config(run / "run.yaml")), resume=True)
+    blocks = work.tuning[:8]
+    frozen = LlamaForCausalLM.from_pretrained(run / "model", dtype=torch.float32)
+    logged = [row["hard_loss"] for row in rows(run) if "hard_loss" in row][-1]
+    in_report = read(run / "report.json")["parent_hard_loss"]
+    for model, value in ((work.load_model(), in_report), (frozen, logged)):
+        exact = score(model_logits(model), blocks, description="").nll
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert value == pytest.approx(score(model_logits(model), blocks, description="").nll, rel=1e-6)
+        assert value != pytest.approx(exact, rel=1e-6)
+
+
 def test_a_run_with_a_teacher_that_crashed_ends_where_the_uninterrupted_run_did(
     invoke: Invoke, job: Job, tmp_path: Path, lean: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from .. import loading, nn, processes
 from ..errors import ConfigError
 from ..evaluation import model_logits, shared_score
@@ -61,7 +63,9 @@ def _train_config(work: Workspace, plan: Plan) -> TrainConfig:
     release()  # the last trial
     parent: Any = work.load_model()
     parent.to(work.device)
-    unseen = shared_score(model_logits(parent), work.tuning[: config.eval_blocks], description="scoring the parent").nll
+    blocks = work.tuning[: config.eval_blocks]
+    with torch.autocast(work.device.type, dtype=torch.bfloat16, enabled=work.bf16):  # as the model beside it is scored
+        unseen = shared_score(model_logits(parent), blocks, description="scoring the parent").nll
     if processes.first():
         settings = {"learning_rate": rate, "steps": work.steps, "batch_size": work.batch_size}
         write_json(path, {**settings, "parent_hard_loss": unseen})
