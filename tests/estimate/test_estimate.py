@@ -261,8 +261,22 @@ def test_a_bad_quantity_is_refused(text: str) -> None:
         quantity(text, "memory")
 
 
-def test_the_probe_measures_something() -> None:
-    flops, bandwidth = probe(torch.device("cpu"), bf16=False)
-    assert 1e8 < flops < 1e15 and 1e7 < bandwidth < 1e13
+def test_calibration_and_scores_take_their_time_in_fp32(toy_parent: Path) -> None:
+    def found(precision: str) -> Any:
+        options = Options(model=str(toy_parent), recipe="hestia", teacher=None, precision=precision)
+        return estimate(options, flops="8T", bandwidth="1000P")
+
+    exact, fast = found("fp32"), found("bf16")
+    assert (exact.machine.exact, fast.machine.exact) == (8e12, 1e12)
+    for stage in ("calibrate", "score"):
+        assert fast.seconds[stage] == pytest.approx(8 * exact.seconds[stage], rel=0.01)
+    assert fast.seconds["train"] == pytest.approx(exact.seconds["train"], rel=0.01)
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_the_probe_measures_something(bf16: bool) -> None:
+    flops, exact, bandwidth = probe(torch.device("cpu"), bf16=bf16)
+    assert 1e8 < flops < 1e15 and 1e8 < exact < 1e15 and 1e7 < bandwidth < 1e13
+    assert (flops == exact) != bf16
     there = memory_of(torch.device("cpu"))
     assert there is None or there > 1 << 20

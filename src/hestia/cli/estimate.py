@@ -20,7 +20,7 @@ NOT_ASKED = ("data", "eval_data", "separator", "joiner", "held_out_share", "seed
 @click.option("--fsdp", is_flag=True, help="processes shard weights, gradients and moments (FSDP2) instead of DDP")
 @click.option("--memory", metavar="BYTES", help="to hold a process against, such as 80G; default: its share here")
 @click.option("--disk", metavar="BYTES", help="to hold the run's folder against; default: what is free at --out")
-@click.option("--flops", metavar="NUMBER", help="FLOP/s of one process in training precision, such as 300T; or probed")
+@click.option("--flops", metavar="NUMBER", help="FLOP/s of one process, in training precision, such as 300T; or probed")
 @click.option("--bandwidth", metavar="NUMBER", help="bytes/s of one process's memory, such as 2T; default: probed")
 @job_options(leave_out=NOT_ASKED)
 @config_option
@@ -78,7 +78,8 @@ def table(found: Estimate) -> str:
     lines += [
         "",
         f"run folder: {amount(sum(found.folder.values()))} ({folder})",
-        f"machine: {machine.flops:.3g} FLOP/s, {machine.bandwidth:.3g} bytes/s ({machine.source})",
+        f"machine: {machine.flops:.3g} FLOP/s, {machine.exact:.3g} in fp32, {machine.bandwidth:.3g} bytes/s "
+        f"({machine.source})",
         verdict("memory", found.peak, machine.memory) + (" (each process)" if found.layout.processes > 1 else ""),
         verdict("disk", sum(found.folder.values()), machine.disk),
     ]

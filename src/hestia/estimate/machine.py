@@ -12,8 +12,13 @@ import torch
 from ..errors import ConfigError
 from ..resources import available_memory
 
-PROBE_WIDTH = 1024
+PROBE_WIDTH = {"cpu": 1024, "cuda": 8192}
+"""Width of the matrices that are multiplied; on a GPU small ones time the launch."""
+
 PROBE_BYTES = 1 << 27
+
+FP32_SHARE = 1 / 8
+"""FLOP/s in fp32 over a given number in bf16: between 1/16 (A100, H100) and 1/2 (GPUs for games)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +27,7 @@ class Machine:
 
     Attributes:
         flops: of matrix products in the training precision, per second and process.
+        exact: the same in fp32, in which a run calibrates and scores.
         bandwidth: bytes read and written a second.
         memory: bytes a process may use; None: unknown.
         disk: bytes free where the run is written; None: unknown.
@@ -29,6 +35,7 @@ class Machine:
     """
 
     flops: float
+    exact: float
     bandwidth: float
     memory: int | None
     disk: int | None
@@ -39,15 +46,20 @@ class Machine:
         return asdict(self)
 
 
-def probe(device: torch.device, *, bf16: bool) -> tuple[float, float]:
-    """(FLOP/s, bytes/s) of ``device``: products of square matrices, and sums of vectors larger than any cache."""
-    dtype = torch.bfloat16 if bf16 else torch.float32
-    a, b = (torch.ones(PROBE_WIDTH, PROBE_WIDTH, dtype=dtype, device=device) for _ in range(2))
+def probe(device: torch.device, *, bf16: bool) -> tuple[float, float, float]:
+    """(FLOP/s, FLOP/s in fp32, bytes/s): products of square matrices, and sums of vectors larger than any cache."""
+    exact = _products(device, torch.float32)
+    flops = _products(device, torch.bfloat16) if bf16 else exact
     x, y = (torch.ones(PROBE_BYTES // 12, device=device) for _ in range(2))
     out = torch.empty_like(x)
-    product = _best(lambda: torch.mm(a, b), device)
     sums = _best(lambda: torch.add(x, y, out=out), device)
-    return 2.0 * PROBE_WIDTH**3 / product, 3.0 * 4.0 * x.numel() / sums
+    return flops, exact, 3.0 * 4.0 * x.numel() / sums
+
+
+def _products(device: torch.device, dtype: torch.dtype) -> float:
+    width = PROBE_WIDTH.get(device.type, PROBE_WIDTH["cpu"])
+    a, b = (torch.ones(width, width, dtype=dtype, device=device) for _ in range(2))
+    return 2.0 * width**3 / _best(lambda: torch.mm(a, b), device)
 
 
 def _best(work: Callable[[], object], device: torch.device, rounds: int = 7) -> float:

@@ -3,9 +3,9 @@
     seconds(pass) = FLOPs / (FLOP/s) + bytes moved / (bytes/s)
 
 FLOPs are those of matrix products and attention, bytes those that every operation reads and writes one after another,
-as without a compiler; both were counted in a pretended pass. A step adds clipping and AdamW: ten passes over fp32
-numbers. What neither term knows (launches, Python, caches that serve small tensors) makes small models faster or slower
-than this by tens of percent.
+as without a compiler; both were counted in a pretended pass. Calibration and scores are taken in fp32, at that speed. A
+step adds clipping and AdamW: ten passes over fp32 numbers. What neither term knows (launches, Python, caches that serve
+small tensors) makes small models faster or slower than this by tens of percent.
 """
 
 from __future__ import annotations
@@ -72,12 +72,12 @@ def job(options: Options, *, tokens: int, batch: int, steps: int, processes: int
 def seconds(run: Job, done: Passes, sizes: Sizes, machine: Machine) -> dict[str, float]:
     """Stage -> seconds; every process is as fast as ``machine``."""
 
-    def cost(flops: float, moved: float) -> float:
-        return flops / machine.flops + moved / machine.bandwidth
+    def cost(flops: float, moved: float, speed: float = machine.flops) -> float:
+        return flops / speed + moved / machine.bandwidth
 
     out: dict[str, float] = {}
     if done.calibrate is not None:
-        once = cost(done.calibrate.flops, done.calibrate.moved)
+        once = cost(done.calibrate.flops, done.calibrate.moved, machine.exact)
         out["calibrate"] = run.sequences * once / run.processes
     if done.train is not None:
         micro_batches = run.batch / run.micro / run.processes
@@ -89,7 +89,7 @@ def seconds(run: Job, done: Passes, sizes: Sizes, machine: Machine) -> dict[str,
             first, second = pilot.trial_steps(run.steps)
             out["pilot"] = (pilot.ROUNDS[0][0] * first + pilot.ROUNDS[1][0] * second) * step
         out["train"] = run.steps * step
-    whole = cost(done.evaluate.flops, done.evaluate.moved)
+    whole = cost(done.evaluate.flops, done.evaluate.moved, machine.exact)
     batches = run.scored / run.tokens / blocks_at_once(run.tokens, sizes.vocabulary)
     out["score"] = SCORED_PASSES * batches * whole / run.processes
     return out

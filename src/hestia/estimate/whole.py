@@ -23,7 +23,7 @@ from ..planner import plan as make_plan
 from ..plans import Plan
 from ..resources import free_disk
 from .files import FileSize, Kept, file_sizes, run_folder
-from .machine import Machine, memory_of, probe, quantity
+from .machine import FP32_SHARE, Machine, memory_of, probe, quantity
 from .memory import Passes, Sizes, Stage, passes, stages
 from .time import Job, job, seconds
 
@@ -227,13 +227,16 @@ def _machine(
     processes: int,
 ) -> Machine:
     flops, bandwidth = speed.get("flops"), speed.get("bandwidth")
+    exact = None if flops is None else flops * (FP32_SHARE if bf16 else 1.0)
     source = "given"
     if flops is None or bandwidth is None:
         probed = probe(device, bf16=bf16)
         source = f"probed here, {device.type}, {torch.get_num_threads()} threads" if not speed else "given and probed"
-        flops, bandwidth = flops or probed[0], bandwidth or probed[1]
+        flops, exact, bandwidth = flops or probed[0], exact or probed[1], bandwidth or probed[2]
+    assert exact is not None
     return Machine(
         flops=flops,
+        exact=exact,
         bandwidth=bandwidth,
         memory=int(given["memory"]) if "memory" in given else _share(memory_of(device), device, processes),
         disk=int(given["disk"]) if "disk" in given else free_disk(Path(options.out or ".")),
