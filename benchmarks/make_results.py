@@ -141,8 +141,8 @@ def running() -> str:
         f"{cost['bytes_a_checkpoint'] / 1e6:.0f} MB, {100 * cost['share']:.2f} % of a run at the default interval.",
         f"- `python benchmarks/scale_out.py`: two processes of one thread reach {two['ratio']:.2f} of one process with "
         f"two threads (medians of {rounds} rounds).",
-        "- `python benchmarks/memory.py`: peak resident memory that `hestia estimate` predicts, against the measured "
-        "one. The allocator's share was fitted on these very models.",
+        "- `python benchmarks/memory.py`: growth of anonymous memory that `hestia estimate` predicts, against the "
+        "measured one. The allocator's share was fitted on these very models.",
         "",
         "| model and stage | predicted | measured | error |",
         "|---|--:|--:|--:|",

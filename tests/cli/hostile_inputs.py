@@ -1,6 +1,6 @@
 """Hostile and broken inputs: each a function that damages a copy of good ones and returns a command to refuse it.
 
-``CASES`` has a few hundred of them. A case says which exit statuses are right: 2 for most; 0 too where a flipped byte
+``CASES`` has more than 700 of them. A case says which exit statuses are right: 2 for most; 0 too where a flipped byte
 may happen to mean the same, or means another but possible model; 3 where the damaged file claims to be an export.
 """
 
