@@ -50,6 +50,7 @@ class Arm:
         bits: width of the grid, or a budget of stored bits a weight that is spent by predicted damage.
         target: the format that must hold the result exactly; it decides what a weight costs.
         factors: on the learning rate, of ``scale``, ``norm`` and ``embedding``.
+        betas: of AdamW, where they differ from the training's own.
         tier: lower tiers run first.
         note: what the arm is there to settle, for people.
     """
@@ -64,6 +65,7 @@ class Arm:
     bits: float = 1.58
     target: str = "hf"
     factors: Mapping[str, float] = field(default_factory=dict)
+    betas: tuple[float, ...] = ()
     tier: int = 1
     note: str = ""
 
@@ -220,6 +222,7 @@ class Job:
             **({} if arm.bits == 1.58 else {"bits": arm.bits}),  # results made before there was a choice stay valid
             **({} if arm.target == "hf" else {"target": arm.target}),
             **({"factors": dict(arm.factors)} if arm.factors else {}),
+            **({"betas": list(arm.betas)} if arm.betas else {}),
             "parent": stage.parent,
             "texts": json.loads(json.dumps(asdict(stage.texts))),
             "training": {k: v for k, v in asdict(stage.training).items() if k != "group_size"},

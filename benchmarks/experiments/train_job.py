@@ -88,6 +88,8 @@ def check_possible(job: Job) -> None:
     _distillation(arm.teacher)
     if unknown := set(arm.factors) - {"scale", "norm", "embedding"}:
         raise ConfigError(f"factors: unknown key {min(unknown)!r}; a learning rate has scale, norm and embedding")
+    if len(arm.betas) not in (0, 2):
+        raise ConfigError(f"betas: AdamW has two, got {len(arm.betas)}")
     if arm.recipe != CONTROL:
         recipes.get(arm.recipe, **arm.settings)
 
@@ -305,6 +307,7 @@ def _train_config(job: Job) -> TrainConfig:
         scale_rate=job.arm.factors.get("scale", 1.0),
         norm_rate=job.arm.factors.get("norm", 1.0),
         embedding_rate=job.arm.factors.get("embedding", 1.0),
+        betas=(job.arm.betas[0], job.arm.betas[1]) if job.arm.betas else TrainConfig.betas,
     )
 
 
