@@ -109,8 +109,8 @@ def ranking_figure(stage: Stage, folder: Path | None = None) -> str | None:
 
     Hollow: too few seeds to claim anything.
     """
-    everything = _budgets(stage, folder)
-    made = [row for row in rows(stage, everything[-1]) if row.difference is not None] if everything else []
+    ranked = [made for made in rows(stage, final_records(stage, folder or stage.folder)).values() if made]
+    made = [row for row in ranked[-1] if row.difference is not None] if ranked else []
     if not made:
         return None
     drawing, ((axis,),) = _drawing(6.4, 1.1 + 0.3 * len(made))
