@@ -14,7 +14,7 @@ from .progress import announce
 from .tiny import model_path, text_path
 
 LEARNING_RATE = "6.5e-4"
-"""What the pilot chooses for this model and this length, for both recipes (docs/log.md), so that the demo need not run it."""
+"""What the pilot chooses for both runs (docs/log.md), so that the demo need not run it."""
 
 
 def demo(out: Path, *, tokens: str = "120k", threads: int | None = None) -> dict[str, Any]:
