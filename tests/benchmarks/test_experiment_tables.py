@@ -227,5 +227,5 @@ def test_bits_are_drawn_where_arms_differ_in_them(stage: stages.Stage, tmp_path:
             write_result(jobs[arm, seed], nll, folder, plan=plan)
     drawn = figures.bits_figure(stage, folder)
     assert drawn is not None
-    assert all(f">{name}<" in drawn for name in ("ste", "better", "same", "trained in full precision"))
+    assert all(f">{name}<" in drawn for name in ("ste", "better", "same", "parent", "trained in full precision"))
     assert ">young<" not in drawn
