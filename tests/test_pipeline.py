@@ -23,7 +23,7 @@ from toy_runs import CALIBRATED, QUICK, Invoke, make_parent
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, TrainerCallback
 
 from hestia import loading, pipeline
-from hestia.errors import ConfigError
+from hestia.errors import ConfigError, ExportError
 from hestia.evaluation import model_logits, score
 from hestia.options import Options, load_config
 from hestia.pipeline import delivery, fitting, planning, scoring
@@ -577,6 +577,86 @@ def test_a_signal_to_the_process_saves_and_resume_completes(
     assert process.returncode == 0, err
     steps = [row["step"] for row in rows(tmp_path / "run") if "loss" in row]
     assert steps == list(range(1, 121))
+
+
+# --- what could not be delivered -------------------------------------------------------------------------------------
+
+
+def test_what_a_format_cannot_hold_is_said_before_training(
+    invoke: Invoke, job: Job, parent_copy: Path, tmp_path: Path
+) -> None:
+    rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+    config = {**read(parent_copy / "config.json"), "rope_parameters": rope}
+    (parent_copy / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    words = ("--target", "gguf:q4_0", "--target", "hf", "--fallback")
+    for command in (job(*words, model=parent_copy), ["plan", parent_copy, *words, "--out", tmp_path / "plan.json"]):
+        status, out, err = invoke(*command)
+        assert (status, out) == (2, "")
+        assert "--target gguf:q4_0: " in err and "rope type 'dynamic' has no GGUF export" in err
+    assert not (tmp_path / "run").exists() and not (tmp_path / "plan.json").exists()
+    assert invoke(*job("--target", "hf", model=parent_copy))[0] == 0
+
+
+def test_one_format_that_fails_costs_no_other(
+    invoke: Invoke, job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*arguments: Any, **more: Any) -> dict[str, Any]:
+        if arguments[2] == "gguf:q4_0":
+            raise ExportError("a scale is not exact")
+        return deliver(*arguments, **more)
+
+    deliver = delivery.deliver
+    words = job("--target", "gguf:q4_0", "--target", "hf", "--fallback")
+    with monkeypatch.context() as patch:
+        patch.setattr("hestia.pipeline.run.deliver", fails)
+        status, _, err = invoke(*words)
+    assert status == 2 and "a scale is not exact" in err
+    assert [entry["target"] for entry in read(tmp_path / "run" / "report.json")["exports"]] == ["hf"]
+    assert (tmp_path / "run" / "report.html").is_file()
+    status, _, err = invoke(*words, "--resume")
+    assert status == 0, err
+    assert {entry["target"] for entry in read(tmp_path / "run" / "report.json")["exports"]} == {"hf", "gguf:q4_0"}
+
+
+def test_a_run_resumed_when_it_was_finished_keeps_later_exports(invoke: Invoke, job: Job, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert invoke(*job())[0] == 0
+    before = [entry["target"] for entry in read(run / "report.json")["exports"]]
+    assert invoke("export", run, "--to", "gguf:f16")[0] == 0
+    assert invoke(*job(), "--resume")[0] == 0
+    assert [entry["target"] for entry in read(run / "report.json")["exports"]] == [*before, "gguf:f16"]
+    shutil.rmtree(run / "exports" / "gguf-f16")
+    (run / "report.json").write_text('{"exports": 7', encoding="utf-8")
+    assert invoke(*job(), "--resume")[0] == 0
+    assert [entry["target"] for entry in read(run / "report.json")["exports"]] == before
+
+
+def test_a_teacher_with_other_tokens_of_the_same_number_is_refused(
+    invoke: Invoke, job: Job, parent_copy: Path, tmp_path: Path
+) -> None:
+    teacher = ("--teacher", parent_copy)
+    words = [word for word in job() if word not in CALIBRATED]
+    path = parent_copy / "tokenizer.json"
+    record = json.loads(path.read_text(encoding="utf-8"))
+    vocabulary = record["model"]["vocab"]
+    a, b = sorted(vocabulary, key=vocabulary.__getitem__)[-2:]
+    vocabulary[a], vocabulary[b] = vocabulary[b], vocabulary[a]
+    path.write_text(json.dumps(record), encoding="utf-8")
+    status, _, err = invoke(*words, *teacher)
+    assert status == 2 and "has another tokenizer than the parent" in err
+    assert not (tmp_path / "run").exists()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (parent_copy / name).unlink()
+    status, _, err = invoke(*words, *teacher)
+    assert status == 0 and "its tokens are taken for the parent's" in err
+
+
+def test_the_frozen_model_keeps_its_cache_and_can_be_read_by_others(toy_run: Path, toy_parent: Path) -> None:
+    assert read(toy_run / "model" / "config.json").get("use_cache", True) is True
+    mask = os.umask(0)
+    os.umask(mask)
+    for path in (toy_run / "codes.safetensors", toy_run / "model" / "model.safetensors"):
+        assert path.stat().st_mode & 0o777 == 0o666 & ~mask
 
 
 # --- choices that the run makes --------------------------------------------------------------------------------------

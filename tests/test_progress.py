@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator
 
 import pytest
@@ -57,3 +58,14 @@ def test_a_long_announcement_stays_one_line_and_markup_is_text(shown: None, capf
     message = "written to [bold]" + "x" * 300 + "[/bold] :smile:"
     progress.announce(message)
     assert capfd.readouterr().err == message + "\n"
+
+
+def test_nobody_listening_any_more_ends_nothing(shown: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Closed(io.StringIO):
+        def write(self, text: str) -> int:
+            raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr("sys.stderr", Closed())
+    progress.announce("a line")
+    assert list(progress.track(range(3), "reading", total=3)) == [0, 1, 2]
+    assert not progress._enabled

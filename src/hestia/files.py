@@ -139,6 +139,14 @@ def save_file(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, 
         write(dict(tensors), path, None if metadata is None else dict(metadata))
     except SafetensorError as error:
         raise as_os_error(error, path) from None
+    readable(path)
+
+
+def readable(path: Path) -> None:
+    """Give a file the rights of any other new one: safetensors makes files that only their owner may read."""
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
 
 
 def as_os_error(error: Exception, path: Path) -> OSError:

@@ -18,6 +18,7 @@ from .evaluation import Logits, hestia_protocol_perplexity, model_logits, run_ta
 from .export import llama_cpp
 from .export.frozen import MODEL_FOLDER
 from .export.gguf_reader import open_checked
+from .export.precheck import check_targets
 from .nn import select
 from .options import Options, count
 from .planner import plan as make_plan
@@ -41,8 +42,10 @@ def plan_model(options: Options) -> Plan:
     """
     source = loading.resolve(options.model)
     config = loading.load_config(source, trust_remote_code=options.trust_remote_code)
-    return make_plan(
-        loading.empty_model(source, config, trust_remote_code=options.trust_remote_code),
+    empty = loading.empty_model(source, config, trust_remote_code=options.trust_remote_code)
+    loading.require_trainable(source, config, empty)
+    made = make_plan(
+        empty,
         recipes.get(options.recipe, **options.options),
         options.target,
         options.sensitivity,
@@ -54,6 +57,9 @@ def plan_model(options: Options) -> Plan:
         fallback=options.fallback,
         allow_partial=options.allow_partial,
     )
+    tokenizer = loading.tokenizer_folder(source) if (Path(source.location) / "tokenizer.json").is_file() else None
+    check_targets(made.targets, config, Path(source.location), tokenizer, head=options.head)
+    return made
 
 
 def calibrate_model(options: Options, keep: Path | None = None) -> curvature.Sensitivity:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
@@ -21,7 +21,7 @@ from .curvature.allocation import (
 from .curvature.damage import damages
 from .errors import PlanError
 from .plans import LayerPlan, Spending, stored_bytes
-from .quant import GroupSize, QuantSpec
+from .quant import GroupSize, QuantSpec, ScaleRule
 from .quant.grouping import group_shape
 from .recipes import GRIDS, Recipe
 from .targets import StorageType, Stored, Target, file_bytes, span
@@ -81,7 +81,7 @@ def measured_damage(sensitivity: Sensitivity, specs: Mapping[float, QuantSpec]) 
             )
         if found.grid != spec.grid:
             grids.append(f"{found.grid.name}, not {own}")
-        if found.scale != spec.scale:
+        if _as_frozen(found.scale) != _as_frozen(spec.scale):
             rules.append(f"{label} ({found.scale.name}, not {spec.scale.name})")
         kinds.append(words)
         for path, mean in means.items():
@@ -269,3 +269,8 @@ def spending(
         left_out=left_out,
         curve=curve,
     )
+
+
+def _as_frozen(scale: ScaleRule) -> ScaleRule:
+    """A scale rule as it freezes: whether training fits the level to soft values changes no rounded weight."""
+    return replace(scale, soft=False) if hasattr(scale, "soft") else scale  # type: ignore[call-arg]

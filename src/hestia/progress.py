@@ -5,9 +5,11 @@ On a terminal it is a bar; elsewhere (a log file, continuous integration) a plai
 
 from __future__ import annotations
 
+import contextlib
+import sys
 import time
 from collections.abc import Iterable, Iterator
-from typing import TypeVar
+from typing import IO, Any, TypeVar, cast
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
@@ -16,8 +18,28 @@ T = TypeVar("T")
 
 SECONDS_BETWEEN_LINES = 5.0
 
-console = Console(stderr=True, highlight=False)
 _enabled = False
+
+
+class _StandardError:
+    """Standard error for as long as somebody listens: what a closed pipe or a lost terminal refuses ends no run."""
+
+    def write(self, text: str) -> int:
+        try:
+            return sys.stderr.write(text)
+        except (OSError, ValueError):
+            enable(False)
+            return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            sys.stderr.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(sys.stderr, name)
+
+
+console = Console(file=cast("IO[str]", _StandardError()), highlight=False)
 
 
 def enable(on: bool = True) -> None:

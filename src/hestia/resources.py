@@ -48,6 +48,8 @@ def _meminfo() -> int | None:
 def _control_group() -> int | None:
     root = Path("/sys/fs/cgroup")
     try:
-        return int((root / "memory.max").read_text()) - int((root / "memory.current").read_text())
+        limit, used = (int((root / f"memory.{name}").read_text()) for name in ("max", "current"))
+        kept = dict(line.split() for line in (root / "memory.stat").read_text().splitlines())
+        return limit - used + int(kept.get("inactive_file", 0))  # the file cache is given back where it is needed
     except (OSError, ValueError):  # no version 2 control group, or "max": no limit
         return None

@@ -172,3 +172,9 @@ def test_a_template_without_end_is_ended_and_the_alarm_given_back(
     after = signal.getsignal(signal.SIGALRM), signal.getitimer(signal.ITIMER_REAL)
     assert after[0] is before[0]
     assert (after[1][0] > 0) == (before[1][0] > 0)
+
+
+def test_a_template_that_asks_for_the_day_gets_the_same_on_every_day(make_tokenizer) -> None:
+    tokenizer = make_tokenizer(template="{{ strftime_now('%d %b %Y') }} " + PLAIN)
+    ids, _ = chat_tokens(tokenizer, CHAT, "here")
+    assert tokenizer.decode(ids).startswith("26 Jul 2024")

@@ -217,7 +217,7 @@ def test_without_clipping_the_gradients_are_as_they_are(tmp_path: Path) -> None:
     assert len(norms[0]) == 3
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_signal_saves_and_stops_after_the_step(tmp_path: Path, number: int, status: int) -> None:
     model, plan = converted()
     previous = signal.getsignal(number)
@@ -238,6 +238,17 @@ def test_a_signal_saves_and_stops_after_the_step(tmp_path: Path, number: int, st
     resumed, plan = converted()
     trainer(tmp_path, resumed, plan, **config).fit(checkpoint)
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
+
+
+def test_under_nohup_a_lost_terminal_stops_nothing(tmp_path: Path) -> None:
+    model, plan = converted()
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        callback = At(2, lambda _: os.kill(os.getpid(), signal.SIGHUP))
+        trainer(tmp_path, model, plan, callbacks=[callback], steps=4).fit()
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_trainer_that_never_saves_does_not_save_on_a_signal_either(tmp_path: Path) -> None:

@@ -1,11 +1,12 @@
 """``hestia``: finds the verb, runs it, and turns every error into one clear message and a documented exit status.
 
 0 done   2 bad usage, configuration or input, nothing written   3 verification failed   4 stopped by a guard
-130 Ctrl-C, 143 SIGTERM: saved, continue with --resume          1 anything else
+130 Ctrl-C, 143 SIGTERM, 129 SIGHUP: saved, continue with --resume          1 anything else
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import importlib
 import signal
@@ -137,7 +138,8 @@ def spread(arguments: list[str]) -> list[str]:
 
 
 def _fail(message: str, status: int) -> int:
-    print(f"hestia: {_readable(message)}", file=sys.stderr)
+    with contextlib.suppress(OSError):  # nobody listens any more
+        print(f"hestia: {_readable(message)}", file=sys.stderr)
     return status
 
 

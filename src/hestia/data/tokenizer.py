@@ -21,6 +21,10 @@ class Tokenizer(Protocol):
         """Token ids under the key ``input_ids``."""
         ...
 
+    def get_chat_template(self) -> str:
+        """The template of chats."""
+        ...
+
     def apply_chat_template(self, conversation: Any, **kwargs: Any) -> Any:
         """A chat as one string, or tokenized."""
         ...

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ExportError, PlanError
+from ..loading import rope_keys
 from ..quant.grids import Grid
 from ..quant.grouping import GroupSize
 from ..targets import MLX2, scale_group, span
@@ -57,33 +58,35 @@ def mlx_config(frozen: FrozenModel) -> dict[str, Any]:
     Raises:
         ExportError: an architecture that hestia has not checked in mlx-lm, or a setting that mlx-lm does not compute.
     """
-    where = frozen.folder / "config.json"
-    family = family_of(where, frozen.config)  # the ones whose logits the tests compare
+    quantization = {"group_size": group_size(frozen), "bits": BITS, "mode": "affine"}
+    return {**frozen.config, **check_mlx(frozen.folder / "config.json", frozen.config), "quantization": quantization}
+
+
+def check_mlx(where: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """Check that mlx-lm computes what ``config`` says, and return the keys that it reads from the top level.
+
+    Args:
+        where: the model's config.json, for messages.
+        config: the parsed file.
+
+    Raises:
+        ExportError: an architecture that hestia has not checked in mlx-lm, or a setting that mlx-lm does not compute.
+    """
+    family = family_of(where, config)  # the ones whose logits the tests compare
     kind = family.arch
     if kind == "gemma":
         raise ExportError(f"{where}: mlx-lm computes gemma with the exact GELU, the model has its tanh approximation")
-    check_activation(where, frozen.config, family, "mlx-lm")
-    window = frozen.config.get("sliding_window")
-    windowed = frozen.config.get("use_sliding_window", frozen.config["model_type"] == "mistral") or kind == "gemma2"
-    if windowed and window and window < frozen.config["max_position_embeddings"]:
-        raise ExportError(
-            f"{where}: mlx-lm has no sliding windows for {frozen.config['model_type']}, the model {window}"
-        )
-    quantization = {"group_size": group_size(frozen), "bits": BITS, "mode": "affine"}
-    config = {**frozen.config, "quantization": quantization}
+    check_activation(where, config, family, "mlx-lm")
+    window = config.get("sliding_window")
+    windowed = config.get("use_sliding_window", config["model_type"] == "mistral") or kind == "gemma2"
+    if windowed and window and window < config["max_position_embeddings"]:
+        raise ExportError(f"{where}: mlx-lm has no sliding windows for {config['model_type']}, the model {window}")
     rope = config.get("rope_parameters") or {}
+    keys: dict[str, Any] = {}
     if "rope_theta" not in config and isinstance(rope.get("rope_theta"), int | float):
-        config |= _rope(rope)
+        keys |= rope_keys(rope)
     if kind == "gemma3":
-        config |= _gemma3_keys(where, config)
-    return config
-
-
-def _rope(rope: dict[str, Any]) -> dict[str, Any]:
-    """The base of the rotation, and its scaling where there is one."""
-    keys = {"rope_theta": rope["rope_theta"]}
-    if rope.get("rope_type", "default") != "default":
-        keys["rope_scaling"] = {k: v for k, v in rope.items() if k != "rope_theta"}
+        keys |= _gemma3_keys(where, config)
     return keys
 
 
@@ -98,11 +101,11 @@ def _gemma3_keys(where: Path, config: dict[str, Any]) -> dict[str, Any]:
     if not period or layers != (cycle * len(layers))[: len(layers)]:
         raise ExportError(f"{where}: layer_types {layers}, mlx-lm makes every nth layer full, n at most {len(layers)}")
     rope = config["rope_parameters"]
-    windowed = _rope(rope["sliding_attention"])
+    windowed = rope_keys(rope["sliding_attention"])
     if "rope_scaling" in windowed:
         raise ExportError(f"{where}: mlx-lm has no scaling in windowed layers, the model {windowed['rope_scaling']}")
     local = windowed["rope_theta"]
-    return {**_rope(rope["full_attention"]), "rope_local_base_freq": local, "sliding_window_pattern": period}
+    return {**rope_keys(rope["full_attention"]), "rope_local_base_freq": local, "sliding_window_pattern": period}
 
 
 def group_size(frozen: FrozenModel) -> int:

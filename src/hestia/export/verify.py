@@ -84,15 +84,17 @@ def verify(
     Args:
         path: an exported folder or .gguf file.
         run: the run's folder.
-        target: its file format; None finds out (a folder says it itself, a .gguf file is what the run recorded).
+        target: its file format; None finds out (a folder says it itself, a .gguf file is what the run recorded or, if
+            it recorded none, what the file says).
         token_ids: int64 ``[B, T]`` of text to compute logits on; None takes the held-out text that the run keeps, or 32
             fixed pseudo-random tokens where it keeps none.
         engine: False compares the bytes alone.
 
     Raises:
-        VerifyError: the file is missing, damaged, or cannot be loaded by its engine.
-        ConfigError: the run has no frozen model, or the target of a .gguf file is not known.
+        VerifyError: the file is missing, damaged, not hestia's, or cannot be loaded by its engine.
+        ConfigError: the run has no frozen model.
     """
+    path, run = Path(path), Path(run)
     if not path.exists():
         raise VerifyError(f"{path}: no such file or folder")
     name = target_named(target).name if target else detect_target(path, run)

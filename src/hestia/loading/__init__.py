@@ -5,8 +5,8 @@ is resolved to a commit first, so that a run records exactly what it started fro
 """
 
 from .configs import load_config
-from .models import cast_parameters, empty_model, load_model, parent_dtype
-from .saving import save
+from .models import cast_parameters, empty_model, load_model, parent_dtype, require_trainable
+from .saving import require_own_tokenizer, rope_keys, save, tokenizer_folder
 from .sources import Source, config_source, content, fingerprint, license_of, resolve
 from .tokenizers import check_vocabulary, hard_texts, load_tokenizer
 
@@ -24,6 +24,10 @@ __all__ = [
     "load_model",
     "load_tokenizer",
     "parent_dtype",
+    "require_own_tokenizer",
+    "require_trainable",
     "resolve",
+    "rope_keys",
     "save",
+    "tokenizer_folder",
 ]

@@ -69,6 +69,29 @@ def empty_model(source: Source, config: Any, *, trust_remote_code: bool = False)
         raise ConfigError(f"{source.name}: not a causal language model ({reading.first_line(error)})") from None
 
 
+def require_trainable(source: Source, config: Any, model: nn.Module) -> None:
+    """Refuse a parent that could not be trained or handed back: quantized, of more than text, of code of its own.
+
+    Raises:
+        ConfigError: it is one, and what to take instead.
+    """
+    if getattr(config, "quantization_config", None):
+        raise ConfigError(
+            f"{source.name}: quantized already; take the checkpoint in bf16, fp16 or fp32 that it was made from"
+        )
+    for part in ("vision_config", "audio_config"):
+        if getattr(config, part, None) is not None:
+            raise ConfigError(
+                f"{source.name}: a model of more than text ({part}); text would train only a part of what becomes "
+                "low-bit. Save its language model as a checkpoint of its own"
+            )
+    if type(model).__module__.startswith("transformers_modules"):
+        raise ConfigError(
+            f"{source.name}: its model is code from its own folder ({type(model).__name__}), which no exported file "
+            "brings along; --trust-remote-code is for tokenizers and scores"
+        )
+
+
 def _check_described(source: Source, config: Any, trust_remote_code: bool) -> None:
     """Refuse a configuration of far more weights than the files hold: they would be drawn before they are missed."""
     empty = empty_model(source, config, trust_remote_code=trust_remote_code)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from ..files import as_os_error, read_json, write_json
+from ..errors import ConfigError
+from ..files import as_os_error, read_json, readable, write_json
 from ..progress import announce
 from .sources import Source
 
@@ -38,13 +41,18 @@ def save(
     Only where ``tokenizer``, which trained, is tokenizer.json as it is and tokenizer_config.json names another class,
     the copy names the class that reads all of the file: AutoTokenizer then gives everyone the ids that the model knows.
     """
+    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if head is not None and head.weight is not embeddings.weight:
+        model.config.tie_word_embeddings = False  # as it is, whatever the parent's config.json says
     try:
         model.save_pretrained(folder)
     except SafetensorError as error:
         raise as_os_error(error, folder) from None
-    parent = Path(source.location)
-    if not source.is_local:
-        parent = Path(snapshot_download(source.location, revision=source.commit, allow_patterns=list(COPIED)))
+    for path in folder.glob("*.safetensors"):
+        readable(path)
+    saved = read_json(folder / "config.json")
+    write_json(folder / "config.json", {**saved, **earlier_keys(saved)})
+    parent = tokenizer_folder(source)
     for pattern in COPIED:
         for path in sorted(parent.glob(pattern)):
             if not path.is_file():
@@ -60,6 +68,52 @@ def save(
         record = read_json(config)
         if record.get("tokenizer_class") not in _READS_THE_FILE:
             write_json(config, {**record, "tokenizer_class": "PreTrainedTokenizerFast"})
+
+
+def tokenizer_folder(source: Source) -> Path:
+    """Where the tokenizer's files of a model lie: its folder, or the hub's snapshot of them."""
+    if source.is_local:
+        return Path(source.location)
+    return Path(snapshot_download(source.location, revision=source.commit, allow_patterns=list(COPIED)))
+
+
+def earlier_keys(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The rotation as transformers 4 reads it from config.json: it passes over ``rope_parameters`` without a word."""
+    rope = config.get("rope_parameters") or {}
+    if not isinstance(rope, Mapping) or "rope_theta" in config:
+        return {}
+    if "rope_theta" in rope:
+        return rope_keys(rope)
+    full, windowed = rope.get("full_attention"), rope.get("sliding_attention")
+    if full and windowed and config.get("model_type") == "gemma3_text":
+        return {**rope_keys(full), "rope_local_base_freq": windowed["rope_theta"]}
+    return {}
+
+
+def rope_keys(rope: Mapping[str, Any]) -> dict[str, Any]:
+    """The base of one rotation, and its scaling where there is one, as config.json had them before transformers 5."""
+    keys: dict[str, Any] = {"rope_theta": rope["rope_theta"]}
+    if rope.get("rope_type", "default") != "default":
+        keys["rope_scaling"] = {k: v for k, v in rope.items() if k != "rope_theta"}
+    return keys
+
+
+def require_own_tokenizer(source: Source) -> None:
+    """Refuse a model folder whose tokenizer is a link to elsewhere: it would not be copied beside the frozen model.
+
+    Raises:
+        ConfigError: it is one; how to make it a file is said.
+    """
+    if not source.is_local:
+        return
+    folder = Path(source.location)
+    for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "merges.txt"):
+        path = folder / name
+        if path.is_file() and _leads_out(path, folder):
+            raise ConfigError(
+                f"{path}: a link to {path.resolve()}, out of the model's folder; what lies there is given to nobody. "
+                f"Put the file itself there: cp -L {path} {path}.file && mv {path}.file {path}"
+            )
 
 
 def _leads_out(path: Path, folder: Path) -> bool:

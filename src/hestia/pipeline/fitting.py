@@ -147,6 +147,23 @@ def check_teacher(work: Workspace) -> None:
         raise ConfigError(
             f"--teacher {work.teacher.name} has a vocabulary of {theirs:,}, the parent one of {ours:,}; take another"
         )
+    try:
+        tokenizer = loading.load_tokenizer(work.teacher, trust_remote_code=work.options.trust_remote_code)
+    except ConfigError as error:
+        say(f"--teacher {work.teacher.name}: no tokenizer can be read ({error}); its tokens are taken for the parent's")
+        return
+    taught, mine = _ordinary_tokens(tokenizer), _ordinary_tokens(work.tokenizer)
+    other = next((i for i in sorted(taught.keys() & mine.keys()) if taught[i] != mine[i]), None)
+    if other is not None:
+        raise ConfigError(
+            f"--teacher {work.teacher.name} has another tokenizer than the parent: its token {other} is "
+            f"{taught[other]!r}, the parent's {mine[other]!r}; take one of the same family"
+        )
+
+
+def _ordinary_tokens(tokenizer: Any) -> dict[int, str]:
+    """id -> token, without added ones, which a chat version of the same model may name anew."""
+    return {i: text for text, i in tokenizer.get_vocab().items() if i not in tokenizer.added_tokens_decoder}
 
 
 def _teacher(work: Workspace) -> Any:

@@ -9,6 +9,7 @@ from typing import Any
 
 from .. import curvature, loading, nn, processes, recipes
 from ..errors import ConfigError
+from ..export.precheck import check_targets
 from ..files import sha256, write_bytes
 from ..jobs import calibrate_on
 from ..mixed import candidates, is_mixed
@@ -51,6 +52,16 @@ def calibrates(options: Options) -> bool:
 
 def plan_without_curvature(work: Workspace, given: Plan | None) -> Plan:
     """The plan before calibration: refuses at once what could not be exported at the end."""
+    plan = _first_plan(work, given)
+    o = work.options
+    loading.require_trainable(work.source, work.config, work.empty_model())
+    loading.require_own_tokenizer(work.source)
+    tokenizer = loading.tokenizer_folder(work.source)
+    check_targets(plan.targets, work.config, Path(work.source.location), tokenizer, head=o.head)
+    return plan
+
+
+def _first_plan(work: Workspace, given: Plan | None) -> Plan:
     curvature.CurvatureEstimator.make(work.options.estimator)  # an unknown name is one even where nothing is measured
     if given is not None:
         nn.apply(work.empty_model(), given)  # refuses a plan of another model

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,14 @@ from transformers import set_seed
 
 from .. import processes
 from ..data import cache as token_cache
-from ..errors import ConfigError
+from ..errors import ConfigError, ExportError, HestiaError, PlanError, VerifyError
 from ..export.frozen import CODES_FILE, FrozenModel
-from ..files import TEMPORARY, require_inside, sweep, write_text
+from ..files import TEMPORARY, read_json, require_inside, sweep, write_text
 from ..lock import LOCK_FILE, locked
 from ..options import Options, load_config
 from ..plans import Plan
 from ..progress import announce as say
-from .artefacts import CACHE_FOLDER, EXPORTS_FOLDER, OPTIONS_FILE
+from .artefacts import CACHE_FOLDER, EXPORTS_FOLDER, OPTIONS_FILE, REPORT_FILE
 from .delivery import deliver
 from .fitting import check_teacher, train_and_freeze
 from .inputs import check_inputs, keep_inputs
@@ -112,13 +113,32 @@ class Run:
         processes.leave()
         if not first:
             return {}
-        exports = [deliver(work, plan, name, frozen) for name in plan.targets]
+        exports, refused = self._exports(plan, frozen)
         total = work.clock.total(time.perf_counter() - started)
+        before = _report_before(work.folder)
+        exports += _made_later(work.folder, before, {entry["path"] for entry in exports}, plan.targets)
         record = record_of(work, plan, scores, exports)
-        record["baselines"] = self.baselines
+        record["baselines"] = self.baselines or before.get("baselines", [])
         record["seconds"]["total"] = total
         publish(work.folder, record)
+        for name, error in refused[1:]:
+            say(f"{name}: {error}")
+        if refused:
+            raise refused[0][1]
         return record
+
+    def _exports(self, plan: Plan, frozen: FrozenModel) -> tuple[list[dict[str, Any]], list[tuple[str, HestiaError]]]:
+        """The entries of the files, and why others could not be written: one format's refusal costs no other's file."""
+        made: list[dict[str, Any]] = []
+        refused: list[tuple[str, HestiaError]] = []
+        for name in plan.targets:
+            try:
+                made.append(deliver(self.work, plan, name, frozen))
+            except (ExportError, PlanError, VerifyError) as error:
+                refused.append((name, error))
+        if not made:
+            raise refused[0][1]
+        return made, refused
 
     def _frozen(self, plan: Plan) -> FrozenModel:
         if not (self.work.resume and (self.work.folder / CODES_FILE).is_file()):
@@ -170,6 +190,30 @@ class Run:
                 token_cache.save(cache, text.record["key"], text.train, text.held_out, text.record)
             work.clock.keep()
         processes.barrier()
+
+
+def _report_before(folder: Path) -> dict[str, Any]:
+    """The report of a run that is resumed though it was finished; empty where there is none that can be read."""
+    try:
+        return read_json(folder / REPORT_FILE)
+    except ConfigError:
+        return {}
+
+
+def _made_later(
+    folder: Path, report: dict[str, Any], written: set[str], targets: Iterable[str]
+) -> list[dict[str, Any]]:
+    """The entries of files that ``hestia export`` made after the run, which a resumed run does not write again."""
+    entries = report.get("exports")
+    return [
+        entry
+        for entry in (entries if isinstance(entries, list) else [])
+        if isinstance(entry, dict)
+        and isinstance(entry.get("path"), str)
+        and entry["path"] not in written
+        and (entry.get("target") not in set(targets) or "refit" in entry)
+        and (folder / entry["path"]).exists()
+    ]
 
 
 def _meant(options: Options, name: str) -> Any:

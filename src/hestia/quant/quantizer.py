@@ -154,7 +154,7 @@ def fake_quantize(
         estimator: rule by name ("softmax", "ste", "clipped_ste") or as an object.
         temperature: 0 is hard forward; the gradient of "softmax" at pressure 1 is then ``level / step``, which is the
             identity where a rule has one scale for both.
-        pressure: 0 returns ``w`` itself.
+        pressure: 0 returns ``w``, bit for bit.
 
     Raises:
         ConfigError: an unknown name, an impossible grid or group size, a weight of three or more dimensions; the

@@ -109,9 +109,10 @@ def _advice(last_checkpoint: str | None) -> str:
 
 
 class StopSignals:
-    """Turns the first Ctrl-C or SIGTERM into a request to save and stop after the current step; the second one kills.
+    """Turns the first Ctrl-C, SIGTERM or SIGHUP into a request to save and stop after this step; the second one kills.
 
-    ``requested`` is the exit status to leave with (130 or 143), or None.
+    SIGHUP comes when a terminal or its connection goes; under nohup it is ignored, and stays so. ``requested`` is the
+    exit status to leave with (129, 130 or 143), or None.
     """
 
     def __init__(self) -> None:
@@ -123,7 +124,10 @@ class StopSignals:
         signal.signal(number, self._previous[number] or signal.SIG_DFL)
 
     def __enter__(self) -> Self:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+            numbers.append(signal.SIGHUP)
+        for number in numbers:
             try:
                 self._previous[number] = signal.signal(number, self._request)
             except ValueError:  # not the main thread: the application owns the signals

@@ -103,6 +103,7 @@ class HestiaTrainer(Trainer):
             enable({"use_reentrant": False})
         noise = {} if config.distill is None else {"noise": config.distill.noise, "vocabulary": _vocabulary(model)}
         stream = BlockStream(train, config.steps * config.batch_size, config.seed, **noise)
+        self._use_cache = getattr(getattr(model, "config", None), "use_cache", None)
         super().__init__(
             model=model,
             args=arguments(config, folder / CHECKPOINTS),
@@ -147,6 +148,8 @@ class HestiaTrainer(Trainer):
             with self._signals:
                 self.train(resume_from_checkpoint=str(resume) if resume else None)
         finally:
+            if self._use_cache is not None:  # the Trainer switches it off, and the model is saved after it
+                self.accelerator.unwrap_model(self.model).config.use_cache = self._use_cache  # type: ignore[arg-type]
             self._bar.close()
             self._took = time.perf_counter() - self._began
         check_state(self.accelerator.unwrap_model(self.model), self.state.global_step, self._last_checkpoint_name())  # type: ignore[arg-type]
@@ -226,8 +229,10 @@ class HestiaTrainer(Trainer):
         return loss
 
     def watch_step(self) -> None:
-        """Report a loss that jumped in the step that just ended."""
+        """Report a loss that jumped in the step that just ended; while the pressure grows, so does the loss."""
         loss, self._step_loss = self._step_loss, 0.0
+        if self.plan.schedule.pressure(self.state.global_step / self.config.steps) < 1.0:
+            return
         highest = self._spikes.add(loss)
         if highest is not None:
             self._report(

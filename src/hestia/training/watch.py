@@ -19,7 +19,7 @@ class SpikeWatch:
     """Tells a loss that jumps from one that wanders.
 
     A step is a spike when its loss lies above every one of the last ``WINDOW`` steps, by more than ``SHARE`` of the
-    highest of them. The rise while the pressure grows is slower than that: it lifts the window with it.
+    highest of them. The trainer shows it no step before the pressure is 1: a loss to the parent begins at 0.
     """
 
     def __init__(self) -> None:
