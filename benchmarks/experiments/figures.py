@@ -75,7 +75,7 @@ def tokens_figure(stage: Stage, folder: Path | None = None) -> str | None:
 def bits_figure(stage: Stage, folder: Path | None = None) -> str | None:
     """NLL against stored bits a weight at the largest budget; None where the arms cost the same.
 
-    Plans that mix widths are hollow; the dashed line is the control.
+    Plans that mix widths are hollow; the lines across are the parent as it was, dotted, and the control, dashed.
     """
     everything = _budgets(stage, folder)
     points: list[tuple[float, float, float, str, bool]] = []
@@ -93,11 +93,14 @@ def bits_figure(stage: Stage, folder: Path | None = None) -> str | None:
         fill = "none" if mixed else colour
         axis.errorbar(bits, mean, yerr=half, marker="o", capsize=3, color=colour, markerfacecolor=fill)
         axis.annotate(name, (bits, mean), textcoords="offset points", xytext=(6, 6), fontsize=8, color=DARK)
+    lines = [("parent", ":", read_json((folder or stage.folder) / "parent.json", schema=SCHEMA)["parent"]["nll"], 0.02)]
     if stage.control in everything[-1]:
         control = fmean(r["nll"] for r in everything[-1][stage.control].values())
-        axis.axhline(control, color=DARK, linestyle="--", linewidth=1)
-        axis.annotate("trained in full precision", (0.98, control), xycoords=("axes fraction", "data"),
-                      textcoords="offset points", xytext=(0, 4), ha="right", fontsize=8, color=DARK)  # fmt: skip
+        lines.append(("trained in full precision", "--", control, 0.98))
+    for what, style, nll, place in lines:
+        axis.axhline(nll, color=DARK, linestyle=style, linewidth=1)
+        axis.annotate(what, (place, nll), xycoords=("axes fraction", "data"), textcoords="offset points",
+                      xytext=(0, 4), ha="left" if place < 0.5 else "right", fontsize=8, color=DARK)  # fmt: skip
     axis.set_xlabel("stored bits a weight, scales included")
     axis.set_ylabel("nats a token, frozen model")
     drawing.tight_layout()
@@ -109,8 +112,8 @@ def ranking_figure(stage: Stage, folder: Path | None = None) -> str | None:
 
     Hollow: too few seeds to claim anything.
     """
-    everything = _budgets(stage, folder)
-    made = [row for row in rows(stage, everything[-1]) if row.difference is not None] if everything else []
+    ranked = [made for made in rows(stage, final_records(stage, folder or stage.folder)).values() if made]
+    made = [row for row in ranked[-1] if row.difference is not None] if ranked else []
     if not made:
         return None
     drawing, ((axis,),) = _drawing(6.4, 1.1 + 0.3 * len(made))

@@ -2,7 +2,7 @@
 
     win    the 95 % t interval of the per-seed paired difference excludes zero over three seeds or more, and so it does
            after Holm's correction over the whole family: every arm of the stage against the baseline, or every
-           difference of a question. A comparison that has not been run stands in it with p = 1
+           difference of a question, at every budget. A comparison that has not been run stands in it with p = 1
     gap    closed = (NLL_baseline - NLL) / (NLL_baseline - NLL_control), seed by seed
 
 The YAML file of a stage says which arms there are, in which order, and which are baseline and control; every number is
@@ -39,7 +39,8 @@ class Row:
         nll: of each seed, in the order of the seeds.
         gap: gap closed, over the seeds that baseline and control have too; None for these two.
         difference: to the baseline, over common seeds; None with fewer than two.
-        adjusted_p: Holm's, where ``difference`` has enough seeds to claim anything.
+        p: of that difference; None with too few seeds to claim anything, and for baseline and control.
+        adjusted_p: Holm's.
         cost: processor seconds a token, as a multiple of the baseline's.
         means: of KL, top-1, zero share and flip rate; None where a run has none.
         planned: how many seeds the stage asks for.
@@ -50,6 +51,7 @@ class Row:
     nll: tuple[float, ...]
     gap: PairedDifference | float | None
     difference: PairedDifference | None
+    p: float | None
     adjusted_p: float | None
     cost: float | None
     means: Mapping[str, float | None]
@@ -106,21 +108,39 @@ def _all_final_records(stage: Stage, folder: Path) -> dict[str, Records]:
     return found
 
 
-def rows(stage: Stage, records: Records) -> list[Row]:
-    """Every arm that has results, best first; Holm's correction is over all arms of the stage but the references."""
+def rows(stage: Stage, everything: Mapping[str, Records]) -> dict[str, list[Row]]:
+    """Budget -> every arm that has results, best first.
+
+    Holm's correction is over all arms of the stage but the references, at all budgets.
+    """
+    compared = [arm.name for arm in stage.arms if arm.name not in (stage.baseline, stage.control)]
+    p_values = dict.fromkeys(((tokens, name) for tokens in everything for name in compared), 1.0)
+    made = {tokens: _rows(stage, records) for tokens, records in everything.items()}
+    p_values |= {(tokens, row.name): row.p for tokens, found in made.items() for row in found if row.p is not None}
+    adjusted = _holm(p_values)
+    return {
+        tokens: [row if row.p is None else replace(row, adjusted_p=adjusted[tokens, row.name]) for row in found]
+        for tokens, found in made.items()
+    }
+
+
+def _holm(p_values: Mapping[tuple[str, ...], float]) -> dict[tuple[str, ...], float]:
+    return dict(zip(p_values, holm(list(p_values.values())), strict=True))
+
+
+def _rows(stage: Stage, records: Records) -> list[Row]:
     baseline, control = records.get(stage.baseline, {}), records.get(stage.control, {})
     made: list[Row] = []
-    p_values = {arm.name: 1.0 for arm in stage.arms if arm.name not in (stage.baseline, stage.control)}
     for name, runs in records.items():
         seeds = sorted(runs)
         nll = tuple(float(runs[s]["nll"]) for s in seeds)
         shared = _shared(runs, baseline)
-        difference = None
+        difference = p = None
         if name != stage.baseline and len(shared) > 1:
-            ours, theirs = [runs[s]["nll"] for s in shared], [baseline[s]["nll"] for s in shared]
+            ours, theirs = _nlls(runs, shared), _nlls(baseline, shared)
             difference = paired_difference(ours, theirs)
-            if len(shared) >= SEEDS_TO_CLAIM and name in p_values:
-                p_values[name] = paired_p_value(ours, theirs)
+            if len(shared) >= SEEDS_TO_CLAIM and name != stage.control:
+                p = paired_p_value(ours, theirs)
         gap = None if name in (stage.baseline, stage.control) else _gap(runs, baseline, control)
         cost, unit = _cost(runs), _cost(baseline)
         made.append(
@@ -130,15 +150,13 @@ def rows(stage: Stage, records: Records) -> list[Row]:
                 nll=nll,
                 gap=gap,
                 difference=difference,
+                p=p,
                 adjusted_p=None,
                 cost=cost / unit if cost and unit else None,
                 means=_means(list(runs.values())),
                 planned=len(stage.final.seeds),
             )
         )
-    adjusted = dict(zip(p_values, holm(list(p_values.values())), strict=True))
-    claimable = {row.name for row in made if len(_shared(records[row.name], baseline)) >= SEEDS_TO_CLAIM}
-    made = [replace(row, adjusted_p=adjusted.get(row.name) if row.name in claimable else None) for row in made]
     return sorted(made, key=lambda row: row.rank)
 
 
@@ -153,7 +171,8 @@ class Answer:
         difference: of the mean over the texts.
         texts: of every test file.
         kl: of the KL to the parent, mean over the texts; it is told beside the score and no verdict rests on it.
-        adjusted_p: Holm's over all differences of the question; None with too few seeds to claim anything.
+        p: of ``difference``; None with too few seeds to claim anything.
+        adjusted_p: Holm's over all differences of the question at all budgets.
     """
 
     arm: str
@@ -163,6 +182,7 @@ class Answer:
     difference: PairedDifference
     texts: Mapping[str, PairedDifference]
     kl: PairedDifference
+    p: float | None
     adjusted_p: float | None
 
     @property
@@ -171,18 +191,26 @@ class Answer:
         return _verdict(self.seeds, self.planned, self.difference, self.adjusted_p)
 
 
-def answers(stage: Stage, question: Question, records: Records) -> list[Answer]:
-    """What the final runs say to a question; pairs with fewer than two common seeds are left out."""
+def answers(stage: Stage, question: Question, everything: Mapping[str, Records]) -> dict[str, list[Answer]]:
+    """Budget -> what the final runs say to a question; pairs with fewer than two common seeds are left out."""
+    p_values = dict.fromkeys(((tokens, *pair) for tokens in everything for pair in question.differences), 1.0)
+    made = {tokens: _answers(stage, question, records) for tokens, records in everything.items()}
+    p_values |= {(tokens, a.arm, a.other): a.p for tokens, found in made.items() for a in found if a.p is not None}
+    adjusted = _holm(p_values)
+    return {
+        tokens: [a if a.p is None else replace(a, adjusted_p=adjusted[tokens, a.arm, a.other]) for a in found]
+        for tokens, found in made.items()
+    }
+
+
+def _answers(stage: Stage, question: Question, records: Records) -> list[Answer]:
     made: list[Answer] = []
-    p_values = dict.fromkeys(question.differences, 1.0)
     for pair in question.differences:
         ours, theirs = (records.get(name, {}) for name in pair)
         shared = _shared(ours, theirs)
         if len(shared) < 2:
             continue
         mean = _nlls(ours, shared), _nlls(theirs, shared)
-        if len(shared) >= SEEDS_TO_CLAIM:
-            p_values[pair] = paired_p_value(*mean)
         made.append(
             Answer(
                 arm=pair[0],
@@ -195,14 +223,11 @@ def answers(stage: Stage, question: Question, records: Records) -> list[Answer]:
                     for file in stage.texts.test
                 },
                 kl=paired_difference(*([runs[s]["kl_to_parent"] for s in shared] for runs in (ours, theirs))),
+                p=paired_p_value(*mean) if len(shared) >= SEEDS_TO_CLAIM else None,
                 adjusted_p=None,
             )
         )
-    adjusted = dict(zip(p_values, holm(list(p_values.values())), strict=True))
-    return [
-        replace(answer, adjusted_p=adjusted[answer.arm, answer.other]) if answer.seeds >= SEEDS_TO_CLAIM else answer
-        for answer in made
-    ]
+    return made
 
 
 def _shared(ours: Mapping[int, Any], theirs: Mapping[int, Any]) -> list[int]:
@@ -284,13 +309,13 @@ def budget_table(made: Sequence[Row], baseline: str, parent: float) -> str:
     return "\n".join(lines)
 
 
-def question_table(question: Question, found: Sequence[Answer]) -> str:
+def question_table(question: Question, found: Sequence[Answer], budgets: int) -> str:
     """One arm minus another: the difference of the mean, what Holm leaves of it, that of every text, and that of KL."""
     files = list(found[0].texts)
     lines = [
         f"### {question.title}",
         "",
-        f"Holm's correction is over {len(question.differences)}.",
+        f"Holm's correction is over {budgets * len(question.differences)}.",
         "",
         f"| | seeds | nats a token | Holm p | | {' | '.join(files)} | KL to the parent |",
         "|---|--:|--:|--:|---|" + "--:|" * (len(files) + 1),
@@ -320,14 +345,25 @@ def text_table(stage: Stage, records: Records, parent: Mapping[str, Any]) -> str
     ]
     for name in ("parent", "round_to_nearest"):
         lines.append(f"| *{name}* | {' | '.join(number(parent[name]['test'][f]['nll'], 4) for f in files)} |")
-    references = [means.get(name) for name in (stage.baseline, stage.control)]
+    references = [enough.get(name) for name in (stage.baseline, stage.control)]
     for name in sorted(means, key=lambda name: fmean(means[name].values())):
         cells = [number(means[name][f], 4) for f in files]
         if name not in (stage.baseline, stage.control) and references[0] and references[1]:
-            gaps = [gap_closed(means[name][f], references[0][f], references[1][f]) for f in files]
+            gaps = [_gap_there(enough[name], references[0], references[1], seeds, f) for f in files]
             cells = [f"{cell} ({number(gap, 2)})" for cell, gap in zip(cells, gaps, strict=True)]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _gap_there(
+    runs: Mapping[int, Any], baseline: Mapping[int, Any], control: Mapping[int, Any], seeds: Sequence[int], file: str
+) -> float | None:
+    """Gap closed on one text, mean over seeds; None where the control is no better than the baseline."""
+    three = (_nlls(of, seeds, file) for of in (runs, baseline, control))
+    try:
+        return fmean(gap_closed(*nlls) for nlls in zip(*three, strict=True))
+    except ConfigError:
+        return None
 
 
 def tuning_table(stage: Stage, folder: Path) -> str:
@@ -376,15 +412,16 @@ def section(stage: Stage, folder: Path | None = None) -> str:
         *([stage.note] if stage.note else []),
         "",
     ]
+    ranked, asked = rows(stage, everything), [(q, answers(stage, q, everything)) for q in stage.questions]
     for tokens, records in everything.items():
         if records:
-            made = rows(stage, records)
-            lines += [f"## {tokens} tokens", "", budget_table(made, stage.baseline, parent["parent"]["nll"]), ""]
+            table = budget_table(ranked[tokens], stage.baseline, parent["parent"]["nll"])
+            lines += [f"## {tokens} tokens", "", table, ""]
             if texts := text_table(stage, records, parent):
                 lines += [texts, ""]
-            for question in stage.questions:
-                if found := answers(stage, question, records):
-                    lines += [question_table(question, found), ""]
+            for question, found in asked:
+                if found[tokens]:
+                    lines += [question_table(question, found[tokens], len(everything)), ""]
     lines += ["## Tuning", "", tuning_table(stage, folder), ""]
     there = {name for records in everything.values() for name in records}
     missing = [arm.name for arm in stage.arms if arm.name not in there]

@@ -118,10 +118,11 @@ def stage(tmp_path: Path) -> stages.Stage:
 
 
 def test_rows_rank_and_judge(stage: stages.Stage, tmp_path: Path) -> None:
-    made = {row.name: row for row in tables.rows(stage, tables.final_records(stage, tmp_path / "results")["256"])}
+    made = {row.name: row for row in tables.rows(stage, tables.final_records(stage, tmp_path / "results"))["256"]}
     assert list(made) == ["control", "better", "ste", "same", "young"], "two seeds stand last, however low"
     p = [paired_p_value(LOSSES[name], LOSSES["ste"]) for name in ("better", "same")]
-    family = holm([*p, 1.0, 1.0])  # young and unbuilt have nothing to say yet and belong to it all the same
+    # the other budget is shifted, so its differences are the same; young and unbuilt belong to the family all the same
+    family = holm([*p, *p, *[1.0] * 4])
     assert [made[n].adjusted_p for n in ("better", "same")] == pytest.approx(family[:2])
     verdicts = {name: row.verdict for name, row in made.items()}
     assert verdicts == {"better": "**win**", "same": "tie", "young": "2 of 3 seeds", "control": "-", "ste": "-"}
@@ -145,12 +146,12 @@ def test_the_section_says_what_there_is(stage: stages.Stage, tmp_path: Path) -> 
 
 
 def test_a_question_is_answered_over_the_seeds_that_both_have(stage: stages.Stage, tmp_path: Path) -> None:
-    records = tables.final_records(stage, tmp_path / "results")["256"]
-    found = {answer.other: answer for answer in tables.answers(stage, stage.questions[0], records)}
+    everything = tables.final_records(stage, tmp_path / "results")
+    found = {answer.other: answer for answer in tables.answers(stage, stage.questions[0], everything)["256"]}
     assert {name: answer.seeds for name, answer in found.items()} == {"same": 3, "young": 2, "ste": 3, "control": 3}
     p = [paired_p_value(LOSSES["better"], LOSSES[name]) for name in ("same", "ste")]
     p.append(paired_p_value(LOSSES["same"], LOSSES["control"]))
-    adjusted = holm([*p, 1.0, 1.0])  # over the five differences that are asked for
+    adjusted = holm([*p, *p, *[1.0] * 4])  # over the five differences that are asked for, at two budgets
     assert [found[name].adjusted_p for name in ("same", "ste", "control")] == pytest.approx(adjusted[:3])
     assert found["same"].difference.mean == pytest.approx((-0.51 - 0.47 - 0.53) / 3)
     assert found["same"].texts["d"] == found["same"].difference  # by construction: both texts shift alike
@@ -159,8 +160,14 @@ def test_a_question_is_answered_over_the_seeds_that_both_have(stage: stages.Stag
         "same": "**win**", "young": "2 of 3 seeds", "ste": "**win**", "control": "loss",
     }  # fmt: skip
     section = tables.section(stage, tmp_path / "results")
-    assert "Holm's correction is over 5." in section and "| same − control | 3 | +1.0033 [" in section
+    assert "Holm's correction is over 10." in section and "| same − control | 3 | +1.0033 [" in section
     assert " | d | KL to the parent |" in section and "] | −0.1258 [" in section
+
+
+def test_a_text_on_which_the_control_is_no_better_has_no_gap(stage: stages.Stage, tmp_path: Path) -> None:
+    folder = tmp_path / "results"
+    write_result(finals(stage, folder, "256")["control", 2], 2.1, folder, test={"c": {"nll": 9.0}, "d": {"nll": 2.6}})
+    assert "| better | 2.1000 (-) | 3.1000 (0.50) |" in tables.section(stage, folder)
 
 
 def test_a_question_about_no_arm_is_refused(tmp_path: Path) -> None:
@@ -173,7 +180,7 @@ def test_a_question_about_no_arm_is_refused(tmp_path: Path) -> None:
 def test_a_diverged_run_is_no_result_and_is_named(stage: stages.Stage, tmp_path: Path) -> None:
     folder = tmp_path / "results"
     write_result(finals(stage, folder, "256")["better", 2], 2.6, folder, diverged="step 3: the loss is nan")
-    made = {row.name: row for row in tables.rows(stage, tables.final_records(stage, folder)["256"])}
+    made = {row.name: row for row in tables.rows(stage, tables.final_records(stage, folder))["256"]}
     assert made["better"].verdict == "2 of 3 seeds" and len(made["better"].nll) == 2
     assert "Diverged: better, 256 tokens, seed 2." in tables.section(stage, folder)
 
@@ -191,7 +198,7 @@ def test_a_result_of_something_else_is_refused(stage: stages.Stage, tmp_path: Pa
 
 def test_verdicts_before_every_seed_is_there_say_so(stage: stages.Stage, tmp_path: Path) -> None:
     longer = replace(stage, final=replace(stage.final, seeds=(1, 2, 3, 4)))
-    made = {row.name: row for row in tables.rows(longer, tables.final_records(longer, tmp_path / "results")["256"])}
+    made = {row.name: row for row in tables.rows(longer, tables.final_records(longer, tmp_path / "results"))["256"]}
     assert made["better"].verdict == "**win** so far, 3 of 4 seeds" and made["young"].verdict == "2 of 4 seeds"
 
 
@@ -220,5 +227,5 @@ def test_bits_are_drawn_where_arms_differ_in_them(stage: stages.Stage, tmp_path:
             write_result(jobs[arm, seed], nll, folder, plan=plan)
     drawn = figures.bits_figure(stage, folder)
     assert drawn is not None
-    assert all(f">{name}<" in drawn for name in ("ste", "better", "same", "trained in full precision"))
+    assert all(f">{name}<" in drawn for name in ("ste", "better", "same", "parent", "trained in full precision"))
     assert ">young<" not in drawn

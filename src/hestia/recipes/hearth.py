@@ -22,12 +22,13 @@ QuEST's (arXiv:2502.05003) and StableQAT's (arXiv:2601.19320). A teacher is no p
 --distill forward_kl`` adds it to this one as to any other.
 Ports: correction (``pull`` > 0), importance (``scale`` saliency).
 
-Why this scale: rounding starts 0.46 nats lower than with absmean (benchmarks/results/experiments/starts.json). Why cold: every step that the forward pass is far from the rounded
-weights trains another model. Of 0.3, 0.1 and 0.05 the coldest won over 0.5M tokens of text alone, the middle one over
-2M with a teacher; a pressure phase of a twentieth beat one of a fifth each time, all with one seed (docs/log.md). Why the level follows
-the soft value: the hard least-squares level times a soft value overshoots every weight between two levels; refitted,
-w_hat is the best multiple of Q_tau at any tau. What did not help, and so is off: bounds on the gain (a floor changed
-nothing, a ceiling cost 0.007 nats) and the pull.
+Why this scale: rounding starts 0.46 nats lower than with absmean (benchmarks/results/experiments/starts.json). Why
+cold: every step that the forward pass is far from the rounded weights trains another model. Of 0.3, 0.1 and 0.05 the
+coldest won over 0.5M tokens of text alone, the middle one over 2M with a teacher; a pressure phase of a twentieth beat
+one of a fifth each time, all with one seed (docs/log.md). Why the level follows the soft value: the hard least-squares
+level times a soft value overshoots every weight between two levels; refitted, w_hat is the best multiple of Q_tau at
+any tau. What did not help, and so is off: bounds on the gain (a floor changed nothing, a ceiling cost 0.007 nats) and
+the pull.
 """
 
 from __future__ import annotations

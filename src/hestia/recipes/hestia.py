@@ -7,13 +7,13 @@
     tau_i   = tau0 decay(t) exp(alpha (s_i - c))                          decay: cosine after rho      eq. 14, 15
 
 Source: Wang et al. 2026, arXiv:2601.20745.
-Deviations: h_i is the Gauss-Newton trace (never negative, one backward a sequence) instead of Hutch++ on the Hessian;
-groups default to rows (paper: 128). Widths of 3 and 4 bits, which the paper does not do, use the scale rule
-``gaussian``, and so do 2 bits in a plan of several widths (``mixed_spec``); with ``scale="gaussian"`` all widths do.
-The sign of alpha and the centring c are options because the published evidence does not settle them: with alpha > 0 a
-sensitive tensor stays hotter for longer, ``centred`` makes c the mean score so that alpha does not move the mean log
-temperature, ``matched`` divides by the mean factor so that it does not move the mean temperature. Without a
-sensitivity every factor is 1, which is alpha = 0.
+Deviations: h_i is the Gauss-Newton trace (never negative, one backward a sequence), its geometric mean over sequences,
+instead of Hutch++ on the Hessian; groups default to rows (paper: 128). Widths of 3 and 4 bits, which the paper does
+not do, use the scale rule ``gaussian``, and so do 2 bits in a plan of several widths (``mixed_spec``); with
+``scale="gaussian"`` all widths do. The sign of alpha and the centring c are options because the published evidence
+does not settle them: with alpha > 0 a sensitive tensor stays hotter for longer, ``centred`` makes c the mean score so
+that alpha does not move the mean log temperature, ``matched`` divides by the mean factor so that it does not move the
+mean temperature. Without a sensitivity every factor is 1, which is alpha = 0.
 """
 
 from __future__ import annotations
