@@ -622,10 +622,12 @@ def test_a_run_resumed_when_it_was_finished_keeps_later_exports(invoke: Invoke, 
     run = tmp_path / "run"
     assert invoke(*job())[0] == 0
     before = [entry["target"] for entry in read(run / "report.json")["exports"]]
-    assert invoke("export", run, "--to", "gguf:f16")[0] == 0
+    later = run / "exports" / "later.gguf"
+    status, _, err = invoke("export", run, "--to", "gguf:q4_0", "--out", later)
+    assert status == 0, err
     assert invoke(*job(), "--resume")[0] == 0
-    assert [entry["target"] for entry in read(run / "report.json")["exports"]] == [*before, "gguf:f16"]
-    shutil.rmtree(run / "exports" / "gguf-f16")
+    assert [entry["target"] for entry in read(run / "report.json")["exports"]] == [*before, "gguf:q4_0"]
+    later.unlink()
     (run / "report.json").write_text('{"exports": 7', encoding="utf-8")
     assert invoke(*job(), "--resume")[0] == 0
     assert [entry["target"] for entry in read(run / "report.json")["exports"]] == before
