@@ -149,8 +149,9 @@ class Plan:
 
     def falls_back(self, target_name: str) -> bool:
         """Whether single tensors use another exact type of ``target_name`` than its own."""
-        own = target(target_name).types[0].name
-        return any(layer.stored[target_name] != own for layer in self.layers.values())
+        kind = target(target_name)
+        own = kind.types[0].name
+        return not kind.cheapest and any(layer.stored[target_name] != own for layer in self.layers.values())
 
     def save(self, path: Path) -> None:
         """Write plan.json atomically."""

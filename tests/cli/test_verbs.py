@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from safetensors.torch import load_file, save_file
 from toy_runs import QUICK, Invoke
@@ -17,6 +18,7 @@ from hestia.cli.export import summary
 from hestia.cli.main import main
 from hestia.files import sha256
 from hestia.options import PLANNING
+from hestia.plans import Plan
 
 ESTIMATED = ("--memory", "1G", "--disk", "1G", "--flops", "1T", "--bandwidth", "10G", "--json")
 
@@ -420,3 +422,41 @@ def test_run_needs_a_gguf_file_that_is_one(tmp_path: Path, capsys: pytest.Captur
             file.write_bytes(content)
         assert main(["run", str(file), "--prompt", "hello"]) == status
         assert name in capsys.readouterr().err
+
+
+def test_a_run_of_train_is_repeated_by_its_run_yaml(
+    invoke: Invoke, toy_run: Path, toy_parent: Path, toy_text: Path, tmp_path: Path
+) -> None:
+    plan = ("--plan", toy_run / "plan.json")
+    first, again = tmp_path / "first", tmp_path / "again"
+    words = (
+        "--data",
+        toy_text,
+        "--steps",
+        "2",
+        "--seq-len",
+        "32",
+        "--batch-size",
+        "2",
+        "--lr",
+        "3e-3",
+        "--threads",
+        "1",
+    )
+    status, _, err = invoke("train", toy_parent, *plan, *words, "--teacher", "none", "--out", first)
+    assert status == 0, err
+    status, _, err = invoke("train", "--config", first / "run.yaml", "--out", again)
+    assert status == 0, err
+    a, b = (load_file(run / "codes.safetensors") for run in (first, again))
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+    assert invoke("estimate", "--config", first / "run.yaml", "--flops", "1T", "--bandwidth", "1G")[0] == 0
+    for verb, missing in (("train", "--plan is missing"), ("estimate", "MODEL is missing")):
+        status, out, err = invoke(verb)
+        assert (status, out) == (2, "") and missing in err
+    assert not Plan.load(toy_run / "plan.json").falls_back("hf")
+
+
+def test_a_plan_of_the_cheapest_types_falls_back_on_none(invoke: Invoke, toy_parent: Path, tmp_path: Path) -> None:
+    status, _, err = invoke("plan", toy_parent, "--target", "gguf:mixed", "--out", tmp_path / "plan.json")
+    assert status == 0, err
+    assert not Plan.load(tmp_path / "plan.json").falls_back("gguf:mixed")

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..errors import ConfigError
 from .shared import config_option, job_options, json_option, options_from, show
 
 if TYPE_CHECKING:
@@ -15,7 +16,7 @@ NOT_ASKED = ("data", "eval_data", "separator", "joiner", "held_out_share", "seed
 
 
 @click.command(name="estimate")
-@click.argument("model")
+@click.argument("model", required=False)
 @click.option("--processes", type=int, default=1, show_default=True, help="that share the training (torchrun)")
 @click.option("--fsdp", is_flag=True, help="processes shard weights, gradients and moments (FSDP2) instead of DDP")
 @click.option("--memory", metavar="BYTES", help="to hold a process against, such as 80G; default: its share here")
@@ -26,7 +27,7 @@ NOT_ASKED = ("data", "eval_data", "separator", "joiner", "held_out_share", "seed
 @config_option
 @json_option
 def command(
-    model: str,
+    model: str | None,
     processes: int,
     fsdp: bool,
     memory: str | None,
@@ -44,6 +45,8 @@ def command(
     from ..estimate.whole import Layout, estimate
 
     options = options_from(config, {"model": model, **typed})
+    if not options.model:
+        raise ConfigError("MODEL is missing: a folder, the path of a config.json, or a hub id")
     layout = Layout(processes=processes, sharded=fsdp)
     found = estimate(options, layout, memory=memory, disk=disk, flops=flops, bandwidth=bandwidth)
     show(found.to_json(), as_json, table(found))

@@ -7,24 +7,27 @@ from typing import Any
 
 import click
 
+from ..errors import ConfigError
 from ..options import PLANNING
 from .quantize import summary
 from .shared import config_option, job_options, json_option, options_from, resume_option, show
 
 
 @click.command(name="train")
-@click.argument("model")
-@click.option("--plan", required=True, metavar="FILE", help="plan.json, from `hestia plan`")
+@click.argument("model", required=False)
+@click.option("--plan", metavar="FILE", help="plan.json, from `hestia plan`; here or in --config")
 @job_options(leave_out=(*PLANNING, "plan"))
 @config_option
 @resume_option
 @json_option
-def command(model: str, config: str | None, resume: bool, as_json: bool, **typed: Any) -> None:
+def command(model: str | None, config: str | None, resume: bool, as_json: bool, **typed: Any) -> None:
     """Train MODEL by a plan, freeze it, export it to the plan's targets, and report."""
     from .. import processes, progress
     from ..pipeline import quantize
 
     options = options_from(config, {"model": model, **typed})
+    if options.plan is None:
+        raise ConfigError("--plan is missing; `hestia plan` makes one, and `hestia quantize` makes its own")
     with processes.joined() as first:
         if not first:
             progress.enable(False)
