@@ -217,8 +217,16 @@ def test_without_clipping_the_gradients_are_as_they_are(tmp_path: Path) -> None:
     assert len(norms[0]) == 3
 
 
+@pytest.fixture
+def heard() -> Iterator[None]:
+    """SIGHUP counts, as in a terminal, also where the tests themselves run under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
-def test_a_signal_saves_and_stops_after_the_step(tmp_path: Path, number: int, status: int) -> None:
+def test_a_signal_saves_and_stops_after_the_step(tmp_path: Path, number: int, status: int, heard: None) -> None:
     model, plan = converted()
     previous = signal.getsignal(number)
     config: dict[str, Any] = {"save_every": 100, "steps": 6}
