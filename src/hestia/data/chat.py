@@ -29,10 +29,11 @@ TEMPLATE_SECONDS = 10.0
 """That a template may take for one chat; an honest one takes a millisecond."""
 
 _DAY = {"%d": "26", "%b": "Jul", "%B": "July", "%m": "07", "%Y": "2024", "%H": "00", "%M": "00", "%S": "00"}
-"""Told to a template that asks for now: the same chat is the same tokens on every day. Llama 3's own default."""
+"""Told to a template that asks for the day: the same chat is the same tokens on every day. Llama 3's own default."""
 
 _REPLACED = "".join(f" | replace('{code}', '{text}')" for code, text in _DAY.items())
 _SAME_DAY = "{% macro strftime_now(f) %}{{ f" + _REPLACED + " }}{% endmacro %}"
+
 _GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
 # A template is a program of the checkpoint's author, run on messages that it may not expect; transformers renders it in
 # jinja's sandbox, which keeps it from Python's insides and from files.
