@@ -450,6 +450,8 @@ def test_a_mixed_plan_that_cannot_be_made_says_what_to_do() -> None:
         hestia.plan(model, target="gguf:mixed", bits=5.1, group_size=128, sensitivity=table)
     with pytest.raises(PlanError, match=r"0\.3 bits a weight cannot be reached: .* ask for --bits \d\.\d+ or more"):
         hestia.plan(model, target="gguf:mixed", bits=0.3, sensitivity=table)
+    with pytest.raises(PlanError, match=r"0\.3 bits .* ask for --bits \d\.\d+ or more, or try --target gguf:mixed$"):
+        hestia.plan(model, target="gguf:q4_0", bits=0.3, sensitivity=table)
     with pytest.raises(PlanError, match="was it calibrated on another model"):
         hestia.plan(qwen2(), target="gguf:mixed", bits=2.5, sensitivity=table)
 

@@ -68,6 +68,8 @@ def calibrate_model(options: Options, keep: Path | None = None) -> curvature.Sen
     Raises:
         ConfigError, CalibrationError: bad input, or a tensor that the text does not reach.
     """
+    if options.calibrate < 2:
+        raise ConfigError(f"--calibrate {options.calibrate}: an interval needs at least 2 sequences; 64 are usual")
     device = choose_device(options)
     source = loading.resolve(options.model)
     config = loading.load_config(source, trust_remote_code=options.trust_remote_code)

@@ -199,11 +199,13 @@ def allocate(
     bits: float | None,
     max_kl: float | None,
     interactions: Interactions | None,
+    elsewhere: str = "",
 ) -> tuple[Allocation, tuple[tuple[float, float], ...]]:
     """The best allocation, and (bits, damage) of the best at other budgets.
 
     Raises:
-        PlanError: a budget or a bound that nothing fits; the smallest feasible one is named.
+        PlanError: a budget or a bound that nothing fits; the smallest feasible one is named, and of a budget
+            ``elsewhere``, what else to do.
     """
     if bits is not None and not 0.0 < bits <= 32.0:
         raise PlanError(f"bits must be a positive number of bits a weight, got {bits:g}")
@@ -212,7 +214,12 @@ def allocate(
     if max_kl is not None:
         found = cheapest(problem, max_kl, interactions)
     else:
-        found = optimum(problem, problem.bytes_for(KEPT if bits is None else bits), interactions)
+        budget = problem.bytes_for(KEPT if bits is None else bits)
+        try:
+            problem.require(budget)
+        except PlanError as error:
+            raise PlanError(f"{error}{elsewhere}") from None
+        found = optimum(problem, budget, interactions)
     return found, tuple((point.bits, point.damage) for point in curve(problem, None, interactions))
 
 

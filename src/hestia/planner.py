@@ -23,6 +23,7 @@ from .targets import LLAMA_CPP_BIASES, Target
 from .targets import target as find_target
 
 SMALLEST_COVERAGE = 0.5
+_SMALLEST_TYPES = "gguf:mixed"  # the target that stores every tensor in the smallest type that holds it
 
 
 def plan(
@@ -90,8 +91,15 @@ def plan(
             fallback=fallback,
             itemsize=itemsize,
         )
+        elsewhere = "" if all(t.name == _SMALLEST_TYPES for t in targets) else f", or try --target {_SMALLEST_TYPES}"
         found, points = allocate(
-            selection.candidates, offered, damages, bits=bits, max_kl=max_kl, interactions=interactions
+            selection.candidates,
+            offered,
+            damages,
+            bits=bits,
+            max_kl=max_kl,
+            interactions=interactions,
+            elsewhere=elsewhere,
         )
         layers = layers_of(selection.candidates, specs, offered, damages, found)
         spent = spending(

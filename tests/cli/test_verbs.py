@@ -46,6 +46,9 @@ def test_calibrate_writes_what_plan_reads(
     assert status == 0
     assert one_object(text) == json.loads(out.read_text(encoding="utf-8"))
 
+    status, _, said = invoke("calibrate", toy_parent, "--data", toy_text, "--calibrate", "0", "--out", out)
+    assert (status, "--calibrate 0: an interval needs at least 2" in said) == (2, True)
+
     plan = tmp_path / "plan.json"
     words = ("plan", toy_parent, "--sensitivity", out, "--recipe", "hestia", "--option", "alpha=0.8", "--out", plan)
     status, text, _ = invoke(*words)

@@ -203,6 +203,16 @@ def test_calibration_is_counted_where_the_run_calibrates(
     assert found.job.sequences == (256 if calibrated else 0)
 
 
+def test_a_budget_without_a_sensitivity_is_said_to_be_reckoned_at_one_width(invoke: Invoke, toy_parent: Path) -> None:
+    words = ("estimate", toy_parent, "--steps", "8", "--seq-len", "32", "--batch-size", "4", *GIVEN)
+    _, out, _ = invoke(*words, "--bits", "1.9", "--target", "gguf:mixed")
+    assert "all at 2 bits here" in out
+    _, out, _ = invoke(*words, "--max-kl", "0.1", "--target", "gguf:mixed", "--json")
+    assert json.loads(out)["alike"] == 1.58
+    _, out, _ = invoke(*words, "--bits", "2")
+    assert "bits here" not in out
+
+
 def test_processes_on_a_processor_share_its_memory(toy_parent: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hestia.estimate.whole.memory_of", lambda device: 8 * 10**9)
     options = Options(model=str(toy_parent), steps=8, batch_size=4, seq_len=32, device="cpu")

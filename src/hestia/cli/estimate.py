@@ -59,6 +59,7 @@ def table(found: Estimate) -> str:
         f"{found.model['name']}: {found.parameters:,} parameters, {found.quantized:,} of them become low-bit",
         f"{run.steps:,} steps of {run.batch} blocks of {run.tokens} tokens: "
         f"{run.steps * run.batch * run.tokens:,} tokens",
+        *([] if found.alike is None else [f"without --sensitivity no mixed plan: all at {found.alike:g} bits here"]),
         "",
         f"{'stage':<16}{'memory':>10}{'time':>10}   of which",
     ]

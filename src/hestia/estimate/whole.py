@@ -15,6 +15,7 @@ from .. import loading, recipes
 from ..errors import ConfigError
 from ..evaluation.scoring import blocks_at_once
 from ..jobs import LARGEST_DEFAULT_BATCH, choose_device, in_bf16, longest_block
+from ..mixed import is_mixed
 from ..nn.select import EMBEDDING, HEAD
 from ..options import Options, count
 from ..pipeline.delivery import probe_shape
@@ -51,6 +52,7 @@ class Estimate:
     Attributes:
         model: name and shape.
         parameters, quantized: counts.
+        alike: the width that all tensors are reckoned at, in place of a plan that needs a sensitivity; else None.
         job: its length.
         stages: memory of one process in every stage.
         alternatives: training memory of one process in other layouts.
@@ -63,6 +65,7 @@ class Estimate:
     model: Mapping[str, Any]
     parameters: int
     quantized: int
+    alike: float | None
     job: Job
     layout: Layout
     stages: list[Stage]
@@ -94,6 +97,7 @@ class Estimate:
             "model": dict(self.model),
             "parameters": self.parameters,
             "quantized": self.quantized,
+            "alike": self.alike,
             "job": self.job.to_json(),
             "layout": dataclasses.asdict(self.layout),
             "memory": [stage.to_json() for stage in self.stages],
@@ -116,7 +120,8 @@ class _Model:
         self.source = loading.config_source(options.model)
         self.config = loading.load_config(self.source, trust_remote_code=remote)
         self.empty = loading.empty_model(self.source, self.config, trust_remote_code=remote)
-        self.plan = _plan(self.empty, options)
+        self.alike = _alike(options)
+        self.plan = _plan(self.empty, options, self.alike)
         self.tokens = longest_block(self.config, options)
         self.batch, self.steps = _length(options, self.tokens, layout.processes)
         self.micro = max(1, self.batch // options.accumulation // layout.processes)
@@ -206,6 +211,7 @@ def estimate(
         model={**loading.fingerprint(model.source, model.config), "dtype": str(model.dtype).removeprefix("torch.")},
         parameters=model.sizes.parameters,
         quantized=model.sizes.quantized,
+        alike=model.alike,
         job=run,
         layout=layout,
         stages=stages(model.sizes, model.passes, processes=layout.processes, sharded=layout.sharded),
@@ -249,24 +255,29 @@ def _share(there: int | None, device: torch.device, processes: int) -> int | Non
     return there if there is None or device.type != "cpu" else there // processes
 
 
-def _plan(empty: Any, options: Options) -> Plan:
-    """The plan of the options; a budget of bits, which needs a sensitivity, is planned at the nearest width."""
+def _alike(options: Options) -> float | None:
+    """The recipe's width nearest to a budget of bits that no sensitivity is there for; None for any other plan."""
+    recipe = recipes.get(options.recipe, **options.options)
+    if options.plan is not None or options.sensitivity is not None:
+        return None
+    if not is_mixed(recipe, options.bits, options.mix(), options.max_kl):
+        return None
+    return min(recipe.widths, key=lambda width: abs(width - options.bits))
+
+
+def _plan(empty: Any, options: Options, alike: float | None) -> Plan:
+    """The plan of the options, or the one that gives all tensors the width ``alike``."""
     _, given = given_plan(options)
     if given is not None:
         return given
-    recipe = recipes.get(options.recipe, **options.options)
-    bits = options.bits
-    if options.sensitivity is None:
-        bits = min(recipe.widths, key=lambda width: abs(width - bits))
-    mixed = options.sensitivity is not None
     return make_plan(
         empty,
-        recipe,
+        recipes.get(options.recipe, **options.options),
         options.target,
         options.sensitivity,
-        bits=bits,
-        widths=options.mix() if mixed else None,
-        max_kl=options.max_kl if mixed else None,
+        bits=options.bits if alike is None else alike,
+        widths=options.mix() if alike is None else None,
+        max_kl=options.max_kl if alike is None else None,
         group_size=options.group(),
         skip=options.skip,
         fallback=options.fallback,
