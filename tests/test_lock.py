@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import socket
@@ -51,6 +52,26 @@ def test_it_says_who_holds_the_folder_and_dies_with_them(tmp_path: Path, monkeyp
         pass
     assert len(said) == 1
     assert (tmp_path / LOCK_FILE).read_bytes() == b""
+
+
+def test_a_file_system_without_locks_is_named_and_stops_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(lock, "announce", said.append)
+
+    def refuse(code: int) -> None:
+        def flock(descriptor: int, what: int) -> None:
+            raise OSError(code, os.strerror(code))
+
+        monkeypatch.setattr(lock._system, "flock", flock)
+
+    refuse(errno.ENOLCK)
+    ran = False
+    with locked(tmp_path):
+        ran = True
+    assert ran and len(said) == 1 and "no locks" in said[0]
+    refuse(errno.EIO)
+    with pytest.raises(OSError, match="Input/output error"), locked(tmp_path):
+        pass
 
 
 def test_whoever_waits_gets_it_when_it_is_free(tmp_path: Path) -> None:

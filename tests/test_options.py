@@ -140,7 +140,8 @@ def test_a_file_that_is_no_configuration_is_refused(tmp_path: Path, content: str
         ({"seed": True}, "--seed"),
         ({"seed": 1.5}, "--seed"),
         ({"compile": "yes"}, "--compile"),
-        ({"data": 3}, "--data"),
+        ({"data": {"file": "a.txt"}}, "--data wants one value or a list of them"),
+        ({"skip": [True]}, "--skip wants one value or a list of them"),
         ({"options": ["alpha=1"]}, "--option"),
         ({"held_out_share": 0.5}, "--held-out-share"),
         ({"weight_decay": -1.0}, "--weight-decay"),
@@ -154,6 +155,14 @@ def test_a_file_that_is_no_configuration_is_refused(tmp_path: Path, content: str
 def test_a_bad_value_is_refused_and_its_option_named(values: dict[str, object], named: str) -> None:
     with pytest.raises(ConfigError, match=named):
         Options(**values)  # type: ignore[arg-type]
+
+
+def test_numbers_in_a_list_are_read_as_people_write_them_in_yaml(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("widths: [1.58, 2, 16]\ndata: a.txt\n", encoding="utf-8")
+    made = Options(**load_config(path))
+    assert made.widths == ("1.58", "2", "16") and made.mix() == (1.58, 2.0, 16.0)
+    assert made.data == ("a.txt",)
 
 
 @given(st.integers(1, 10**12), st.sampled_from(["", "_", ","]))

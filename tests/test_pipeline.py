@@ -688,3 +688,12 @@ def test_an_accumulation_that_does_not_divide_the_batch(toy_parent: Path, toy_te
     options = Options(model=str(toy_parent), data=(str(toy_text),), out="nowhere", batch_size=6, accumulation=4)
     with pytest.raises(ConfigError, match="--accumulation 4 does not divide --batch-size 6"):
         _ = pipeline.Workspace(options).batch_size
+
+
+def test_a_batch_that_processes_cannot_share_is_refused_before_the_text_is_read(
+    toy_parent: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hestia.processes.world_size", lambda: 3)
+    options = Options(model=str(toy_parent), data=("not-there.txt",), out=str(tmp_path / "run"), batch_size=4)
+    with pytest.raises(ConfigError, match="--batch-size 4 cannot be shared out evenly between 3 processes"):
+        _ = pipeline.Workspace(options).text

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from . import curvature, loading, recipes
+from . import curvature, loading, processes, recipes
 from .data import Blocks, TokenizedText, epoch_order, pack_all, prepare, read_documents
 from .data.sources import resolve
 from .errors import ConfigError
@@ -44,22 +44,31 @@ def plan_model(options: Options) -> Plan:
     config = loading.load_config(source, trust_remote_code=options.trust_remote_code)
     empty = loading.empty_model(source, config, trust_remote_code=options.trust_remote_code)
     loading.require_trainable(source, config, empty)
-    made = make_plan(
-        empty,
-        recipes.get(options.recipe, **options.options),
-        options.target,
-        options.sensitivity,
-        bits=options.bits,
-        widths=options.mix(),
-        max_kl=options.max_kl,
-        group_size=options.group(),
-        skip=options.skip,
-        fallback=options.fallback,
-        allow_partial=options.allow_partial,
-    )
+    made = plan_of(empty, options)
     tokenizer = loading.tokenizer_folder(source) if (Path(source.location) / "tokenizer.json").is_file() else None
     check_targets(made.targets, config, Path(source.location), tokenizer, head=options.head)
     return made
+
+
+def plan_of(model: PreTrainedModel, options: Options, **instead: Any) -> Plan:
+    """The plan that the options ask for, with other arguments of ``hestia.planner.plan`` in place of theirs.
+
+    Raises:
+        ConfigError, PlanError: see there.
+    """
+    asked: dict[str, Any] = {
+        "recipe": recipes.get(options.recipe, **options.options),
+        "target": options.target,
+        "sensitivity": options.sensitivity,
+        "bits": options.bits,
+        "widths": options.mix(),
+        "max_kl": options.max_kl,
+        "group_size": options.group(),
+        "skip": options.skip,
+        "fallback": options.fallback,
+        "allow_partial": options.allow_partial,
+    }
+    return make_plan(model, **(asked | instead))
 
 
 def calibrate_model(options: Options, keep: Path | None = None) -> curvature.Sensitivity:
@@ -110,6 +119,8 @@ def evaluate_model(
         raise ConfigError("nothing to evaluate on: give --data, --tasks or both")
     device = choose_device(options)
     packed = options.model.endswith(".gguf")
+    if against is not None and not options.data:
+        raise ConfigError("--against compares on --data; give that too, or leave --against out: --tasks do without")
     if packed and (against is None or tasks):
         raise ConfigError("a .gguf file needs --against (its run or parent, for the tokenizer) and cannot run --tasks")
     packed_logits = _llama_logits(Path(options.model)) if packed else None
@@ -208,13 +219,40 @@ def in_bf16(options: Options, config: Any, device: torch.device) -> bool:
     return int(getattr(config.get_text_config(), "hidden_size", 1024)) >= 128
 
 
+def batch_and_steps(options: Options, seq_len: int, parts: int) -> tuple[int, int]:
+    """Blocks a step, the user's or as many as leave at least 300 steps, 16 at most; and optimizer steps.
+
+    Args:
+        options: of the run.
+        seq_len: tokens a block.
+        parts: processes that share the training.
+
+    Raises:
+        ConfigError: a batch that processes and micro-batches cannot share evenly.
+    """
+    total, shares = count(options.tokens, "tokens"), options.accumulation * parts
+    size = options.batch_size
+    if size is None:
+        size = max(1, min(LARGEST_DEFAULT_BATCH, total // (300 * seq_len)))
+        size = max(shares, size - size % shares)
+    if size % shares:
+        if parts == 1:
+            raise ConfigError(f"--accumulation {shares} does not divide --batch-size {size}; choose a multiple of it")
+        raise ConfigError(
+            f"--batch-size {size} cannot be shared out evenly between {parts} processes in "
+            f"{options.accumulation} micro-batches; choose a multiple of {shares}"
+        )
+    return size, options.steps or max(1, total // (size * seq_len))
+
+
 def prepare_text(
     options: Options, tokenizer: PreTrainedTokenizerBase, seq_len: int, cache: Path | None
 ) -> TokenizedText:
     """Training and held-out blocks as the options ask for."""
     tokens = count(options.tokens, "tokens")
+    batch, _ = batch_and_steps(options, seq_len, processes.world_size())
     if options.steps is not None:
-        tokens = options.steps * (options.batch_size or LARGEST_DEFAULT_BATCH) * seq_len
+        tokens = options.steps * (options.batch_size or max(batch, LARGEST_DEFAULT_BATCH)) * seq_len
     return prepare(
         options.data,
         options.eval_data or None,

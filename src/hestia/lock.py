@@ -9,6 +9,7 @@ lock was left by a process that died, and the next one takes over.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import socket
@@ -22,6 +23,9 @@ from .errors import BusyError
 from .progress import announce
 
 LOCK_FILE = ".lock"
+
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
+"""What some network file systems answer (Lustre without flock, some NFS)."""
 
 try:
     import fcntl as _fcntl
@@ -47,7 +51,9 @@ def locked(folder: Path, *, wait: float = 0.0) -> Iterator[None]:
         return
     descriptor = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
     try:
-        _acquire(descriptor, folder, time.monotonic() + wait)
+        if not _acquire(descriptor, folder, time.monotonic() + wait):
+            yield
+            return
         before = _holder(descriptor)
         if before:
             announce(f"{folder}: taking over from {before}: that one was killed")
@@ -65,12 +71,18 @@ def locked(folder: Path, *, wait: float = 0.0) -> Iterator[None]:
         os.close(descriptor)  # releases the lock
 
 
-def _acquire(descriptor: int, folder: Path, until: float) -> None:
+def _acquire(descriptor: int, folder: Path, until: float) -> bool:
+    """Whether the lock is held now; False where the file system has none."""
     while True:
         try:
             _system.flock(descriptor, _system.LOCK_EX | _system.LOCK_NB)
-            return
-        except BlockingIOError:
+            return True
+        except OSError as error:
+            if error.errno in _NO_LOCKS:
+                announce(f"{folder}: this file system has no locks; nothing keeps a second process out of it")
+                return False
+            if not isinstance(error, BlockingIOError):
+                raise
             if time.monotonic() >= until:
                 holder = _holder(descriptor) or "another process"
                 raise BusyError(

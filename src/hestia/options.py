@@ -275,10 +275,11 @@ def _coerce(name: str, value: Any, hint: Any) -> Any:
         return None
     kind = next(option for option in options if option is not type(None))
     if typing.get_origin(kind) is tuple:
-        items = (value,) if isinstance(value, (str, Path)) else value
-        if isinstance(items, (list, tuple)) and all(isinstance(item, (str, Path)) for item in items):
-            return tuple(str(item) for item in items)
-    elif kind is bool or isinstance(value, bool):
+        items = value if isinstance(value, (list, tuple)) else (value,)
+        if all(isinstance(item, (str, Path, int, float)) and not isinstance(item, bool) for item in items):
+            return tuple(f"{item:g}" if isinstance(item, float) else str(item) for item in items)
+        raise ConfigError(f"--{name.replace('_', '-')} wants one value or a list of them, got {value!r}")
+    if kind is bool or isinstance(value, bool):
         if kind is bool and isinstance(value, bool):
             return value
     elif kind is int and isinstance(value, int):

@@ -5,7 +5,10 @@ from __future__ import annotations
 import gc
 import shutil
 import sys
-from pathlib import Path
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+_SELF = Path("/proc/self/cgroup")
 
 
 def available_memory() -> int | None:
@@ -46,10 +49,52 @@ def _meminfo() -> int | None:
 
 
 def _control_group() -> int | None:
-    root = Path("/sys/fs/cgroup")
+    """The least that this process's control group and those above it leave; version 2, or version 1's for memory."""
+    found = [left for files in _VERSIONS for folder in _own_groups(files) if (left := _left(folder, files)) is not None]
+    return min(found) if found else None
+
+
+@dataclass(frozen=True)
+class _Version:
+    """Where one version of control groups keeps its memory numbers."""
+
+    root: Path
+    controller: str
+    limit: str
+    used: str
+    cache: str
+
+
+_VERSIONS = (
+    _Version(Path("/sys/fs/cgroup"), "", "memory.max", "memory.current", "inactive_file"),
+    _Version(
+        Path("/sys/fs/cgroup/memory"),
+        "memory",
+        "memory.limit_in_bytes",
+        "memory.usage_in_bytes",
+        "total_inactive_file",
+    ),
+)
+
+
+def _own_groups(version: _Version) -> list[Path]:
+    """The folders of this process's group and of all above it; the root where the system does not say."""
+    own = PurePosixPath("/")
     try:
-        limit, used = (int((root / f"memory.{name}").read_text()) for name in ("max", "current"))
-        kept = dict(line.split() for line in (root / "memory.stat").read_text().splitlines())
-        return limit - used + int(kept.get("inactive_file", 0))  # the file cache is given back where it is needed
-    except (OSError, ValueError):  # no version 2 control group, or "max": no limit
+        for line in _SELF.read_text(encoding="utf-8").splitlines():
+            _, controllers, path = line.split(":", 2)
+            if version.controller in controllers.split(","):
+                own = PurePosixPath(path)
+    except (OSError, ValueError):
+        pass
+    inside = [part for part in own.parts if part not in ("/", "..")]
+    return [version.root.joinpath(*inside[:n]) for n in range(len(inside), -1, -1)]
+
+
+def _left(folder: Path, version: _Version) -> int | None:
+    try:
+        limit, used = (int((folder / name).read_text()) for name in (version.limit, version.used))
+        kept = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):  # no such group, or "max": no limit
         return None
+    return limit - used + int(kept.get(version.cache, 0))  # the file cache is given back where it is needed

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from typing import get_type_hints
 
 import pytest
 from toy_runs import Invoke
@@ -85,6 +86,8 @@ def test_train_offers_nothing_that_its_plan_has_decided(invoke: Invoke) -> None:
         (["quantize", "m", "--data", "d.txt"], "--out is missing"),
         (["recipes", "list"], "hestia recipes show NAME"),
         (["eval", "m"], "nothing to evaluate on"),
+        (["eval", "m", "--tasks", "t", "--against", "p"], "--against compares on --data"),
+        (["quantize", "--data", "d.txt", "m", "--out", "r"], "MODEL is missing: write it first"),
         (["demo", "--tokens", "lots"], "--tokens must be a positive number such as 600k"),
     ],
 )
@@ -108,6 +111,12 @@ def test_several_values_after_one_option() -> None:
         "gguf:q4_0",
     ]  # fmt: skip
     assert spread(["eval", "m", "--data", "a", "--data", "b"]) == ["eval", "m", "--data", "a", "--data", "b"]
+    several = [
+        f"--{name.replace('_', '-')}" for name, hint in get_type_hints(Options).items() if hint == tuple[str, ...]
+    ]
+    assert "--widths" in several
+    for flag in several:
+        assert spread(["quantize", "m", flag, "a", "b"]) == ["quantize", "m", flag, "a", flag, "b"]
 
 
 def test_an_option_of_one_value_leaves_the_argument_behind_it_alone() -> None:

@@ -66,6 +66,16 @@ def test_compare_sorts_by_loss_and_names_the_common_parent(tmp_path: Path) -> No
     assert not any("NOT COMPARABLE" in line for line in lines)
 
 
+@pytest.mark.parametrize(("apart", "comparable"), [(2e-6, True), (9e-4, True), (2e-3, False)])
+def test_compare_takes_parents_for_the_same_up_to_rounding(tmp_path: Path, apart: float, comparable: bool) -> None:
+    one, other = (
+        {"parent": parent, "round_to_nearest": 7.9184, "quantized": 3.9} for parent in (3.12345, 3.12345 + apart)
+    )
+    said = compare([load(tmp_path, "a", nll=one), load(tmp_path, "b", nll=other)])
+    assert ("NOT COMPARABLE" not in said) is comparable
+    assert ("parent on the same text" in said) is comparable
+
+
 def test_compare_says_when_runs_are_not_comparable(tmp_path: Path) -> None:
     other = {"parent": 2.0, "round_to_nearest": 7.9184, "quantized": 3.0}
     assert "NOT COMPARABLE" in compare([load(tmp_path, "a"), load(tmp_path, "b", nll=other)])

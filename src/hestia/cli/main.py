@@ -39,7 +39,7 @@ VERBS = {
 LONGEST_MESSAGE = 1200
 """Characters of an error message; what is longer repeats the input it complains about."""
 
-_VARIADIC = ("--data", "--eval-data", "--target", "--skip", "--tasks")
+_VARIADIC = ("--data", "--eval-data", "--target", "--widths", "--skip", "--report-to", "--tasks")
 
 
 class Verbs(click.Group):

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import click
 
 from ..errors import ConfigError
-from ..files import require_writable
+from ..files import finite, require_writable
 from ..options import Options, load_config
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -98,7 +98,7 @@ def recipe_options(pairs: Iterable[str]) -> dict[str, Any]:
 
 def show(record: dict[str, Any], as_json: bool, text: str) -> None:
     """The result on standard output: one JSON object, or text for people."""
-    click.echo(json.dumps(record, ensure_ascii=False) if as_json else text)
+    click.echo(json.dumps(finite(record), ensure_ascii=False, allow_nan=False) if as_json else text)
 
 
 def output_file(name: str) -> Path:

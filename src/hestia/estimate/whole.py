@@ -14,13 +14,12 @@ import torch
 from .. import loading, recipes
 from ..errors import ConfigError
 from ..evaluation.scoring import blocks_at_once
-from ..jobs import LARGEST_DEFAULT_BATCH, choose_device, in_bf16, longest_block
+from ..jobs import batch_and_steps, choose_device, in_bf16, longest_block, plan_of
 from ..mixed import is_mixed
 from ..nn.select import EMBEDDING, HEAD
-from ..options import Options, count
+from ..options import Options
 from ..pipeline.delivery import probe_shape
 from ..pipeline.planning import given_plan
-from ..planner import plan as make_plan
 from ..plans import Plan
 from ..resources import free_disk
 from .files import FileSize, Kept, file_sizes, run_folder
@@ -123,7 +122,7 @@ class _Model:
         self.alike = _alike(options)
         self.plan = _plan(self.empty, options, self.alike)
         self.tokens = longest_block(self.config, options)
-        self.batch, self.steps = _length(options, self.tokens, layout.processes)
+        self.batch, self.steps = batch_and_steps(options, self.tokens, layout.processes)
         self.micro = max(1, self.batch // options.accumulation // layout.processes)
         self.dtype = loading.parent_dtype(self.source, self.config)
         text = self.config.get_text_config()
@@ -270,39 +269,8 @@ def _plan(empty: Any, options: Options, alike: float | None) -> Plan:
     _, given = given_plan(options)
     if given is not None:
         return given
-    return make_plan(
-        empty,
-        recipes.get(options.recipe, **options.options),
-        options.target,
-        options.sensitivity,
-        bits=options.bits if alike is None else alike,
-        widths=options.mix() if alike is None else None,
-        max_kl=options.max_kl if alike is None else None,
-        group_size=options.group(),
-        skip=options.skip,
-        fallback=options.fallback,
-        allow_partial=options.allow_partial,
-    )
-
-
-def _length(options: Options, tokens: int, processes: int) -> tuple[int, int]:
-    """Blocks a step and steps, by the rules of the main job.
-
-    Raises:
-        ConfigError: a batch that the processes cannot share evenly.
-    """
-    total, parts = count(options.tokens, "tokens"), options.accumulation * processes
-    if options.batch_size is not None:
-        batch = options.batch_size
-    else:
-        batch = max(1, min(LARGEST_DEFAULT_BATCH, total // (300 * tokens)))
-        batch = max(parts, batch - batch % parts)
-    if batch % parts:
-        raise ConfigError(
-            f"--batch-size {batch} cannot be shared out evenly between {processes} processes in "
-            f"{options.accumulation} micro-batches; choose a multiple of {parts}"
-        )
-    return batch, options.steps or max(1, total // (batch * tokens))
+    instead = {} if alike is None else {"bits": alike, "widths": None, "max_kl": None}
+    return plan_of(empty, options, **instead)
 
 
 def _sizes(empty: Any, plan: Plan, options: Options, vocabulary: int, tokens: int, teacher: Any) -> Sizes:

@@ -83,13 +83,22 @@ def continuations(
 
 @torch.no_grad()
 def greedy(model: PreTrainedModel, prompt: Tensor, new_tokens: int) -> list[int]:
-    """Token ids of ``prompt`` [1, T] followed by ``new_tokens`` greedy ones."""
+    """Token ids of ``prompt`` [1, T] followed by ``new_tokens`` greedy ones, or fewer that end with an end mark."""
     ids = prompt.to(next(model.parameters()).device)
-    cache = None
+    last = _end_marks(model)
+    cache: dict[str, Any] = {}
     fed = ids
     for _ in range(new_tokens):
-        output = model(input_ids=fed, past_key_values=cache, use_cache=True)
-        cache = output.past_key_values
-        fed = output.logits[:, -1:].argmax(dim=-1)
-        ids = torch.cat([ids, fed], dim=1)
+        output = model(input_ids=fed, use_cache=True, **cache)
+        token = output.logits[:, -1:].argmax(dim=-1)
+        ids = torch.cat([ids, token], dim=1)
+        if int(token) in last:
+            break
+        kept = getattr(output, "past_key_values", None)  # models with a state instead of a cache read all of it again
+        cache, fed = ({}, ids) if kept is None else ({"past_key_values": kept}, token)
     return ids[0].tolist()
+
+
+def _end_marks(model: PreTrainedModel) -> set[int]:
+    marks = getattr(model.generation_config, "eos_token_id", None)
+    return set() if marks is None else {marks} if isinstance(marks, int) else set(marks)

@@ -11,10 +11,9 @@ from .. import curvature, loading, nn, processes, recipes
 from ..errors import ConfigError
 from ..export.precheck import check_targets
 from ..files import sha256, write_bytes
-from ..jobs import calibrate_on
+from ..jobs import calibrate_on, plan_of
 from ..mixed import candidates, is_mixed
 from ..options import Options
-from ..planner import plan as make_plan
 from ..plans import Plan
 from ..quant import QuantSpec
 from ..recipes import Recipe
@@ -132,21 +131,11 @@ def _make_plan(work: Workspace, sensitivity: str | curvature.Sensitivity | None,
     """The plan; ``alike`` takes all weights for equally sensitive, to see whether any plan meets the budget."""
     o = work.options
     model = work.empty_model()
+    if not alike:
+        return plan_of(model, o, sensitivity=sensitivity)
     even = {path: {width: 4.0**-width for width in recipes.GRIDS} for path in nn.select(model, o.skip).candidates}
-    return make_plan(
-        model,
-        _recipe(o),
-        o.target,
-        sensitivity,
-        bits=o.bits,
-        widths=o.mix(),
-        max_kl=math.inf if alike and o.max_kl is not None else o.max_kl,
-        damages=even if alike else None,
-        group_size=o.group(),
-        skip=o.skip,
-        fallback=o.fallback,
-        allow_partial=o.allow_partial or alike,
-    )
+    most = None if o.max_kl is None else math.inf
+    return plan_of(model, o, sensitivity=sensitivity, damages=even, max_kl=most, allow_partial=True)
 
 
 def _to_measure(work: Workspace, plan: Plan) -> tuple[list[str], dict[str, QuantSpec]]:

@@ -13,8 +13,8 @@ from ..data import Blocks, TokenizedText
 from ..errors import ConfigError
 from ..files import read_json, require_writable
 from ..jobs import (
-    LARGEST_DEFAULT_BATCH,
     TUNING_BLOCKS,
+    batch_and_steps,
     choose_device,
     in_bf16,
     longest_block,
@@ -40,7 +40,9 @@ class Workspace:
     """
 
     def __init__(self, options: Options, *, resume: bool = False) -> None:
-        for name, value in (("MODEL", options.model), ("--data", options.data), ("--out", options.out)):
+        if not options.model:
+            raise ConfigError("MODEL is missing: write it first (what follows --data is taken for data)")
+        for name, value in (("--data", options.data), ("--out", options.out)):
             if not value:
                 raise ConfigError(f"{name} is missing; see `hestia quantize --help`")
         self.options, self.resume = options, resume
@@ -135,23 +137,13 @@ class Workspace:
 
     @cached_property
     def batch_size(self) -> int:
-        """Blocks a step: the user's, or as many as leave at least 300 steps, 16 at most."""
-        if self.options.batch_size is not None:
-            size = self.options.batch_size
-        else:
-            tokens = count(self.options.tokens, "tokens")
-            size = max(1, min(LARGEST_DEFAULT_BATCH, tokens // (300 * self.seq_len)))
-            parts = self.options.accumulation * processes.world_size()
-            size = max(parts, size - size % parts)
-        if size % self.options.accumulation:
-            raise ConfigError(f"--accumulation {self.options.accumulation} does not divide --batch-size {size}")
-        return size
+        """Blocks a step."""
+        return batch_and_steps(self.options, self.seq_len, processes.world_size())[0]
 
     @cached_property
     def steps(self) -> int:
         """Optimizer steps."""
-        tokens = count(self.options.tokens, "tokens")
-        return self.options.steps or max(1, tokens // (self.batch_size * self.seq_len))
+        return batch_and_steps(self.options, self.seq_len, processes.world_size())[1]
 
     @cached_property
     def bf16(self) -> bool:

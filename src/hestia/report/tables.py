@@ -12,6 +12,9 @@ from dataclasses import dataclass
 from .records import RunRecord
 from .wording import UNKNOWN, bits, duration, fixed, percent, perplexity, rate, size, whole
 
+_SAME = 1e-3
+"""Nats a token: one model scored twice on the same blocks in fp32, on any two machines, differs by less."""
+
 _DTYPE_BITS = {"float64": 64, "float32": 32, "bfloat16": 16, "float16": 16, "float8_e4m3fn": 8, "float8_e5m2": 8}
 
 
@@ -117,7 +120,7 @@ def compare(records: Sequence[RunRecord]) -> str:
         for name, value in _shared(ordered)
         if value is not None
     ]
-    if len({_rounded(r.nll_parent) for r in ordered}) > 1:
+    if not _agree([r.nll_parent for r in ordered]):
         parents = ", ".join(f"{r.name} {fixed(r.nll_parent)}" for r in ordered)
         notes.append(f"NOT COMPARABLE: the parents' NLL differ ({parents}); other text or another parent")
     return "\n".join([_aligned(lines, left=3), "", *map(printable, notes)]).rstrip()
@@ -160,14 +163,15 @@ def _shared(records: Sequence[RunRecord]) -> list[tuple[str, float | None]]:
         ("parent", [r.nll_parent for r in records]),
         ("round_to_nearest", [r.nll_round_to_nearest for r in records]),
     ):
-        if len({_rounded(v) for v in values}) == 1:
+        if values and _agree(values):
             found.append((name, values[0]))
     return found
 
 
-def _rounded(nll: float | None) -> float | None:
-    # Two evaluations of one model on the same blocks differ by less than this in fp32, on any machine.
-    return None if nll is None else round(nll, 4)
+def _agree(nll: Sequence[float | None]) -> bool:
+    """Whether all are scores of one model on the same blocks."""
+    numbers = [value for value in nll if value is not None]
+    return len(numbers) in (0, len(nll)) and (not numbers or max(numbers) - min(numbers) < _SAME)
 
 
 def _aligned(rows: Sequence[Sequence[str]], left: int = 1) -> str:

@@ -1,0 +1,56 @@
+"""Greedy continuations: with a cache, without one, and where they end."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from toy_models import llama
+
+from hestia.evaluation.diagnostics import greedy
+
+
+class Counting(nn.Module):
+    """Says one more than the last token that it reads; with a cache it must be fed one token at a time."""
+
+    def __init__(self, cached: bool, end: int | list[int] | None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+        self.cached = cached
+        self.generation_config = SimpleNamespace(eos_token_id=end)
+        self.read: list[int] = []
+
+    def forward(self, input_ids: Tensor, use_cache: bool, **kwargs: Any) -> SimpleNamespace:
+        self.read.append(input_ids.shape[1])
+        logits = nn.functional.one_hot(input_ids + 1, 50).float()
+        if not self.cached:
+            assert not kwargs
+            return SimpleNamespace(logits=logits)
+        assert ("past_key_values" in kwargs) == (len(self.read) > 1)
+        return SimpleNamespace(logits=logits, past_key_values=object())
+
+
+@pytest.mark.parametrize(("cached", "read"), [(True, [2, 1, 1]), (False, [2, 3, 4])])
+def test_what_is_fed_depends_on_the_cache(cached: bool, read: list[int]) -> None:
+    model: Any = Counting(cached, None)
+    assert greedy(model, torch.tensor([[3, 4]]), 3) == [3, 4, 5, 6, 7]
+    assert model.read == read
+
+
+@pytest.mark.parametrize("end", [6, [9, 6]])
+def test_it_ends_at_an_end_mark(end: int | list[int]) -> None:
+    model: Any = Counting(True, end)
+    assert greedy(model, torch.tensor([[3, 4]]), 10) == [3, 4, 5, 6]
+
+
+def test_a_real_cache_says_the_same_as_reading_all_again() -> None:
+    model = llama().eval()
+    ids = torch.arange(5)[None]
+    expected = ids
+    for _ in range(6):
+        expected = torch.cat([expected, model(input_ids=expected).logits[:, -1:].argmax(dim=-1)], dim=1)
+    model.generation_config.eos_token_id = None  # type: ignore[union-attr]
+    assert greedy(model, ids, 6) == expected[0].tolist()
