@@ -74,7 +74,8 @@ def test_train_offers_nothing_that_its_plan_has_decided(invoke: Invoke) -> None:
     [
         (["quantise"], "unknown command 'quantise': did you mean 'quantize'?"),
         (["quantize", "--tokenz", "3"], "--tokens"),
-        (["plan"], "Missing argument 'MODEL'"),
+        (["plan"], "MODEL is missing"),
+        (["calibrate", "--data", "d.txt"], "MODEL is missing"),
         (["quantize", "m", "--seed", "x"], "--seed"),
         (["train", "m"], "--plan"),
         (["export", "run"], "--to TARGET and --out PATH, or --list"),

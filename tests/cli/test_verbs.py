@@ -49,6 +49,15 @@ def test_calibrate_writes_what_plan_reads(
     status, _, said = invoke("calibrate", toy_parent, "--data", toy_text, "--calibrate", "0", "--out", out)
     assert (status, "--calibrate 0: an interval needs at least 2" in said) == (2, True)
 
+    file = tmp_path / "run.yaml"  # of a run, whose folder is not where these two write
+    file.write_text(yaml.safe_dump({"model": str(toy_parent), "data": [str(toy_text)], "seq_len": 32, "out": "RUN"}))
+    other = tmp_path / "other.json"
+    assert invoke("calibrate", "--config", file, "--calibrate", "3", "--out", other)[0] == 0
+    assert json.loads(other.read_text(encoding="utf-8"))["tensors"] == json.loads(out.read_text("utf-8"))["tensors"]
+    assert invoke("plan", "--config", file, "--out", tmp_path / "of_file.json")[0] == 0
+    assert invoke("plan", toy_parent, "--out", tmp_path / "typed.json")[0] == 0
+    assert (tmp_path / "of_file.json").read_bytes() == (tmp_path / "typed.json").read_bytes()
+
     plan = tmp_path / "plan.json"
     words = ("plan", toy_parent, "--sensitivity", out, "--recipe", "hestia", "--option", "alpha=0.8", "--out", plan)
     status, text, _ = invoke(*words)
@@ -387,6 +396,10 @@ def test_compare_report_and_recipes(invoke: Invoke, toy_run: Path, tmp_path: Pat
     status, out, _ = invoke("recipes")
     assert status == 0
     assert {line.split()[0] for line in out.splitlines()} >= {"hestia", "bitnet_ste", "round_to_nearest"}
+    status, listed, _ = invoke("recipes", "--json")
+    assert [line.split()[0] for line in out.splitlines()] == list(one_object(listed))
+    status, told, _ = invoke("recipes", "show", "hestia", "--json")
+    assert one_object(told)["options"]["alpha"] == 0.4  # type: ignore[index]
     status, out, _ = invoke("recipes", "show", "hestia")
     assert status == 0
     assert "arXiv:2601.20745" in out

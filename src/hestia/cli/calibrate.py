@@ -6,27 +6,40 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .shared import DATA, MACHINE, job_options, json_option, options_from, output_file, show
+from .shared import (
+    A_RUNS_OWN,
+    DATA,
+    MACHINE,
+    config_option,
+    job_options,
+    json_option,
+    options_from,
+    output_file,
+    require_model,
+    show,
+)
 
 if TYPE_CHECKING:
     from ..curvature import Sensitivity
 
 
 @click.command(name="calibrate")
-@click.argument("model")
+@click.argument("model", required=False)
 @job_options(
     (*DATA, *MACHINE, "calibrate", "estimator", "group_size", "skip", "out"),
     out="the JSON file to write; default sensitivity.json",
 )
+@config_option
 @json_option
-def command(model: str, as_json: bool, **typed: Any) -> None:
+def command(model: str | None, config: str | None, as_json: bool, **typed: Any) -> None:
     """Measure which tensors of MODEL matter: curvature and predicted damage, with intervals."""
     from .. import processes, progress
     from ..curvature.show import table
     from ..files import write_text
     from ..jobs import calibrate_model
 
-    options = options_from(None, {"model": model, "allow_partial": True, **typed})
+    options = options_from(config, {"model": model, "allow_partial": True, **typed}, A_RUNS_OWN)
+    require_model(options)
     path = output_file(options.out or "sensitivity.json")
     kept = path.with_suffix(".partial.safetensors")  # a calibration that was killed goes on from there
     with processes.joined() as first:

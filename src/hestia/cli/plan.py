@@ -9,7 +9,16 @@ from typing import Any
 import click
 
 from ..files import write_bytes
-from .shared import job_options, json_option, options_from, output_file, show
+from .shared import (
+    A_RUNS_OWN,
+    config_option,
+    job_options,
+    json_option,
+    options_from,
+    output_file,
+    require_model,
+    show,
+)
 
 PLANNING = (
     "recipe", "options", "target", "bits", "widths", "max_kl", "group_size", "skip", "fallback", "allow_partial",
@@ -18,10 +27,11 @@ PLANNING = (
 
 
 @click.command(name="plan")
-@click.argument("model")
+@click.argument("model", required=False)
 @job_options(PLANNING, out="the JSON file to write; default plan.json")
+@config_option
 @json_option
-def command(model: str, as_json: bool, **typed: Any) -> None:
+def command(model: str | None, config: str | None, as_json: bool, **typed: Any) -> None:
     """Plan MODEL: every weight accounted for, every tensor checked against the target. Reads no weights.
 
     Where bits are spent tensor by tensor (--bits 1.9, --max-kl), the curve of predicted KL against bits is shown and
@@ -29,7 +39,8 @@ def command(model: str, as_json: bool, **typed: Any) -> None:
     """
     from ..jobs import plan_model
 
-    options = options_from(None, {"model": model, **typed})
+    options = options_from(config, {"model": model, **typed}, A_RUNS_OWN)
+    require_model(options)
     path = output_file(options.out or "plan.json")
     plan = plan_model(options)
     plan.save(path)

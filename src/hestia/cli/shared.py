@@ -64,13 +64,19 @@ def _shown(default: Any) -> str:
     return " ".join(map(str, default)) if isinstance(default, tuple) else str(default)
 
 
-def options_from(config: str | None, typed: dict[str, Any]) -> Options:
+def options_from(config: str | None, typed: dict[str, Any], leave_out: Iterable[str] = ()) -> Options:
     """The options: what was typed, over the configuration file, over the defaults.
+
+    Args:
+        config: the file, if there is one.
+        typed: option -> value; None and () were not typed.
+        leave_out: keys of the file that mean something else to this verb.
 
     Raises:
         ConfigError: an unknown key or a bad value.
     """
     values = load_config(Path(config)) if config else {}
+    values = {key: value for key, value in values.items() if key not in leave_out}
     for key, value in typed.items():
         if value is None or value == ():
             continue
@@ -101,6 +107,16 @@ def show(record: dict[str, Any], as_json: bool, text: str) -> None:
     click.echo(json.dumps(finite(record), ensure_ascii=False, allow_nan=False) if as_json else text)
 
 
+def require_model(options: Options) -> None:
+    """Refuse options, typed and of a file, that name no model.
+
+    Raises:
+        ConfigError: they do not.
+    """
+    if not options.model:
+        raise ConfigError("MODEL is missing: a folder or a hub id, here or in --config")
+
+
 def output_file(name: str) -> Path:
     """The JSON file that a verb writes when its work is done; refused now rather than then.
 
@@ -115,5 +131,8 @@ def output_file(name: str) -> Path:
 
 
 json_option = click.option("--json", "as_json", is_flag=True, help="print the result as one JSON object")
+A_RUNS_OWN = ("out", "plan", "plan_sha256")
+"""Keys of a run's file that a verb with an output of its own does not follow."""
+
 config_option = click.option("--config", metavar="FILE", help="YAML file with the same keys as these options")
 resume_option = click.option("--resume", is_flag=True, help="continue the run in --out, or start it where none is")
