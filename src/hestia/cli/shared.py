@@ -115,5 +115,9 @@ def output_file(name: str) -> Path:
 
 
 json_option = click.option("--json", "as_json", is_flag=True, help="print the result as one JSON object")
+threads_option = click.option("--threads", type=click.IntRange(min=1), help="CPU threads  [default: all it may use]")
+gpu_layers_option = click.option(
+    "--gpu-layers", type=click.IntRange(min=-1), default=0, show_default=True, help="layers on the GPU; -1: all"
+)
 config_option = click.option("--config", metavar="FILE", help="YAML file with the same keys as these options")
 resume_option = click.option("--resume", is_flag=True, help="continue the run in --out, or start it where none is")
