@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -98,6 +99,22 @@ def test_the_hash_of_a_file_read_in_pieces(tmp_path: Path) -> None:
     content = bytes(range(256)) * 9000
     (tmp_path / "a").write_bytes(content)
     assert files.sha256(tmp_path / "a") == hashlib.sha256(content).hexdigest()
+
+
+LISTING = r"find . -type f | LC_ALL=C sort | xargs -d '\n' sha256sum | sha256sum"
+
+
+def test_the_hash_of_a_folder_is_what_its_shell_command_prints(tmp_path: Path) -> None:
+    names = ("b", "B", "a b.json", "a/z", "a-b", "sub/deep/é.txt", "sub/_x", ".hidden/y")
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name, encoding="utf-8")
+    (tmp_path / "empty").mkdir()
+    hashes = files.sha256_of_files(tmp_path)
+    assert set(hashes) == set(names) and hashes["B"] == hashlib.sha256(b"B").hexdigest()
+    assert LISTING in (files.sha256_of_listing.__doc__ or "")
+    printed = subprocess.run(["sh", "-c", LISTING], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    assert files.sha256_of_listing(hashes) == printed.split()[0]
 
 
 @pytest.mark.parametrize(

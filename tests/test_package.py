@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -54,3 +56,10 @@ def test_the_functions_of_the_design_are_there_after_any_import() -> None:
         "w_hat.sum().backward()\n"
         "assert w_hat.shape == w.shape and bool((w.grad != 0).any())\n"
     )
+
+
+def test_the_export_package_says_what_each_of_its_files_does() -> None:
+    from hestia import export
+
+    modules = {path.stem for path in Path(export.__file__).parent.glob("*.py")} - {"__init__"}
+    assert not [name for name in sorted(modules) if not re.search(rf"\b{name}\b", export.__doc__ or "")]

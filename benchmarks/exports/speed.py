@@ -45,7 +45,8 @@ def main() -> int:
             if not (folder / name).exists():
                 export_model(FrozenModel(folder / "run"), target, folder / name, head=head)
         out = (folder / "bench.json").resolve()
-        command = [sys.executable, "-m", "hestia", "bench", *FILES, "--rounds", given.rounds, "--out", "bench.json"]
+        options = ["--threads", "1", "--rounds", given.rounds, "--out", "bench.json"]
+        command = [sys.executable, "-m", "hestia", "bench", *FILES, *options]
         subprocess.run(command, cwd=folder, check=True)
         record = json.loads(out.read_text())
     record["model"] = {"made_by": "benchmarks/exports/large_run.py", **SIZES}

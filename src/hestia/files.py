@@ -218,6 +218,20 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+def sha256_of_files(folder: Path) -> dict[str, str]:
+    """Path within ``folder`` -> SHA-256 of every file there, in the order of the paths' bytes."""
+    files = {f.relative_to(folder).as_posix(): f for f in folder.rglob("*") if f.is_file() and not f.is_symlink()}
+    return {name: sha256(files[name]) for name in sorted(files, key=os.fsencode)}
+
+
+def sha256_of_listing(hashes: Mapping[str, str]) -> str:
+    r"""One hash for ``sha256_of_files``: what this prints inside the folder.
+
+    find . -type f | LC_ALL=C sort | xargs -d '\n' sha256sum | sha256sum
+    """
+    return hashlib.sha256(b"".join(os.fsencode(f"{hashes[name]}  ./{name}\n") for name in hashes)).hexdigest()
+
+
 def finite(value: Any) -> Any:
     """``value`` as strict JSON can hold it: NaN and infinities become null, tuples lists, keys text."""
     if isinstance(value, float):

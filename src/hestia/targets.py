@@ -244,10 +244,13 @@ LLAMA_CPP_BIASES: dict[str, frozenset[str]] = {
 """``model_type`` -> the linear layers of a block whose bias llama.cpp loads if the file has one."""
 
 
-_GGUF_TYPES = {t.name: t for chosen in TARGETS.values() for t in chosen.types if t.ggml is not None}
+_GGUF_TYPES = sorted(
+    {t.name: t for chosen in TARGETS.values() for t in chosen.types if t.ggml is not None}.values(),
+    key=lambda t: t.block_bytes / t.block,
+)
 TARGETS["gguf:mixed"] = Target(
     "gguf:mixed",
-    tuple(sorted(_GGUF_TYPES.values(), key=lambda t: t.block_bytes / t.block)),
+    tuple(_GGUF_TYPES),
     "llama.cpp, wherever it runs every type in the file",
     cheapest=True,
 )
@@ -277,9 +280,7 @@ def head_type(name: str) -> StorageType | None:
 
 def exact_types(grid: Grid, group_size: GroupSize, shape: tuple[int, int]) -> list[StorageType]:
     """Every GGUF type that holds a tensor of this grid, grouping and shape without loss, smallest first."""
-    types = {t.name: t for chosen in TARGETS.values() for t in chosen.types if t.ggml is not None}
-    held = [t for t in types.values() if t.refusal(grid, group_size, shape) is None]
-    return sorted(held, key=lambda t: t.block_bytes / t.block)
+    return [t for t in _GGUF_TYPES if t.refusal(grid, group_size, shape) is None]
 
 
 def matrix(

@@ -13,6 +13,7 @@ from test_gguf import byte_fallback, byte_level
 from tokenizers import Tokenizer
 
 from hestia.errors import ExportError
+from hestia.export import gguf_tokenizer
 from hestia.export.gguf_tokenizer import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED, tokenizer_metadata
 
 
@@ -263,3 +264,26 @@ def test_chat_templates(tmp_path: Path) -> None:
     assert "tokenizer.chat_template" not in found and found["tokenizer.chat_templates"] == ["rag", "tool_use"]
     shutil.rmtree(more)
     assert "tokenizer.chat_template" not in translate(tmp_path, byte_level())
+
+
+def test_a_text_that_two_ids_share_is_found_in_one_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compared = 0
+
+    class Token(str):
+        __slots__ = ()
+        __hash__ = str.__hash__
+
+        def __eq__(self, other: object) -> bool:
+            nonlocal compared
+            compared += 1
+            return str.__eq__(self, other)
+
+    record = byte_level()
+    vocabulary = {Token(f"t{i}"): i for i in range(3000)}
+    record["model"]["vocab"] = vocabulary
+    record["added_tokens"] = [{"id": 3000, "content": Token("t2999"), "special": True}]
+    (tmp_path / "tokenizer.json").write_text("{}")
+    monkeypatch.setattr(gguf_tokenizer, "read_json", lambda path: record)
+    with pytest.raises(ExportError, match="two ids share the text 't2999'"):
+        tokenizer_metadata(tmp_path, {}, 3001)
+    assert compared < 100 * len(vocabulary)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
+import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,7 @@ from hestia.export.huggingface import Scheme, choose_scheme, export_hf, load, lo
 from hestia.export.huggingface_check import check_hf
 from hestia.export.mlx import export_mlx
 from hestia.export.verify import detect_target
+from hestia.pipeline import digest
 from hestia.quant import INT2, Grid, QuantSpec
 
 IDS = torch.arange(24).reshape(2, 12) * 3
@@ -201,8 +203,10 @@ def test_record_counts_the_bytes(tmp_path: Path) -> None:
     assert record["bytes"] == sum((out / f).stat().st_size for f in files)
     weights = sum(frozen.codes(name).codes.numel() for name in frozen.quantized)
     assert record["quantized_bytes"] == weights // 4 + weights // 64 * 2 + 16 * len(frozen.quantized)
-    listing = "".join(f"{hashlib.sha256((out / f).read_bytes()).hexdigest()}  {f}\n" for f in files)
-    assert record["sha256"] == hashlib.sha256(listing.encode()).hexdigest()
+    command = r"find . -type f | LC_ALL=C sort | xargs -d '\n' sha256sum | sha256sum"
+    printed = subprocess.run(["sh", "-c", command], cwd=out, capture_output=True, text=True, check=True).stdout
+    assert "additional_chat_templates/tool.jinja" in files
+    assert record["sha256"] == printed.split()[0] == digest(out)
     with safe_open(out / "model.safetensors", framework="pt") as handle:
         assert handle.metadata() == {"format": "pt"}
 
@@ -268,6 +272,32 @@ def test_failure_while_writing_leaves_nothing(tmp_path: Path, monkeypatch: pytes
     with pytest.raises(OSError, match="No space left"):
         export_hf(frozen, tmp_path / "out")
     assert [f.name for f in tmp_path.iterdir()] == ["run"]
+
+
+def test_what_a_killed_process_of_the_same_number_left_is_in_nobodys_way(tmp_path: Path) -> None:
+    """In a container every process may be number 1."""
+    frozen = freeze(llama(), tmp_path / "run")
+    for name, write in (("hf", export_hf), ("mlx", export_mlx)):
+        left = tmp_path / f".{name}.{os.getpid()}.tmp"
+        left.mkdir()
+        (left / "half").write_bytes(b"half")
+        assert "half" not in write(frozen, tmp_path / name)["files"]
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["hf", "mlx", "run"]
+
+
+def test_what_is_put_into_the_empty_folder_meanwhile_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    frozen, out = freeze(llama(), tmp_path / "run"), tmp_path / "out"
+    out.mkdir()
+    shards = huggingface._write_shards
+
+    def written(*arguments: object) -> None:
+        shards(*arguments)  # type: ignore[arg-type]
+        (out / "precious.txt").write_text("keep me")
+
+    monkeypatch.setattr(huggingface, "_write_shards", written)
+    with pytest.raises(OSError, match="not empty"):
+        export_hf(frozen, out)
+    assert [f.name for f in out.iterdir()] == ["precious.txt"]
 
 
 def test_unknown_target_and_already_quantized_model_are_refused(tmp_path: Path) -> None:

@@ -198,6 +198,32 @@ def test_changed_configuration_and_files(copy: tuple[FrozenModel, Path]) -> None
     ]
 
 
+def test_what_no_loader_reads_is_a_note(copy: tuple[FrozenModel, Path]) -> None:
+    """As a folder looks that was published and downloaded again."""
+    frozen, out = copy
+    (frozen.folder / "LICENSE").write_text("as the parent's")
+    names = ("README.md", "LICENSE", "LICENSE-MODEL.txt", ".gitattributes", ".DS_Store", "figure.png")
+    try:
+        for name in (*names, ".cache/huggingface/download/config.json.metadata"):
+            (out / name).parent.mkdir(parents=True, exist_ok=True)
+            (out / name).write_text("x")
+        result = verify(out, frozen.run, engine=False)
+        assert result.ok and result.codes_equal and result.differences == ()
+        assert result.notes[0].startswith("not as in the frozen model, but read by no loader: .DS_Store, .cache/")
+        assert result.notes[0].endswith(" and 2 more")
+        (out / "LICENSE").unlink()
+        assert verify(out, frozen.run, engine=False).ok
+        for name in ("adapter_config.json", "modeling.py", "notice.json", "tokenizer.model", "pytorch_model.bin"):
+            (out / name).write_text("{}")
+            assert check_hf(out, frozen) == [f"{name}: unexpected file"]
+            (out / name).unlink()
+        (out / "tokenizer_config.json").write_text("{}")
+        result = verify(out, frozen.run, engine=False)
+        assert not result.codes_equal and "tokenizer_config.json: byte 1 differs" in result.differences[0]
+    finally:
+        (frozen.folder / "LICENSE").unlink()
+
+
 def test_failed_check_is_not_run_and_exits_three(copy: tuple[FrozenModel, Path]) -> None:
     frozen, out = copy
     name = "model.layers.0.self_attn.q_proj.weight_packed"

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
 from ..errors import ConfigError
-from .shared import json_option, show
+from .shared import gpu_layers_option, json_option, show, threads_option
 
 
 @click.command(name="bench")
@@ -15,7 +16,8 @@ from .shared import json_option, show
 @click.option("--prompt-tokens", type=click.IntRange(min=1), default=128, show_default=True, help="tokens read at once")
 @click.option("--tokens", type=click.IntRange(min=2), default=32, show_default=True, help="tokens written, one by one")
 @click.option("--rounds", type=click.IntRange(min=1), default=3, show_default=True, help="times every file is measured")
-@click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True, help="CPU threads")
+@threads_option
+@gpu_layers_option
 @click.option("--out", metavar="FILE", help="also write the result as JSON")
 @json_option
 def command(
@@ -23,11 +25,12 @@ def command(
     prompt_tokens: int,
     tokens: int,
     rounds: int,
-    threads: int,
+    threads: int | None,
+    gpu_layers: int,
     out: str | None,
     as_json: bool,
 ) -> None:
-    """Measure prompt and decode speed of FILES in turn, several times, best of all rounds, in llama.cpp on the CPU."""
+    """Measure prompt and decode speed of FILES in turn, several times, best of all rounds, in llama.cpp."""
     import torch
 
     from ..export.speed import compare_speed
@@ -38,21 +41,38 @@ def command(
         if Path(file).suffix != ".gguf":
             raise ConfigError(f"{file}: not a .gguf file")
     record = compare_speed(
-        [Path(f) for f in files], prompt_tokens=prompt_tokens, tokens=tokens, rounds=rounds, threads=threads
+        [Path(f) for f in files],
+        prompt_tokens=prompt_tokens,
+        tokens=tokens,
+        rounds=rounds,
+        threads=threads,
+        gpu_layers=gpu_layers,
     )
     if out is not None:
         where = {"command": command_line(), "versions": versions(), "machine": machine(torch.device("cpu"))}
         write_json(Path(out), {**record, **where})
-    width = max(len(Path(f).name) for f in files)
+    show(record, as_json, table(record))
+
+
+def table(record: dict[str, Any]) -> str:
+    """The record of ``compare_speed`` for people."""
+    threads, bandwidth = record["threads"], record["bandwidth_gb_per_s"]
+    place = f"{threads} thread{'s' if threads > 1 else ''}"
+    if bandwidth is None:
+        place += f", {'all' if record['gpu_layers'] < 0 else record['gpu_layers']} layers on the GPU: no bound is known"
+    else:
+        place += f", memory read at {bandwidth:.1f} GB/s; bound: bandwidth over the bytes that a token reads"
+    width = max(len(row["name"]) for row in record["files"])
     lines = [
-        f"{threads} thread{'s' if threads > 1 else ''}, memory read at {record['bandwidth_gb_per_s']:.1f} GB/s; "
-        "bound: bandwidth over the bytes that a token reads",
+        place,
         f"{'file':<{width}} {'MB':>7} {'decode tok/s':>13} {'bound':>7} {'%':>4} {'x first':>8} {'prompt tok/s':>13}",
     ]
     for row in record["files"]:
+        bound, share = ("-", "-")
+        if row["share_of_bound"] is not None:
+            bound, share = f"{row['bound_tokens_per_second']:.0f}", f"{100 * row['share_of_bound']:.0f}"
         lines.append(
             f"{row['name']:<{width}} {row['bytes'] / 1e6:>7.0f} {row['decode_tokens_per_second']:>13.1f} "
-            f"{row['bound_tokens_per_second']:>7.0f} {100 * row['share_of_bound']:>4.0f} {row['times_first']:>8.2f} "
-            f"{row['prompt_tokens_per_second']:>13.0f}"
+            f"{bound:>7} {share:>4} {row['times_first']:>8.2f} {row['prompt_tokens_per_second']:>13.0f}"
         )
-    show(record, as_json, "\n".join(lines))
+    return "\n".join(lines)

@@ -55,7 +55,10 @@ def command(
     require_writable(path)
     frozen = FrozenModel(Path(run))
     entry = export_and_verify(frozen, name, path, fallback, head=head, refit=refit)
-    record_export(frozen.run, entry)
+    try:
+        record_export(frozen.run, entry)
+    except (OSError, ConfigError) as error:  # someone else's run, or one that another process works on
+        entry["not_recorded"] = str(error)
     show(entry, as_json, "\n".join(summary(path, entry)))
 
 
@@ -81,6 +84,8 @@ def summary(path: Path, entry: dict[str, Any]) -> list[str]:
             f"REFITTED: {entry['refit']['tensors']} tensors to groups of {entry['refit']['group_size']}; NLL {measured}"
         )
     lines += [entry["caution"]] if "caution" in entry else []
+    if "not_recorded" in entry:
+        lines.append(f"written and verified; not entered into the run's report: {entry['not_recorded']}")
     return lines + list(checked["notes"])
 
 

@@ -33,12 +33,13 @@ def command(model: str | None, config: str | None, resume: bool, as_json: bool, 
 def summary(run: Path) -> str:
     """The honest table and where everything lies."""
     from ..report.records import RunRecord
-    from ..report.tables import headline
+    from ..report.tables import headline, printable
 
     record = RunRecord.load(run)
     lines = [headline(record), ""]
     for export in record.exports:
         verified = "verified" if export.verify is not None and export.verify.codes_equal else "NOT VERIFIED"
         lines.append(f"{export.target}: {run / export.path}  ({verified})")
+    lines += [printable(f"{name}: NOT WRITTEN ({why})") for name, why in record.refused.items()]
     lines.append(f"report: {run / 'report.html'}")
     return "\n".join(lines)

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from ..errors import ConfigError
-from .shared import json_option, show
+from .shared import gpu_layers_option, json_option, show, threads_option
 
 
 @click.command(name="run")
@@ -18,10 +18,19 @@ from .shared import json_option, show
 @click.option("--tokens", type=click.IntRange(min=1), default=64, show_default=True, help="most new tokens an answer")
 @click.option("--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True, help="0 is greedy")
 @click.option("--seed", type=int, default=0, show_default=True, help="of the sampling, where temperature is not 0")
-@click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True, help="CPU threads")
+@threads_option
+@gpu_layers_option
 @json_option
 def command(
-    file: str, prompt: str | None, chat: bool, tokens: int, temperature: float, seed: int, threads: int, as_json: bool
+    file: str,
+    prompt: str | None,
+    chat: bool,
+    tokens: int,
+    temperature: float,
+    seed: int,
+    threads: int | None,
+    gpu_layers: int,
+    as_json: bool,
 ) -> None:
     """Chat with FILE, a .gguf, or continue a text, in llama.cpp (needs `pip install 'hestia-lm[run]'`)."""
     from ..export.llama_session import Session
@@ -31,7 +40,7 @@ def command(
         raise ConfigError(f"{file}: not a .gguf file")
     if as_json and prompt is None:
         raise click.UsageError("--json needs --prompt")
-    with Session(path, threads=threads) as session:
+    with Session(path, threads=threads, gpu_layers=gpu_layers) as session:
         if chat and not session.has_template:
             raise ConfigError(f"{file}: carries no chat template; leave out --chat")
         sampling = {"temperature": temperature, "seed": seed}

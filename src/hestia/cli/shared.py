@@ -20,6 +20,8 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 DATA = ("data", "eval_data", "separator", "joiner", "held_out_share", "seq_len", "seed")
 MACHINE = ("device", "threads", "trust_remote_code")
+A_RUNS_OWN = ("out", "plan", "plan_sha256")
+"""Keys of a run's file that a verb with an output of its own does not follow."""
 
 
 def job_options(names: Iterable[str] | None = None, leave_out: Iterable[str] = (), **texts: str) -> Callable[[F], F]:
@@ -131,8 +133,9 @@ def output_file(name: str) -> Path:
 
 
 json_option = click.option("--json", "as_json", is_flag=True, help="print the result as one JSON object")
-A_RUNS_OWN = ("out", "plan", "plan_sha256")
-"""Keys of a run's file that a verb with an output of its own does not follow."""
-
+threads_option = click.option("--threads", type=click.IntRange(min=1), help="CPU threads  [default: all it may use]")
+gpu_layers_option = click.option(
+    "--gpu-layers", type=click.IntRange(min=-1), default=0, show_default=True, help="layers on the GPU; -1: all"
+)
 config_option = click.option("--config", metavar="FILE", help="YAML file with the same keys as these options")
 resume_option = click.option("--resume", is_flag=True, help="continue the run in --out, or start it where none is")

@@ -8,14 +8,18 @@ Tensors are read one at a time; nothing holds the whole model in memory.
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 from collections.abc import Iterator, Mapping
+from functools import cached_property
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from .. import digests
 from ..errors import ConfigError
 from ..files import read_json, replacing, save_file
 from ..quant.codes import QuantizedTensor
@@ -89,6 +93,13 @@ class FrozenModel:
         return QuantizedTensor(
             self._codes.get_tensor(f"{path}.codes"), self._codes.get_tensor(f"{path}.scales"), self._groups[path]
         )
+
+    @cached_property
+    def identity(self) -> str:
+        """A hash of the files that exports are made from; of large ones it sees samples (``digests.of_large_file``)."""
+        files = [self.run / CODES_FILE, *(f for f in sorted(self.folder.rglob("*")) if f.is_file())]
+        lines = (os.fsencode(f"{digests.of_large_file(file)}  {file.relative_to(self.run)}\n") for file in files)
+        return hashlib.sha256(b"".join(lines)).hexdigest()
 
     @property
     def dtype(self) -> torch.dtype:

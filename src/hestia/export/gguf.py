@@ -14,15 +14,21 @@ import numpy as np
 
 from .. import progress
 from ..errors import ExportError
-from ..files import replacing
+from ..files import replacing, sha256
 from ..targets import F16, StorageType, Target, head_type
 from .frozen import FrozenModel
-from .gguf_layout import PLACEHOLDER, Entry, Layout, dense, layout_of, payload, stored_values
+from .gguf_layout import PLACEHOLDER, Entry, Layout, Parent, dense, layout_of, payload, stored_values
 from .gguf_writer import write
 
 
 def export_gguf(
-    frozen: FrozenModel, target: Target, path: Path, *, fallback: bool = False, head: str = "auto"
+    frozen: FrozenModel,
+    target: Target,
+    path: Path,
+    *,
+    fallback: bool = False,
+    head: str = "auto",
+    parent: Parent | None = None,
 ) -> dict[str, Any]:
     """Write one GGUF file, atomically and piece by piece.
 
@@ -32,11 +38,12 @@ def export_gguf(
         path: the file to write.
         fallback: store tensors that the target's first type cannot hold as its next exact type.
         head: how embedding and head are stored: ``auto`` (exact), ``f32``, ``bf16``, ``f16`` or ``q8_0``.
+        parent: what the file tells of the model that was quantized.
 
     Returns:
-        ``{"target", "path", "bytes", "quantized_bytes", "tensors": {name: type}, "head", "file_sha256"}``;
+        ``{"target", "path", "bytes", "sha256", "quantized_bytes", "tensors": {name: type}, "head", "file_sha256"}``;
         ``quantized_bytes`` are those of the quantized tensors, scales included; ``head`` says what became of embedding
-        and head, and whether that is exact.
+        and head, and whether that is exact; ``file_sha256`` is the hash that the file carries of itself.
 
     Raises:
         ExportError: ``path`` is a folder, or llama.cpp has no exact counterpart for an architecture, setting or
@@ -45,7 +52,7 @@ def export_gguf(
     """
     if path.is_dir():
         raise ExportError(f"{path}: is a folder, a GGUF model is one file; write to {path / 'model.gguf'}")
-    layout = layout_of(frozen, target, fallback=fallback, head=head_type(head))
+    layout = layout_of(frozen, target, fallback=fallback, head=head_type(head), parent=parent)
     kept = head_record(frozen, layout, head)
     entries = progress.track(layout.entries, "writing GGUF", total=len(layout.entries))
     with replacing(path) as temporary:
@@ -62,6 +69,7 @@ def export_gguf(
         "target": target.name,
         "path": str(path),
         "bytes": path.stat().st_size,
+        "sha256": sha256(path),
         "quantized_bytes": sum(entry.bytes for entry in layout.entries if entry.path is not None),
         "tensors": {entry.name: entry.storage.name for entry in layout.entries},
         "head": kept,

@@ -21,7 +21,18 @@ from ..targets import Target, head_type
 from ..targets import target as target_by_name
 from .digest import CodesDigest
 from .frozen import FrozenModel
-from .gguf_layout import PLACEHOLDER, Entry, Layout, codes_and_scales, decode, dense, encode, layout_of, metadata_bytes
+from .gguf_layout import (
+    DESCRIPTION,
+    PLACEHOLDER,
+    Entry,
+    Layout,
+    codes_and_scales,
+    decode,
+    dense,
+    encode,
+    layout_of,
+    metadata_bytes,
+)
 from .gguf_reader import BLOCKS, File, Info, Raw, check_structure, open_checked, read
 from .packing import PACKINGS, Bytes
 
@@ -265,12 +276,16 @@ def _compare_metadata(file: File, layout: Layout) -> Iterator[str]:
     found = dict(file.metadata)
     if len(found) != len(file.metadata):
         yield "metadata: some key occurs twice"
-    for key in found:
-        if key not in layout.metadata:
+    demanded = {key: value for key, value in layout.metadata.items() if key not in DESCRIPTION}
+    for key, raw in found.items():
+        if key in DESCRIPTION:  # what it says is the digest's to keep; earlier versions wrote fewer of them
+            if raw.type != DESCRIPTION[key]:
+                yield f"{key}: type {raw.type}, expected {DESCRIPTION[key]}"
+        elif key not in demanded:
             yield f"{key}: not a key of this model"
-    if [k for k in found if k in layout.metadata] != [k for k in layout.metadata if k in found]:
+    if [k for k in found if k in demanded] != [k for k in demanded if k in found]:
         yield "metadata: keys are not in their order"
-    for key, value in layout.metadata.items():
+    for key, value in demanded.items():
         raw, expected = found.get(key), Raw(value.kind, metadata_bytes(value))
         if raw is None:
             yield f"{key}: missing from the file"

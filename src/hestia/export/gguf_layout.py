@@ -41,6 +41,29 @@ PIECE = 1 << 21
 """Weights handled at a time: what bounds the memory of an export."""
 
 
+DESCRIPTION = {
+    "general.name": "str", "general.basename": "str", "general.size_label": "str", "general.license": "str",
+    "general.base_model.count": "u32", "general.base_model.0.name": "str",
+    "general.base_model.0.organization": "str", "general.base_model.0.repo_url": "str",
+}  # fmt: skip
+"""Keys that tell people of the parent, and their types: no number depends on them, and a file may lack them."""
+
+
+@dataclass(frozen=True)
+class Parent:
+    """The model that was quantized, as a file tells of it.
+
+    Attributes:
+        name: of its folder or repository.
+        hub_id: owner/name; None for a local folder.
+        license: None where it is not known.
+    """
+
+    name: str
+    hub_id: str | None = None
+    license: str | None = None
+
+
 @dataclass(frozen=True)
 class Entry:
     """One tensor of the file.
@@ -111,7 +134,12 @@ class Layout:
 
 
 def layout_of(
-    frozen: FrozenModel, target: Target, *, fallback: bool = False, head: StorageType | None = None
+    frozen: FrozenModel,
+    target: Target,
+    *,
+    fallback: bool = False,
+    head: StorageType | None = None,
+    parent: Parent | None = None,
 ) -> Layout:
     """What the file must hold.
 
@@ -120,6 +148,7 @@ def layout_of(
         target: one of the ``gguf:`` targets.
         fallback: store tensors that the target's first type cannot hold as its next exact type.
         head: storage of embedding and head; None for the smallest exact one.
+        parent: what the file tells of the model that was quantized; None where nobody knows.
 
     Raises:
         ExportError: llama.cpp has no exact counterpart for an architecture, setting or tokenizer; it is named.
@@ -142,7 +171,7 @@ def layout_of(
     main = max(weights, key=lambda name: weights[name])
     general = {
         "general.architecture": Value("str", shape.family.arch),
-        "general.name": Value("str", f"{config['model_type']} {main} by hestia"),
+        **_description(entries, parent or Parent(f"{config['model_type']} {main} by hestia"), known=parent is not None),
         "general.file_type": Value("u32", FILE_TYPES[main]),
         "general.quantization_version": Value("u32", 2),
         "hestia.target": Value("str", target.name),
@@ -153,6 +182,27 @@ def layout_of(
     }
     tokenizer = tokenizer_metadata(frozen.folder, config, rows)
     return Layout({**general, **metadata, **tokenizer, **_generation(frozen)}, entries)
+
+
+def _description(entries: list[Entry], parent: Parent, *, known: bool) -> dict[str, Value]:
+    """Name, size, licence and origin as llama.cpp's converter writes them."""
+    weights = sum(math.prod(entry.shape) for entry in entries if entry.source)
+    _, _, basename, _, _, size = gguf_py.Metadata.get_model_id_components(parent.name, weights)
+    texts = {
+        "general.name": parent.name,
+        "general.basename": basename,
+        "general.size_label": size or gguf_py.size_label(weights, weights, 0, 0),
+        "general.license": parent.license,
+    }
+    out = {key: Value("str", text) for key, text in texts.items() if text}
+    if not known:
+        return out
+    out["general.base_model.count"] = Value("u32", 1)
+    out["general.base_model.0.name"] = Value("str", parent.name)
+    if parent.hub_id is not None:
+        out["general.base_model.0.organization"] = Value("str", parent.hub_id.split("/")[0])
+        out["general.base_model.0.repo_url"] = Value("str", f"https://huggingface.co/{parent.hub_id}")
+    return out
 
 
 def _claims(frozen: FrozenModel, entries: list[Entry]) -> str:

@@ -181,9 +181,11 @@ def _vocabulary(
         )
     filled = [entries.get(index, (f"[PAD{index}]", UNUSED)) for index in range(rows)]
     tokens, types = [text for text, _ in filled], [kind for _, kind in filled]
-    if len(set(tokens)) < len(tokens):
-        double = next(text for index, text in enumerate(tokens) if text in tokens[:index])
-        raise ExportError(f"{path}: two ids share the text {double!r}, which llama.cpp does not allow")
+    seen: set[str] = set()
+    for text in tokens:
+        if text in seen:
+            raise ExportError(f"{path}: two ids share the text {text!r}, which llama.cpp does not allow")
+        seen.add(text)
     if "" in tokens:
         raise ExportError(f"{path}: token {tokens.index('')} is empty, which llama.cpp does not allow")
     return tokens, types

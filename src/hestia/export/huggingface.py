@@ -24,7 +24,6 @@ This file and ``loading`` are the doors to transformers.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import io
 import json
 import math
@@ -41,8 +40,9 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ..errors import ExportError, VerifyError
-from ..files import sha256, write_text
+from ..files import replacing_folder, sha256_of_files, sha256_of_listing, write_text
 from ..targets import PACK2, PACK4, scale_group
+from . import require_free
 from .frozen import FrozenModel
 
 ROW_SCALES = "its rows share no factor of 32, so each has one scale: llama.cpp's converter does not load this folder"
@@ -83,9 +83,7 @@ class Scheme:
         return 1 if self.group_size is None else in_features // self.group_size
 
 
-def export_hf(
-    frozen: FrozenModel, path: Path, *, bits: int = 2, fallback: bool = False, max_shard_bytes: int = _SHARD_BYTES
-) -> dict[str, Any]:
+def export_hf(frozen: FrozenModel, path: Path, *, bits: int = 2, max_shard_bytes: int = _SHARD_BYTES) -> dict[str, Any]:
     """Write the frozen model as a compressed-tensors folder; the folder appears whole or not at all.
 
     One tensor at a time is in memory, whatever the size of the model.
@@ -94,19 +92,17 @@ def export_hf(
         frozen: the run's frozen model.
         path: the folder to create; an empty one may be there.
         bits: of a code: 2, or 4 for ``hf:int4``.
-        fallback: accepted for symmetry with the other exporters; there is one storage type and nothing to fall back to.
         max_shard_bytes: split the weights into files of about this size.
 
     Returns:
         ``{"target", "path", "bytes", "sha256", "quantized_bytes", "files"}``: bytes of the whole folder and of the
-        quantized tensors alone (scales and shapes included), and the SHA-256 of every file. ``sha256`` is that of the
-        listing, what ``LC_ALL=C sha256sum * | sha256sum`` prints inside the folder. With one scale a row, ``caution``
-        says which engine does not take that.
+        quantized tensors alone (scales and shapes included), and the SHA-256 of every file; ``sha256`` is that of
+        their listing (``files.sha256_of_listing``). With one scale a row, ``caution`` says which engine does not take
+        that.
 
     Raises:
         ExportError: the folder is not empty, or the format cannot hold a tensor exactly; nothing was written.
     """
-    del fallback
     scheme = choose_scheme(frozen, bits)
     config = {**frozen.config, "quantization_config": quantization_config(frozen, scheme)}
     name = "hf" if bits == 2 else "hf:int4"
@@ -129,27 +125,22 @@ def write_folder(
     Raises:
         ExportError: the folder is not empty; nothing was written.
     """
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise ExportError(f"{path}: already exists and is not an empty folder; remove it or write to another path")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.mkdir(parents=True)
-    try:
+    require_free(path)
+    with replacing_folder(path) as temporary:
         _write_shards(temporary, entries, max_shard_bytes, file_format)
         write_text(temporary / "config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
         for source in companions(frozen.folder):
             copy = temporary / source.relative_to(frozen.folder)
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source, copy)
-        os.replace(temporary, path)  # takes the place of an empty folder too
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    files = sorted((f for f in path.rglob("*") if f.is_file()), key=lambda f: f.relative_to(path).as_posix())
-    hashes = {f.relative_to(path).as_posix(): sha256(f) for f in files}
+        if path.exists():
+            path.rmdir()  # an empty one; what was put there meanwhile is not replaced
+    hashes = sha256_of_files(path)
     return {
         "target": target,
         "path": str(path),
-        "bytes": sum(f.stat().st_size for f in files),
-        "sha256": _listing_hash(hashes),
+        "bytes": sum((path / name).stat().st_size for name in hashes),
+        "sha256": sha256_of_listing(hashes),
         "quantized_bytes": sum(e.nbytes for e in entries if e.packed),
         "files": hashes,
     }
@@ -356,10 +347,6 @@ def _write_tensor(handle: BinaryIO, entry: Entry) -> None:
     tensor = entry.read()
     assert tensor.dtype == entry.dtype and tuple(tensor.shape) == entry.shape, entry.name
     handle.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
-
-
-def _listing_hash(hashes: dict[str, str]) -> str:
-    return hashlib.sha256("".join(f"{digest}  {name}\n" for name, digest in hashes.items()).encode()).hexdigest()
 
 
 # --- and back ------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ repeated here.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,12 +21,19 @@ from ..files import read_json
 from .frozen import FrozenModel
 from .huggingface import choose_scheme, quantization_config
 
+_NO_LOADER_READS = re.compile(
+    r"(.*/)?(\..*|(licen[cs]e|copying|notice)([-_][^/.]*)?(\.txt)?|[^/]*\.(md|html|pdf|png|jpe?g|gif|svg|webp))",
+    re.IGNORECASE,
+)
+"""Paths of hidden files and folders (.gitattributes, .cache/), licences, cards and pictures."""
+
 
 def check_hf(path: Path, frozen: FrozenModel, bits: int = 2) -> list[str]:
     """Every difference between a compressed-tensors folder and the frozen model, one line each.
 
     Compared are the codes and scales of every quantized tensor, the bytes of every kept one, config.json, the shard
-    index, and every file beside them; tensors and files that are missing or too many are differences.
+    index, and every file beside them that a loader may read; tensors and files that are missing or too many are
+    differences.
 
     Args:
         path: the folder.
@@ -167,25 +175,45 @@ def bytes_differences(name: str, got: Tensor, want: Tensor) -> Iterator[str]:
 
 
 def file_differences(path: Path, source: Path, weights: set[str]) -> Iterator[str]:
-    """Every file beside the weights is a copy of the frozen folder's."""
+    """Every file beside the weights that a loader may read is a copy of the frozen folder's."""
+    for name, what in _unlike(path, source, weights, read=True):
+        yield f"{name}: {what}"
+
+
+def file_notes(path: Path, source: Path) -> list[str]:
+    """What else lies in an exported folder, or was changed there, though no loader reads it: one note or none."""
+    weights = {file.name for file in path.glob("*.safetensors")}
+    names = [name for name, _ in _unlike(path, source, weights, read=False)]
+    if not names:
+        return []
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return [f"not as in the frozen model, but read by no loader: {', '.join(names[:5])}{more}"]
+
+
+def _unlike(path: Path, source: Path, weights: set[str], *, read: bool) -> Iterator[tuple[str, str]]:
+    """Files beside the weights, read by loaders or not, that are no copies of the frozen folder's, and in what."""
 
     def others(folder: Path, skip: set[str]) -> dict[str, Path]:
         found = {f.relative_to(folder).as_posix(): f for f in folder.rglob("*") if f.is_file()}
-        return {name: file for name, file in found.items() if name not in skip}
+        return {
+            name: file
+            for name, file in found.items()
+            if name not in skip and (_NO_LOADER_READS.fullmatch(name) is None) == read
+        }
 
     dense = {f.name for f in source.glob("*.safetensors")}
     own = {"config.json", "model.safetensors.index.json"}
     theirs, ours = others(path, own | weights), others(source, own | dense)
     for name in sorted(theirs.keys() | ours.keys()):
         if name not in theirs:
-            yield f"{name}: file missing"
+            yield name, "file missing"
         elif name not in ours:
-            yield f"{name}: unexpected file"
+            yield name, "unexpected file"
         else:
             a, b = theirs[name].read_bytes(), ours[name].read_bytes()
             if a != b:
                 first = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-                yield f"{name}: byte {first} differs from the frozen model's file ({len(a)} against {len(b)} bytes)"
+                yield name, f"byte {first} differs from the frozen model's file ({len(a)} against {len(b)} bytes)"
 
 
 def json_differences(where: str, got: Any, want: Any) -> Iterator[str]:

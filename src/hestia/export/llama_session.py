@@ -8,6 +8,7 @@ answers with lines of JSON: ``{"text": ...}`` while it writes, then ``{"done": {
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -37,13 +38,20 @@ class Speed:
         return self.tokens / self.seconds if self.seconds else 0.0
 
 
+def usable_cpus() -> int:
+    """CPUs that this process may use: of a container or a batch job often fewer than the machine has."""
+    affinity = getattr(os, "sched_getaffinity", None)  # not on every system
+    return len(affinity(0)) if affinity is not None else os.cpu_count() or 1
+
+
 class Session:
     """An open model; use it in a ``with`` block.
 
     Args:
         path: the GGUF file.
         context: tokens of prompt and answer together, at most; None takes the model's own, up to 4096.
-        threads: CPU threads.
+        threads: CPU threads; None takes all that this process may use.
+        gpu_layers: layers that run on the GPU, where llama-cpp-python was built for one; -1 for all.
 
     Attributes:
         speed: of the last answer.
@@ -55,7 +63,9 @@ class Session:
         VerifyError: the file is damaged; llama.cpp did not see it.
     """
 
-    def __init__(self, path: Path, *, context: int | None = None, threads: int = 1) -> None:
+    def __init__(
+        self, path: Path, *, context: int | None = None, threads: int | None = None, gpu_layers: int = 0
+    ) -> None:
         file = open_checked(path)
         if not llama_cpp.available():
             raise ExportError("llama-cpp-python is not installed: pip install 'hestia-lm[run]'")
@@ -66,7 +76,8 @@ class Session:
         self._child = subprocess.Popen(
             [sys.executable, "-m", __name__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True
         )
-        self._send({"path": str(path), "context": min(longest, context or 4096), "threads": threads})
+        settings = {"threads": threads or usable_cpus(), "gpu_layers": gpu_layers}
+        self._send({"path": str(path), "context": min(longest, context or 4096), **settings})
         for _ in self._pieces():
             pass
 
@@ -154,11 +165,16 @@ class Session:
 def _serve() -> None:
     """Open the model named in the first request, then answer until standard input ends."""
     first = json.loads(sys.stdin.readline())
-    model = llama_cpp.module().Llama(
+    library = llama_cpp.module()
+    if first["gpu_layers"] and not library.llama_supports_gpu_offload():
+        what = f"--gpu-layers {first['gpu_layers']}: this llama-cpp-python was built without a GPU; leave it out"
+        _say({"error": what})
+        return
+    model = library.Llama(
         first["path"],
         n_ctx=first["context"],
         n_batch=min(512, first["context"]),
-        n_gpu_layers=0,
+        n_gpu_layers=first["gpu_layers"],
         n_threads=first["threads"],
         n_threads_batch=first["threads"],
         verbose=True,

@@ -20,7 +20,7 @@ from typing import Any
 
 from .. import progress
 from .gguf_reader import open_checked
-from .llama_session import Session
+from .llama_session import Session, usable_cpus
 
 _PROBE = """
 import time, numpy as np
@@ -35,13 +35,20 @@ print(best)
 
 
 def compare_speed(
-    paths: Sequence[Path], *, prompt_tokens: int = 128, tokens: int = 32, rounds: int = 3, threads: int = 1
+    paths: Sequence[Path],
+    *,
+    prompt_tokens: int = 128,
+    tokens: int = 32,
+    rounds: int = 3,
+    threads: int | None = None,
+    gpu_layers: int = 0,
 ) -> dict[str, Any]:
-    """Decode and prompt speed of several files.
+    """Decode and prompt speed of several files; ``threads`` and ``gpu_layers`` as in ``Session``.
 
     Returns:
-        ``{"threads", "bandwidth_gb_per_s", "files": [{"name", "bytes", "bytes_per_token", "types", tokens per second of
-        "decode", "prompt" and "bound", "share_of_bound", "times_first", "rounds"}]}``.
+        ``{"threads", "gpu_layers", "bandwidth_gb_per_s", "files": [{"name", "bytes", "bytes_per_token", "types", tokens
+        per second of "decode", "prompt" and "bound", "share_of_bound", "times_first", "rounds"}]}``; with layers on a
+        GPU, whose memory is not measured, bandwidth, bound and share are None.
 
     Raises:
         ConfigError: no such file.
@@ -49,13 +56,15 @@ def compare_speed(
         ExportError: llama-cpp-python is not installed or failed.
     """
     read = {path: bytes_per_token(path) for path in paths}
+    threads = threads or usable_cpus()
     speeds: dict[Path, list[tuple[float, float]]] = {path: [] for path in paths}
     bandwidth = 0.0
     turns = [(round_, path) for round_ in range(rounds) for path in paths]
     for round_, path in progress.track(turns, "measuring", total=len(turns)):
-        if path == paths[0]:
+        if path == paths[0] and not gpu_layers:
             bandwidth = max(bandwidth, read_bandwidth(threads))
-        with Session(path, context=prompt_tokens + tokens + 8, threads=threads) as session:
+        context = prompt_tokens + tokens + 8
+        with Session(path, context=context, threads=threads, gpu_layers=gpu_layers) as session:
             session.bench(min(8, prompt_tokens), 2)  # touches every page of the file
             speed = session.bench(prompt_tokens, tokens)
         speeds[path].append((speed.tokens_per_second, speed.prompt_tokens / speed.prompt_seconds))
@@ -64,7 +73,7 @@ def compare_speed(
     first = max(decode for decode, _ in speeds[paths[0]])
     for path in paths:
         decode, prompt = (max(values) for values in zip(*speeds[path], strict=True))
-        bound = bandwidth / read[path]
+        bound = None if gpu_layers else bandwidth / read[path]
         files.append(
             {
                 "name": path.name,
@@ -74,7 +83,7 @@ def compare_speed(
                 "decode_tokens_per_second": decode,
                 "prompt_tokens_per_second": prompt,
                 "bound_tokens_per_second": bound,
-                "share_of_bound": decode / bound,
+                "share_of_bound": None if bound is None else decode / bound,
                 "times_first": decode / first,
                 "rounds": [{"decode": d, "prompt": p} for d, p in speeds[path]],
             }
@@ -84,7 +93,8 @@ def compare_speed(
         "prompt_tokens": prompt_tokens,
         "tokens": tokens,
         "threads": threads,
-        "bandwidth_gb_per_s": bandwidth / 1e9,
+        "gpu_layers": gpu_layers,
+        "bandwidth_gb_per_s": None if gpu_layers else bandwidth / 1e9,
         "files": files,
     }
 

@@ -38,12 +38,12 @@ class Verification:
 
     Attributes:
         target: the file format, ``hf`` or ``gguf:...``.
-        codes_equal: the file holds exactly the frozen model: codes, scales, kept tensors, metadata, tokenizer.
+        codes_equal: the file holds exactly the frozen model: codes, scales, kept tensors, configuration, tokenizer.
         differences: one line each, naming the tensor or file; empty when all is well.
         max_abs_logit_diff: largest difference of a logit, frozen model against engine; None if none was run.
         kl: mean KL(frozen || engine) in nats a position; None if none was run.
         engine: what ran the file, with its version.
-        notes: what was not checked, and why.
+        notes: what was not checked, and why; files in a folder that no loader reads.
         details: what else was measured: ``kl_emulated`` and ``kl_bound``, ``nll`` of frozen model, engine and emulation
             with its bound, ``tokens``, ``tokenizer`` (strings compared), ``head`` where embeddings or head are rounded.
     """
@@ -103,7 +103,7 @@ def verify(
         raise VerifyError(f"{path}: a {'folder' if path.is_dir() else 'single file'} cannot be {name}")
     differences = check(path, frozen, name)
     codes_equal = not differences
-    notes: list[str] = []
+    notes = _bystanders(path, frozen) if path.is_dir() else []
     largest = kl = used = None
     details: dict[str, Any] = {}
     if not codes_equal:
@@ -165,6 +165,12 @@ def check(path: Path, frozen: FrozenModel, target: str) -> list[str]:
     from .huggingface_check import check_hf
 
     return check_hf(path, frozen, bits=4 if target == "hf:int4" else 2)
+
+
+def _bystanders(path: Path, frozen: FrozenModel) -> list[str]:
+    from .huggingface_check import file_notes
+
+    return file_notes(path, frozen.folder)
 
 
 def detect_target(path: Path, run: Path) -> str:

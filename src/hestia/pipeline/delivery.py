@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
 import os
-import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from .. import curvature
-from ..export import export_model
+from .. import curvature, loading
+from ..errors import ExportError, PlanError, VerifyError
+from ..export import export_model, require_free
 from ..export.frozen import FrozenModel
+from ..export.gguf_layout import Parent
 from ..export.refit import refit as refit_scales
 from ..export.verify import PROBE_FILE, kept_text, require_ok, verify
-from ..files import read_json, sha256, write_json
+from ..files import (
+    read_json,
+    replacing,
+    replacing_folder,
+    sha256,
+    sha256_of_files,
+    sha256_of_listing,
+    write_json,
+)
 from ..lock import locked
 from ..plans import Plan
 from ..progress import announce as say
+from ..report.fields import text as encodable
 from ..targets import target as find_target
 from .artefacts import EXPORTS_FOLDER, REPORT_FILE, SENSITIVITY_FILE
 from .record import publish
@@ -38,14 +49,57 @@ def probe_shape(tokens: int, vocabulary: int) -> tuple[int, int]:
     return max(1, min(PROBE_ROWS, PROBE_LOGITS // (tokens * vocabulary))), tokens
 
 
-def deliver(work: Workspace, plan: Plan, name: str, frozen: FrozenModel) -> dict[str, Any]:
+def deliver(work: Workspace, plan: Plan, name: str, frozen: FrozenModel, before: Iterable[Any] = ()) -> dict[str, Any]:
+    """The entry of one of the run's own files, which replaces an earlier one once it is whole and verified.
+
+    Args:
+        work: the run.
+        plan: its plan.
+        name: the file format.
+        frozen: its frozen model.
+        before: entries of report.json; one that still holds is returned as it is, and nothing is written.
+
+    Raises:
+        ExportError, PlanError, VerifyError: as ``export_and_verify``; an earlier file is as it was.
+    """
     path = work.folder / EXPORTS_FOLDER / name.replace(":", "-")
     if name.startswith("gguf"):
         model = Path(work.options.model)
         path = path / f"{(model.resolve() if model.is_dir() else model).name}-{name.split(':')[1]}.gguf"
+    standing = next((entry for entry in before if _stands(entry, name, path, frozen)), None)
+    if standing is not None:
+        say(f"{name}: {path} is there, as it was verified")
+        return standing
     probe, o = _verification_text(work), work.options
     fallback = o.fallback or plan.falls_back(name)  # a plan made beforehand was allowed to where it does
-    return work.clock.measure("export", lambda: export_and_verify(frozen, name, path, fallback, probe, head=o.head))
+    parent = _parent(loading.fingerprint(work.source, work.config), loading.license_of(work.source))
+
+    def write() -> dict[str, Any]:
+        with (replacing if name.startswith("gguf") else replacing_folder)(path) as beside:
+            try:
+                entry = export_and_verify(frozen, name, beside, fallback, probe, head=o.head, parent=parent)
+            except (ExportError, PlanError, VerifyError) as error:
+                raise type(error)(str(error).replace(str(beside), str(path))) from None
+        return {**entry, "path": os.path.relpath(path, frozen.run)}
+
+    try:
+        return work.clock.measure("export", write)
+    finally:
+        with contextlib.suppress(OSError):
+            path.parent.rmdir()  # where nothing came of it
+
+
+def _stands(entry: Any, name: str, path: Path, frozen: FrozenModel) -> bool:
+    """Whether an entry of report.json is of this very file, which was verified against this frozen model."""
+    if not isinstance(entry, dict) or not isinstance(entry.get("verify"), dict) or "refit" in entry:
+        return False
+    wanted = {"target": name, "path": os.path.relpath(path, frozen.run), "frozen_identity": frozen.identity}
+    if entry["verify"].get("ok") is not True or any(entry.get(key) != value for key, value in wanted.items()):
+        return False
+    if not path.exists():
+        return False
+    files = [path] if path.is_file() else [f for f in path.rglob("*") if f.is_file()]
+    return sum(f.stat().st_size for f in files) == entry.get("bytes") and digest(path) == entry.get("sha256")
 
 
 def export_and_verify(
@@ -57,26 +111,27 @@ def export_and_verify(
     *,
     head: str = "auto",
     refit: bool = False,
+    parent: Parent | None = None,
 ) -> dict[str, Any]:
     """Write one file, read it back, compare, run it on ``token_ids``, and return its entry of report.json.
 
     Args:
         frozen: the run's frozen model.
         target: the file format.
-        path: the folder or file to write.
+        path: the folder or file to write; nothing is there yet, or an empty folder.
         fallback: let single tensors use another exact type of the format.
         token_ids: text to run the file on; None takes what the run keeps.
         head: how a GGUF file stores embedding and head.
         refit: re-fit scales that are too fine for the target; the entry then says what that cost.
+        parent: what a GGUF file tells of the model that was quantized; None asks the run's report.
 
     Raises:
-        ExportError: the format cannot hold the model exactly; nothing was written.
+        ExportError: the format cannot hold the model exactly, or ``path`` is taken; nothing was written.
         VerifyError: the written file differs from the frozen model.
     """
-    if path.is_dir():
-        shutil.rmtree(path)  # an earlier attempt of this very run
-    path.unlink(missing_ok=True)
+    require_free(path)
     run, changed = frozen.run, None
+    parent = parent or _recorded_parent(run)
     if refit:
         traces = None
         if (run / SENSITIVITY_FILE).is_file():
@@ -88,11 +143,26 @@ def export_and_verify(
             frozen = FrozenModel(changed.folder)
             token_ids = text
     say(f"exporting {target}")
-    entry = export_model(frozen, target, path, fallback=fallback, head=head)
+    entry = export_model(frozen, target, path, fallback=fallback, head=head, parent=parent)
     result = verify(path, frozen.run, target=target, token_ids=token_ids if token_ids is not None else kept_text(run))
     require_ok(result)
-    entry |= {"path": os.path.relpath(path, run), "sha256": digest(path), "verify": result.to_json()}
+    entry |= {"path": os.path.relpath(path, run), "verify": result.to_json(), "frozen_identity": frozen.identity}
     return entry if changed is None else {**entry, "refit": changed.to_json()}
+
+
+def _recorded_parent(run: Path) -> Parent | None:
+    """The parent as a finished run's report names it."""
+    record = read_json(run / REPORT_FILE) if (run / REPORT_FILE).is_file() else {}
+    return _parent(record.get("model"), record.get("license"))
+
+
+def _parent(model: Any, license_: Any) -> Parent | None:
+    """The parent by its record (``loading.fingerprint``) and licence; only what comes from the hub has a commit."""
+    name = encodable(model.get("name")) if isinstance(model, dict) else ""
+    if not name:
+        return None
+    from_hub = model.get("commit") is not None and name.count("/") == 1
+    return Parent(name.split("/")[-1], name if from_hub else None, encodable(license_) or None)
 
 
 def record_export(run: Path, entry: dict[str, Any]) -> None:
@@ -106,15 +176,13 @@ def record_export(run: Path, entry: dict[str, Any]) -> None:
 def _record(run: Path, entry: dict[str, Any]) -> None:
     record = read_json(run / REPORT_FILE)
     others = [e for e in record.get("exports", []) if e.get("path") != entry["path"]]
-    publish(run, {**record, "exports": [*others, entry]})
+    refused = {name: why for name, why in (record.pop("refused", None) or {}).items() if name != entry["target"]}
+    publish(run, {**record, "exports": [*others, entry], **({"refused": refused} if refused else {})})
 
 
 def digest(path: Path) -> str:
-    """SHA-256 of a file; of a folder, over the names and hashes of its files."""
-    if path.is_file():
-        return sha256(path)
-    listing = "".join(f"{p.relative_to(path)} {sha256(p)}\n" for p in sorted(path.rglob("*")) if p.is_file())
-    return hashlib.sha256(listing.encode()).hexdigest()
+    """The ``sha256`` of an export: of a file its own, of a folder that of its listing."""
+    return sha256(path) if path.is_file() else sha256_of_listing(sha256_of_files(path))
 
 
 def _verification_text(work: Workspace) -> Tensor:

@@ -25,7 +25,7 @@ def record_of(work: Workspace, plan: Plan, scores: dict[str, Any], exports: list
         "recipe": plan.recipe["name"],
         "recipe_options": {k: v for k, v in plan.recipe.items() if k != "name"},
         "teacher": _teacher(work) if plan.trains else None,
-        "target": plan.targets[0],
+        "target": exports[0]["target"],  # the one whose bits stand below: the plan's first may have been refused
         "seed": work.options.seed,
         "tokens": tokens,
         "learning_rate": training.get("learning_rate"),

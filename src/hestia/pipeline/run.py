@@ -2,7 +2,7 @@
 
     quantize = prepare data, plan, calibrate, plan again, [pilot], train, freeze, score, export, verify, report
 
-With ``resume`` a stage whose artefact is there is not repeated.
+With ``resume`` a stage whose artefact is there is not repeated, nor an export that is there as it was verified.
 """
 
 from __future__ import annotations
@@ -113,13 +113,15 @@ class Run:
         processes.leave()
         if not first:
             return {}
-        exports, refused = self._exports(plan, frozen)
-        total = work.clock.total(time.perf_counter() - started)
         before = _report_before(work.folder)
+        exports, refused = self._exports(plan, frozen, before)
+        total = work.clock.total(time.perf_counter() - started)
         exports += _made_later(work.folder, before, {entry["path"] for entry in exports}, plan.targets)
         record = record_of(work, plan, scores, exports)
         record["baselines"] = self.baselines or before.get("baselines", [])
         record["seconds"]["total"] = total
+        if refused:
+            record["refused"] = {name: str(error) for name, error in refused}
         publish(work.folder, record)
         for name, error in refused[1:]:
             say(f"{name}: {error}")
@@ -127,13 +129,15 @@ class Run:
             raise refused[0][1]
         return record
 
-    def _exports(self, plan: Plan, frozen: FrozenModel) -> tuple[list[dict[str, Any]], list[tuple[str, HestiaError]]]:
+    def _exports(
+        self, plan: Plan, frozen: FrozenModel, before: dict[str, Any]
+    ) -> tuple[list[dict[str, Any]], list[tuple[str, HestiaError]]]:
         """The entries of the files, and why others could not be written: one format's refusal costs no other's file."""
         made: list[dict[str, Any]] = []
         refused: list[tuple[str, HestiaError]] = []
         for name in plan.targets:
             try:
-                made.append(deliver(self.work, plan, name, frozen))
+                made.append(deliver(self.work, plan, name, frozen, _entries(before)))
             except (ExportError, PlanError, VerifyError) as error:
                 refused.append((name, error))
         if not made:
@@ -200,16 +204,19 @@ def _report_before(folder: Path) -> dict[str, Any]:
         return {}
 
 
+def _entries(report: dict[str, Any]) -> list[dict[str, Any]]:
+    entries = report.get("exports")
+    return [entry for entry in (entries if isinstance(entries, list) else []) if isinstance(entry, dict)]
+
+
 def _made_later(
     folder: Path, report: dict[str, Any], written: set[str], targets: Iterable[str]
 ) -> list[dict[str, Any]]:
     """The entries of files that ``hestia export`` made after the run, which a resumed run does not write again."""
-    entries = report.get("exports")
     return [
         entry
-        for entry in (entries if isinstance(entries, list) else [])
-        if isinstance(entry, dict)
-        and isinstance(entry.get("path"), str)
+        for entry in _entries(report)
+        if isinstance(entry.get("path"), str)
         and entry["path"] not in written
         and (entry.get("target") not in set(targets) or "refit" in entry)
         and (folder / entry["path"]).exists()

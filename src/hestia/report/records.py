@@ -62,6 +62,7 @@ class RunRecord:
         nll_intervals: paired differences by name, ``quantized_minus_round_to_nearest``.
         data, versions, machine, options: as recorded; shown, never interpreted.
         teacher: model, divergence, weight and noise; empty where the text alone taught.
+        refused: targets that were asked for and not written, and why.
         parent_hard_loss: the parent on the text of the logged hard losses; None in runs that did not measure it.
         plan: plan.json as it is, or None.
     """
@@ -86,6 +87,7 @@ class RunRecord:
     seconds_total: float | None
     tokens_per_second: float | None
     exports: tuple[Export, ...]
+    refused: Mapping[str, str] = field(default_factory=dict)
     baselines: tuple[Baseline, ...] = ()
     nll_intervals: Mapping[str, Interval] = field(default_factory=dict)
     model: str = ""
@@ -171,6 +173,7 @@ class RunRecord:
             seconds_total=seconds.number("total"),
             tokens_per_second=report.number("tokens_per_second"),
             exports=tuple(read_export(entry, run) for entry in report.objects("exports")),
+            refused={text(name): text(why) for name, why in mapping(report.raw.get("refused")).items()},
             baselines=_baselines(report),
             nll_intervals=_intervals(report.raw.get("nll_interval")),
             model=text(model_name),

@@ -203,6 +203,8 @@ def verdict(record: RunRecord) -> Verdict:
     if different:
         names = ", ".join(e.target for e in different)
         cautions.insert(0, f"The written file differs from the trained model: {names}. Do not use it.")
+    if record.refused:  # a card is published, and the reasons may name folders
+        cautions.append(f"Asked for but not written: {', '.join(record.refused)}; the run's report.json says why.")
     if unread:
         cautions.append(f"Not verified after writing: {', '.join(e.target for e in unread)}.")
     return Verdict(sentence, tuple(cautions), bool(different))
