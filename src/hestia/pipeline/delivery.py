@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .. import curvature
+from .. import curvature, loading
 from ..export import export_model
 from ..export.frozen import FrozenModel
 from ..export.refit import refit as refit_scales
@@ -41,8 +41,8 @@ def probe_shape(tokens: int, vocabulary: int) -> tuple[int, int]:
 def deliver(work: Workspace, plan: Plan, name: str, frozen: FrozenModel) -> dict[str, Any]:
     path = work.folder / EXPORTS_FOLDER / name.replace(":", "-")
     if name.startswith("gguf"):
-        model = Path(work.options.model)
-        path = path / f"{(model.resolve() if model.is_dir() else model).name}-{name.split(':')[1]}.gguf"
+        model = loading.display_name(work.source).rpartition("/")[2]
+        path = path / f"{model}-{name.split(':')[1]}.gguf"
     probe, o = _verification_text(work), work.options
     fallback = o.fallback or plan.falls_back(name)  # a plan made beforehand was allowed to where it does
     return work.clock.measure("export", lambda: export_and_verify(frozen, name, path, fallback, probe, head=o.head))
