@@ -246,9 +246,13 @@ def batch_and_steps(options: Options, seq_len: int, parts: int) -> tuple[int, in
 
 
 def prepare_text(
-    options: Options, tokenizer: PreTrainedTokenizerBase, seq_len: int, cache: Path | None
+    options: Options,
+    tokenizer: PreTrainedTokenizerBase,
+    seq_len: int,
+    cache: Path | None,
+    begun: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> TokenizedText:
-    """Training and held-out blocks as the options ask for."""
+    """Training and held-out blocks as the options ask for; ``begun`` pins hub data sets."""
     tokens = count(options.tokens, "tokens")
     batch, _ = batch_and_steps(options, seq_len, processes.world_size())
     if options.steps is not None:
@@ -264,6 +268,8 @@ def prepare_text(
         seed=options.seed,
         cache=cache,
         max_train_tokens=tokens + tokens // 10 + TUNING_BLOCKS * seq_len,
+        max_held_out_tokens=count(options.eval_tokens, "eval_tokens"),
+        begun=begun,
     )
 
 
@@ -275,6 +281,7 @@ def all_blocks(options: Options, tokenizer: PreTrainedTokenizerBase, seq_len: in
         seq_len=seq_len,
         joiner=options.joiner,  # type: ignore[arg-type]
         separator=options.separator,
+        max_tokens=count(options.eval_tokens, "eval_tokens"),
     )
     return spread(text, count(options.eval_tokens, "eval_tokens") // seq_len)
 

@@ -135,53 +135,6 @@ def test_saved_data_sets(tmp_path: Path) -> None:
         texts(f"{tmp_path / 'plain'}:test")
 
 
-class FakeBuilder:
-    """A hub data set without a hub."""
-
-    hash = "0123abcd"
-    config = type("Config", (), {"name": "default"})
-
-    def download_and_prepare(self) -> None:
-        pass
-
-    def as_dataset(self, split: str) -> datasets.Dataset:
-        if split not in ("train", "test"):
-            raise ValueError(f'Unknown split "{split}"')
-        return datasets.Dataset.from_dict({"text": [f"from {split}"]})
-
-
-def test_hub_data_sets(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.chdir(tmp_path)
-    asked: list[str] = []
-
-    def builder(name: str) -> FakeBuilder:
-        asked.append(name)
-        return FakeBuilder()
-
-    monkeypatch.setattr(tables.datasets, "load_dataset_builder", builder)
-    assert texts("owner/name", "owner/name:test", "bare") == ["from train", "from test", "from train"]
-    assert set(asked) == {"owner/name", "bare"}
-    assert tables.hub_fingerprint("owner/name", "test") == {
-        "hub": "owner/name",
-        "split": "test",
-        "config": "default",
-        "revision": "0123abcd",
-    }
-    with pytest.raises(ConfigError, match=r"split 'val' could not be loaded .*Unknown split .val."):
-        texts("owner/name:val")
-
-
-def test_hub_out_of_reach(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.chdir(tmp_path)
-
-    def offline(name: str) -> None:
-        raise ConnectionError("Couldn't reach the Hub")
-
-    monkeypatch.setattr(tables.datasets, "load_dataset_builder", offline)
-    with pytest.raises(ConfigError, match=r"owner/name: no such file or folder here, and .* cannot be reached"):
-        texts("owner/name")
-
-
 # --- bad input
 
 

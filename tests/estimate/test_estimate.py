@@ -230,6 +230,21 @@ def test_processes_on_a_processor_share_its_memory(toy_parent: Path, monkeypatch
     assert there(2)[1] is False
 
 
+def test_only_what_an_export_carries_is_counted(parent_copy: Path) -> None:
+    def sizes() -> dict[str, int | None]:
+        options = Options(model=str(parent_copy), steps=8, batch_size=4, seq_len=32, calibrate=2)
+        found = estimate(options, memory="1G", disk="1G", flops="1T", bandwidth="10G")
+        return {row.target: row.bytes for row in found.files if row.target in ("hf", "mlx")}
+
+    before = sizes()
+    for name in ("original/consolidated.00.pth", "pytorch_model.bin", ".git/pack", "README.md"):
+        (parent_copy / name).parent.mkdir(exist_ok=True)
+        (parent_copy / name).write_bytes(bytes(100_000))
+    assert sizes() == before
+    (parent_copy / "LICENSE").write_bytes(bytes(1000))
+    assert sizes() == {name: size + 1000 for name, size in before.items() if size is not None}
+
+
 def test_a_configuration_alone_is_enough(invoke: Invoke, toy_parent: Path, tmp_path: Path) -> None:
     alone = tmp_path / "only.json"
     alone.write_text((toy_parent / "config.json").read_text())

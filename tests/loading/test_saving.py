@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file
 from toy_folders import edit_config
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, PretrainedConfig
@@ -44,6 +45,31 @@ def test_a_frozen_child_carries_its_parents_tokenizer_files_byte_for_byte(parent
     ):
         assert (tmp_path / "child" / name).read_bytes() == (parent_copy / name).read_bytes(), name
     assert {t.dtype for t in load_file(tmp_path / "child" / "model.safetensors").values()} == {torch.bfloat16}
+
+
+def test_a_frozen_child_carries_the_terms_of_its_parent(parent_copy: Path, tmp_path: Path) -> None:
+    terms = ("LICENSE", "LICENSE.txt", "NOTICE", "USE_POLICY.md")
+    for name in terms:
+        (parent_copy / name).write_text(name, encoding="utf-8")
+    source = loading.resolve(str(parent_copy))
+    loading.save(loading.load_model(source), source, tmp_path / "child")
+    assert all((tmp_path / "child" / name).read_text(encoding="utf-8") == name for name in terms)
+    assert {parent_copy / name for name in terms} < set(loading.copied(parent_copy))
+
+
+def test_a_cache_without_terms_and_card_will_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked: list[list[str]] = []
+
+    def snapshot(name: str, *, revision: str, allow_patterns: list[str]) -> str:
+        asked.append(allow_patterns)
+        if "README.md" in allow_patterns:
+            raise LocalEntryNotFoundError("incomplete")
+        return str(tmp_path)
+
+    monkeypatch.setattr(loading.saving, "snapshot_download", snapshot)
+    assert loading.tokenizer_folder(loading.Source("owner/name", "owner/name", "c0ffee")) == tmp_path
+    assert "LICENSE*" in asked[0] and "tokenizer*" in asked[0]
+    assert "LICENSE*" not in asked[1] and "tokenizer*" in asked[1]
 
 
 LLAMA3 = {

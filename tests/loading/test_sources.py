@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -129,6 +132,111 @@ def test_a_hub_that_does_not_answer_is_one_sentence(
         loading.resolve("owner/name")
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+COMMIT, OTHER = "c0ffee" * 6 + "abcd", "beef" * 10
+
+
+def cache_model(folder: Path, commit: str, *, refs: tuple[str, ...] = (), files: dict[str, str] | None = None) -> Path:
+    """owner/name as the hub's cache holds it: the snapshot of one commit, and the names known for it."""
+    home = folder / "models--owner--name"
+    snapshot = home / "snapshots" / commit
+    snapshot.mkdir(parents=True)
+    for name, text in {"config.json": '{"model_type": "llama"}', **(files or {})}.items():
+        (snapshot / name).write_text(text, encoding="utf-8")
+    for ref in refs:
+        (home / "refs" / ref).parent.mkdir(parents=True, exist_ok=True)
+        (home / "refs" / ref).write_text(commit, encoding="utf-8")
+    return snapshot
+
+
+@pytest.fixture
+def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache of a hub that does not answer."""
+
+    def fails(*_: object, **__: object) -> None:
+        raise OSError("no network")
+
+    monkeypatch.setattr(loading.sources.HfApi, "model_info", fails)
+    monkeypatch.setattr(loading.sources.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    return tmp_path / "hub"
+
+
+def test_without_a_hub_the_commit_of_the_cache_is_taken(hub_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(loading.sources, "announce", said.append)
+    cache_model(hub_cache, COMMIT, refs=("main",))
+    cache_model(hub_cache, OTHER, refs=("v1", "refs/pr/2"))
+    for name, commit in (("owner/name", COMMIT), ("owner/name@v1", OTHER), ("owner/name@refs/pr/2", OTHER)):
+        source = loading.resolve(name)
+        assert (source.location, source.commit) == ("owner/name", commit)
+        assert said.pop() == f"{name}: the hub could not be asked; commit {commit} from the cache is taken"
+
+
+def test_offline_mode_takes_the_commit_of_the_cache_too(tmp_path: Path) -> None:
+    cache_model(tmp_path / "hub", COMMIT, refs=("main",))
+    code = (
+        "from hestia import loading\n"
+        "source = loading.resolve('owner/name')\n"
+        "print(source.commit, loading.load_config(source).model_type)\n"
+    )
+    environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    environment.pop("HF_HUB_CACHE", None)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment)
+    assert done.stdout.split() == [COMMIT, "llama"], done.stderr
+
+
+def test_a_cache_that_does_not_know_the_branch_says_which_commits_it_has(hub_cache: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no network\); the cache has nothing of it .* owner/name@COMMIT"):
+        loading.resolve("owner/name")
+    cache_model(hub_cache, COMMIT)
+    with pytest.raises(ConfigError, match=f"knows no main of it, but other commits: write owner/name@{COMMIT}"):
+        loading.resolve("owner/name")
+    assert loading.resolve(f"owner/name@{COMMIT}").commit == COMMIT
+
+
+@pytest.mark.parametrize("answer", ["RepositoryNotFoundError", "RevisionNotFoundError"])
+def test_a_hub_that_has_no_such_model_is_believed(
+    hub_cache: Path, monkeypatch: pytest.MonkeyPatch, answer: str
+) -> None:
+    class Answer(getattr(loading.sources, answer)):
+        def __init__(self) -> None:
+            Exception.__init__(self, "404 Not Found")
+
+    def fails(*_: object, **__: object) -> None:
+        raise Answer
+
+    cache_model(hub_cache, COMMIT, refs=("main",))
+    monkeypatch.setattr(loading.sources.HfApi, "model_info", fails)
+    with pytest.raises(ConfigError, match="404 Not Found"):
+        loading.resolve("owner/name")
+
+
+def test_the_licence_of_a_hub_id_is_read_from_the_cache(hub_cache: Path) -> None:
+    source = loading.Source("owner/name", "owner/name", COMMIT)
+    assert loading.license_of(source) is None
+    cache_model(hub_cache, COMMIT, files={"README.md": "---\nlicense: llama3.2\n---\n"})
+    assert loading.license_of(source) == "llama3.2"
+
+
+def test_a_model_is_called_by_its_id_or_its_folder(
+    hub_cache: Path, toy_parent: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def name(location: str | Path, commit: str | None = None) -> str:
+        return loading.display_name(loading.Source(f"{location}@v1.0", str(location), commit))
+
+    assert name("owner/name", COMMIT) == "owner/name"
+    snapshot = cache_model(hub_cache, COMMIT)
+    assert name(snapshot) == name(f"{snapshot}/") == "owner/name"
+    link = hub_cache / "my-model"
+    link.symlink_to(snapshot)
+    assert name(link) == "my-model"
+    assert name(toy_parent) == "parent"
+    monkeypatch.chdir(toy_parent)
+    assert name(".") == name("../parent") == "parent"
+    source = loading.resolve(str(toy_parent))
+    monkeypatch.setattr(loading.sources, "display_name", lambda _: "as it is called")
+    assert loading.fingerprint(source, loading.load_config(source))["name"] == "as it is called"
 
 
 @pytest.mark.parametrize(

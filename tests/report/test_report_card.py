@@ -56,8 +56,28 @@ def test_the_body_has_the_table_the_commands_and_the_proof(tmp_path: Path) -> No
 
 
 def test_the_card_does_not_publish_the_folders_of_its_author(tmp_path: Path) -> None:
-    _, body = card(tmp_path, data={"files": [{"path": "/home/me/private/books.txt", "split": None}]}, command=[])
+    """Neither in the data, where a sentence may name a document, too, nor in the command."""
+    rule = "the last 64 tokens of the longest document (/home/me/my texts/books.txt:1)"
+    data = {"files": [{"path": "/home/me/private/books.txt", "split": None}], "held_out_rule": rule}
+    words = [
+        "hestia",
+        "quantize",
+        "/home/me/parent",
+        "--data",
+        "/home/me/set:train",
+        "--out=/home/me/a run",
+        "-a",
+        "b/c",
+    ]
+    _, body = card(tmp_path, data=data, command=words)
     assert "/home" not in body and "books.txt" in body and "split" not in body
+    assert "the longest document (books.txt:1)" in body
+    assert "hestia quantize parent --data set:train '--out=a run' -a b/c" in body
+
+
+def test_the_version_of_hestia_is_told(tmp_path: Path) -> None:
+    versions = {"python": "3.11.9", "hestia-lm": "0.1.0", "torch": "2.13.0", "numpy": "2.0"}
+    assert "\nhestia-lm 0.1.0, torch 2.13.0.\n" in card(tmp_path, versions=versions)[1]
 
 
 def test_a_failed_verification_is_said_in_bold(tmp_path: Path) -> None:

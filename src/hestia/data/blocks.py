@@ -5,20 +5,23 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
 from ..progress import announce, track
 from . import cache as token_cache
-from .documents import AUTO, Document, documents_of
+from .documents import AUTO, Document, Extent, documents_of
 from .held_out import SAMPLE_STREAM, Split, split
 from .order import permutation
 from .packing import Blocks, pack, tokenize
 from .sources import Source, fingerprint, resolve
 from .tokenizer import JoinerName, Tokenizer, find_joiner, token_id, tokenizer_fingerprint
+
+HUB_CHARACTERS = 8
+"""Characters read of a hub data set for every token that is wanted: twice the four or so that a token of text takes."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,7 @@ class TokenizedText:
         train: blocks to train on.
         held_out: blocks to evaluate on. No document that equals one of theirs is trained on; a passage that recurs in
             another document may be.
-        record: how both came to be, for run.yaml.
+        record: how both came to be, for tokens.json and report.json.
     """
 
     train: Blocks
@@ -49,8 +52,13 @@ def prepare(
     seed: int = 0,
     cache: Path | None = None,
     max_train_tokens: int | None = None,
+    max_held_out_tokens: int | None = None,
+    begun: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> TokenizedText:
     """Read, tokenize, join and cut the text; hold a part out.
+
+    Of a hub data set only the first ``HUB_CHARACTERS`` for every token wanted are read, and what is sampled is sampled
+    of these; where no number of tokens is given, all.
 
     Args:
         train_sources: what ``--data`` names (see ``sources.py``).
@@ -63,6 +71,8 @@ def prepare(
         seed: decides which documents are held out and which are sampled.
         cache: a folder to keep the result in; a matching one is loaded instead of tokenizing again.
         max_train_tokens: tokenize only about so many, of documents sampled by seed, and cut there.
+        max_held_out_tokens: read hub data sets in ``eval_sources`` for so many; files are read whole.
+        begun: hub data set as given -> the fingerprint to keep to; the hub is not asked for today's.
 
     Raises:
         ConfigError: bad sources or options, or too little text; nothing was written.
@@ -71,9 +81,15 @@ def prepare(
     chosen_joiner = find_joiner(tokenizer, joiner)
     train = [resolve(given) for given in train_sources]
     evaluation = None if eval_sources is None else [resolve(given) for given in eval_sources]
+    enough = None
+    if max_train_tokens is not None:
+        enough = max_train_tokens
+        if evaluation is None:  # what is held out comes on top: at most twice the share (see held_out.py)
+            enough = math.ceil(enough / (1 - 2 * held_out_share)) + 2 * seq_len
+    most, most_held_out = _characters(enough, seq_len), _characters(max_held_out_tokens, seq_len)
     made_from: dict[str, Any] = {
-        "data": [_identity(source) for source in train],
-        "eval_data": None if evaluation is None else [_identity(source) for source in evaluation],
+        "data": [_identity(source, most, begun) for source in train],
+        "eval_data": None if evaluation is None else [_identity(s, most_held_out, begun) for s in evaluation],
         "separator": separator,
         "joiner": {
             "asked": joiner,
@@ -92,9 +108,14 @@ def prepare(
         # Names of files are no part of the key; the record tells today's.
         return TokenizedText(found[0], found[1], {**found[2], **made_from})
 
+    train = [_pinned(*pair) for pair in zip(train, made_from["data"], strict=True)]
     separators: set[str] = set()
-    documents = _read(train, separator, separators, "reading")
-    eval_documents = None if evaluation is None else _read(evaluation, separator, separators, "reading held-out text")
+    documents, hub_rows = _read(train, separator, separators, "reading", most)
+    eval_documents = None
+    if evaluation is not None:
+        evaluation = [_pinned(*pair) for pair in zip(evaluation, made_from["eval_data"], strict=True)]
+        eval_documents, more = _read(evaluation, separator, separators, "reading held-out text", most_held_out)
+        hub_rows += more
     _check_separator(separator, separators, [*train, *(evaluation or [])])
 
     held_out_documents = None
@@ -111,11 +132,7 @@ def prepare(
         documents = fresh
         held_out_documents = tokenize(eval_documents, tokenizer, chosen_joiner)
 
-    enough = None
-    if max_train_tokens is not None:
-        enough = max_train_tokens
-        if held_out_documents is None:  # what is held out comes on top: at most twice the share (see held_out.py)
-            enough = math.ceil(enough / (1 - 2 * held_out_share)) + 2 * seq_len
+    if enough is not None:
         documents = [documents[i] for i in permutation(len(documents), seed, SAMPLE_STREAM).tolist()]
     pieces = tokenize(documents, tokenizer, chosen_joiner, enough=enough)
     documents = documents[: len(pieces)]
@@ -143,6 +160,8 @@ def prepare(
         "tokens": {"train": train_blocks.tokens, "held_out": held_out_blocks.tokens},
         "max_token_id": int(max(train_blocks.input_ids.max(), held_out_blocks.input_ids.max())),
     }
+    if hub_rows:
+        record["hub_rows"] = hub_rows
     if empty := train_empty + held_out_empty:
         announce(f"{empty:,} blocks of {seq_len} tokens are left out: none of their tokens is the assistant's")
     if cache is not None:
@@ -157,8 +176,11 @@ def pack_all(
     seq_len: int,
     joiner: JoinerName = "auto",
     separator: str = AUTO,
+    max_tokens: int | None = None,
 ) -> Blocks:
-    """Every block of the given text; nothing is held out (``hestia eval``).
+    """Every block of the given text, of hub data sets of the beginning; nothing is held out (``hestia eval``).
+
+    ``max_tokens`` is what hub data sets are read for, ``HUB_CHARACTERS`` each; files are read whole.
 
     Raises:
         ConfigError: bad sources or options, or too little text.
@@ -166,7 +188,7 @@ def pack_all(
     _check(sources, None, seq_len, 0.05, None)
     resolved = [resolve(given) for given in sources]
     separators: set[str] = set()
-    documents = _read(resolved, separator, separators, "reading")
+    documents, _ = _read(resolved, separator, separators, "reading", _characters(max_tokens, seq_len))
     _check_separator(separator, separators, resolved)
     pieces = tokenize(documents, tokenizer, find_joiner(tokenizer, joiner))
     return pack(pieces, seq_len, what=f"--data {_names(resolved)}")[0]
@@ -199,13 +221,45 @@ def _check_separator(separator: str, found: set[str], sources: Sequence[Source])
         )
 
 
-def _read(sources: Sequence[Source], separator: str, found: set[str], description: str) -> list[Document]:
-    stream = (document for source in sources for document in documents_of(source, separator=separator, found=found))
-    return list(track(stream, description))
+def _read(
+    sources: Sequence[Source], separator: str, found: set[str], description: str, most: int | None
+) -> tuple[list[Document], list[dict[str, Any]]]:
+    """The documents, ``most`` characters of each hub data set, and how many rows of these were read."""
+    extents = [None if source.kind != "hub" or most is None else Extent(most) for source in sources]
+    stream = (
+        document
+        for source, extent in zip(sources, extents, strict=True)
+        for document in documents_of(source, separator=separator, found=found, extent=extent)
+    )
+    documents = list(track(stream, description))
+    hub_rows: list[dict[str, Any]] = []
+    for source, extent in zip(sources, extents, strict=True):
+        if extent is not None:
+            hub_rows.append(
+                {"given": source.given, "rows_read": extent.rows, "rest": "none" if extent.whole else "not looked at"}
+            )
+            announce(f"{source.given}: {extent.rows:,} rows read{'' if extent.whole else ', the rest not looked at'}")
+    return documents, hub_rows
 
 
-def _identity(source: Source) -> dict[str, Any]:
-    return {"given": source.given, "kind": source.kind, "split": source.split, "files": fingerprint(source)}
+def _characters(tokens: int | None, seq_len: int) -> int | None:
+    return None if tokens is None else HUB_CHARACTERS * max(tokens, seq_len)
+
+
+def _identity(source: Source, most: int | None, begun: Mapping[str, Mapping[str, Any]] | None) -> dict[str, Any]:
+    identity = {"given": source.given, "kind": source.kind, "split": source.split}
+    if source.kind != "hub":
+        return {**identity, "files": fingerprint(source)}
+    kept = (begun or {}).get(source.given)
+    return {**identity, "files": fingerprint(source) if kept is None else [dict(kept)], "characters_at_most": most}
+
+
+def _pinned(source: Source, identity: Mapping[str, Any]) -> Source:
+    """A hub data set at the commit that its fingerprint names, whatever the hub has meanwhile."""
+    if source.kind != "hub":
+        return source
+    (kept,) = identity["files"]
+    return replace(source, config=kept["config"], revision=kept["revision"])
 
 
 def _key(made_from: dict[str, Any]) -> str:

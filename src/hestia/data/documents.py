@@ -38,6 +38,28 @@ class Document:
         assert content is not None
         return hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()
 
+    @property
+    def characters(self) -> int:
+        """Characters of the text, or of all turns."""
+        if self.text is not None:
+            return len(self.text)
+        return sum(len(str(message.get("content", ""))) for message in self.messages or ())
+
+
+@dataclass
+class Extent:
+    """How far a source is read.
+
+    Attributes:
+        characters: it ends with the document that reaches so many.
+        rows: of a hub data set, read so far.
+        whole: whether all of it was read.
+    """
+
+    characters: int
+    rows: int = 0
+    whole: bool = False
+
 
 def read_documents(sources: Sequence[str | Path], *, separator: str = AUTO) -> Iterator[Document]:
     """The documents of all ``sources``, in order; documents without any text are left out.
@@ -55,8 +77,10 @@ def read_documents(sources: Sequence[str | Path], *, separator: str = AUTO) -> I
         yield from documents_of(source, separator=separator, found=found)
 
 
-def documents_of(source: Source, *, separator: str, found: set[str]) -> Iterator[Document]:
-    """The documents of one source; every separator line met is added to ``found``.
+def documents_of(
+    source: Source, *, separator: str, found: set[str], extent: Extent | None = None
+) -> Iterator[Document]:
+    """The documents of one source, as far as ``extent`` goes; every separator line met is added to ``found``.
 
     Raises:
         ConfigError: as ``read_documents``.
@@ -65,16 +89,21 @@ def documents_of(source: Source, *, separator: str, found: set[str]) -> Iterator
         raise ConfigError(
             f"separator {separator!r}: a separator is one whole line, without line breaks ('' cuts at empty lines)"
         )
-    empty = True
-    for document in _read(source, separator, found):
+    empty, characters = True, 0
+    for document in _read(source, separator, found, extent):
         if document.messages is not None or (document.text and not document.text.isspace()):
             empty = False
             yield document
+            characters += document.characters
+            if extent is not None and characters >= extent.characters:
+                return
     if empty:
         raise ConfigError(f"{source.given}: holds no text; give a file with text in it")
+    if extent is not None:
+        extent.whole = True
 
 
-def _read(source: Source, separator: str, found: set[str]) -> Iterator[Document]:
+def _read(source: Source, separator: str, found: set[str], extent: Extent | None) -> Iterator[Document]:
     if source.kind == "text":
         assert source.path is not None
         yield from _cut(source.path, separator, found)
@@ -86,14 +115,17 @@ def _read(source: Source, separator: str, found: set[str]) -> Iterator[Document]
     from . import tables  # imported late: it brings in `datasets`, which plain text does not need
 
     if source.kind == "hub":
-        rows = tables.hub_rows(source.name, source.split)
+        rows = tables.hub_rows(source.name, source.split, config=source.config, revision=source.revision)
     elif source.kind == "parquet":
         assert source.path is not None
         rows = tables.parquet_rows(source.path)
     else:
         assert source.path is not None
         rows = tables.saved_rows(source.path, source.split)
-    yield from (_from_row(row, f"{source.given}, row {number}") for number, row in rows)
+    for number, row in rows:
+        if extent is not None:
+            extent.rows = number
+        yield _from_row(row, f"{source.given}, row {number}")
 
 
 def _cut(path: Path, separator: str, found: set[str]) -> Iterator[Document]:

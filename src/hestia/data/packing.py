@@ -10,9 +10,8 @@ them, or begins every text with a space, does so there.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -151,7 +150,7 @@ def _batches(documents: Sequence[Document], enough: int | None) -> Iterator[list
     characters = 0
     for document in documents:
         batch.append(document)
-        characters += len(document.text) if document.text is not None else _chat_characters(document.messages or ())
+        characters += document.characters
         if characters >= most:
             yield batch
             batch, characters = [], 0
@@ -181,10 +180,6 @@ def _in_parts(text: str, tokenizer: Tokenizer, enough: int | None) -> NDArray[np
         parts.append(np.asarray(ids, dtype=np.int32))
         start, tokens = end, tokens + len(ids)
     return np.concatenate(parts)
-
-
-def _chat_characters(messages: Sequence[Mapping[str, Any]]) -> int:
-    return sum(len(str(message.get("content", ""))) for message in messages)
 
 
 def _joined(ids: Sequence[int] | NDArray[np.int32], joiner: Joiner) -> Piece:

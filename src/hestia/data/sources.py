@@ -5,9 +5,10 @@
     a.jsonl, a.jsonl.gz, a.jsonl.xz         jsonl    one object a line: ``text`` or ``messages``
     a.parquet                               parquet  a ``text`` or a ``messages`` column
     folder, folder:split                    saved    written by ``Dataset.save_to_disk``
-    owner/name, owner/name:split            hub      downloaded by ``datasets``; split ``train`` unless named
+    owner/name[/CONFIG][@REVISION][:split]  hub      streamed by ``datasets``; split ``train`` unless named
 
-What exists on disk always wins over the hub.
+What exists on disk always wins over the hub. A configuration has no slash in its name and a revision may have some, so
+the configuration stands first.
 """
 
 from __future__ import annotations
@@ -45,7 +46,9 @@ MOST_UNPACKED = 200
 _SMALL = 1 << 24
 """Bytes that any archive may unpack to."""
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_HUB_ID = re.compile(
+    r"(?P<name>[A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)?)(?:/(?P<config>\w[\w.+-]*))?(?:@(?P<revision>[^\s@:]+))?"
+)
 _SAVED_MARKS = ("dataset_dict.json", "dataset_info.json")
 
 
@@ -58,17 +61,18 @@ class Source:
         kind: how it is read.
         path: the file or folder; None for a hub id.
         split: part of a saved or hub data set; None where the user named none.
+        name: of a hub data set, ``owner/name``.
+        config: of a hub data set; None where the user named none.
+        revision: of a hub data set, a branch, a tag or a commit; None where the user named none.
     """
 
     given: str
     kind: Kind
     path: Path | None
     split: str | None = None
-
-    @property
-    def name(self) -> str:
-        """The path or hub id, without the split."""
-        return self.given if self.split is None else self.given.rpartition(":")[0]
+    name: str = ""
+    config: str | None = None
+    revision: str | None = None
 
 
 def resolve(given: str | Path) -> Source:
@@ -91,8 +95,9 @@ def resolve(given: str | Path) -> Source:
     if split and Path(name).is_dir():
         return _saved(text, Path(name), split)
     near = _near(path)
-    if _HUB_ID.fullmatch(name) and not _looks_like_a_file(Path(name)) and (split or not near):
-        return Source(text, "hub", None, split)
+    hub = _HUB_ID.fullmatch(name)
+    if hub and not _looks_like_a_file(Path(name)) and (split or not near):
+        return Source(text, "hub", None, split, hub["name"], hub["config"], hub["revision"])
     where = path.parent if path.parent.is_dir() else None
     if near:
         hint = f"did you mean {path.parent / near}?"
@@ -104,7 +109,7 @@ def resolve(given: str | Path) -> Source:
 
 
 def fingerprint(source: Source) -> list[dict[str, Any]]:
-    """What pins the content of a source: path, bytes and SHA-256 of each file; of a hub data set its commit.
+    """What pins the content of a source: path, bytes and SHA-256 of each file; commit and part of a hub data set.
 
     Raises:
         ConfigError: a file cannot be read, or the hub not be reached.
@@ -112,7 +117,7 @@ def fingerprint(source: Source) -> list[dict[str, Any]]:
     if source.kind == "hub":
         from . import tables  # imported late: it brings in `datasets`, which plain text does not need
 
-        return [tables.hub_fingerprint(source.name, source.split)]
+        return [tables.hub_fingerprint(source.name, source.split, config=source.config, revision=source.revision)]
     assert source.path is not None
     files = sorted(p for p in source.path.rglob("*") if p.is_file()) if source.path.is_dir() else [source.path]
     try:
@@ -198,7 +203,7 @@ def _kind_of(path: Path) -> Kind:
 def _looks_like_a_file(path: Path) -> bool:
     """Whether a name that is not on disk was meant as a path: a known suffix, or a folder that exists."""
     known = any(path.name.lower().endswith(suffix) for suffix in _SUFFIXES)
-    return known or (len(path.parts) > 1 and path.parent.is_dir())
+    return known or (len(path.parts) > 1 and Path(path.parts[0]).is_dir())
 
 
 def _near(path: Path) -> str | None:

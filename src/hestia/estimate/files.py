@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
+from .. import loading
 from ..errors import PlanError
-from ..export.huggingface import companions
 from ..plans import LayerPlan, Plan
 from ..targets import TARGETS, Stored, Target, file_bytes, head_type
 
@@ -94,7 +94,7 @@ def _kept(target: Target, kept: Kept, dtype: torch.dtype, head: str) -> int:
 
 
 def _text(target: Target, vocabulary: int, folder: Path | None) -> int:
-    beside = sum(file.stat().st_size for file in companions(folder)) if folder is not None else 0
+    beside = sum(file.stat().st_size for file in loading.copied(folder)) if folder is not None else 0
     if target.container == "gguf" or not beside:
         return TEXT_BYTES[target.container] * vocabulary
     return beside

@@ -6,8 +6,8 @@ is resolved to a commit first, so that a run records exactly what it started fro
 
 from .configs import load_config
 from .models import cast_parameters, empty_model, load_model, parent_dtype, require_trainable
-from .saving import require_own_tokenizer, rope_keys, save, tokenizer_folder
-from .sources import Source, config_source, content, fingerprint, license_of, resolve
+from .saving import copied, require_own_tokenizer, rope_keys, save, tokenizer_folder
+from .sources import Source, config_source, content, display_name, fingerprint, license_of, resolve
 from .tokenizers import check_vocabulary, hard_texts, load_tokenizer
 
 __all__ = [
@@ -16,6 +16,8 @@ __all__ = [
     "check_vocabulary",
     "config_source",
     "content",
+    "copied",
+    "display_name",
     "empty_model",
     "fingerprint",
     "hard_texts",

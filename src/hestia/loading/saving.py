@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -15,6 +16,9 @@ from ..errors import ConfigError
 from ..files import as_os_error, read_json, readable, write_json
 from ..progress import announce
 from .sources import Source
+
+TERMS = ("LICENSE*", "NOTICE*", "USE_POLICY*")
+"""The terms of a parent, which its child is under as well."""
 
 COPIED = (
     "tokenizer*",
@@ -26,6 +30,7 @@ COPIED = (
     "chat_template*",
     "additional_chat_templates/*.jinja",
     "generation_config.json",
+    *TERMS,
 )
 """Files of a parent that its frozen child carries byte for byte."""
 
@@ -53,16 +58,14 @@ def save(
     saved = read_json(folder / "config.json")
     write_json(folder / "config.json", {**saved, **earlier_keys(saved)})
     parent = tokenizer_folder(source)
-    for pattern in COPIED:
-        for path in sorted(parent.glob(pattern)):
-            if not path.is_file():
-                continue
-            if _leads_out(path, parent):
-                announce(f"{path}: not copied, it is a link to {path.resolve()}, out of the model's folder")
-                continue
-            copy = folder / path.relative_to(parent)
-            copy.parent.mkdir(exist_ok=True)
-            shutil.copyfile(path, copy)
+    own = copied(parent)
+    for path in _matching(parent):
+        if path not in own:
+            announce(f"{path}: not copied, it is a link to {path.resolve()}, out of the model's folder")
+            continue
+        copy = folder / path.relative_to(parent)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, copy)
     config = folder / "tokenizer_config.json"
     if type(tokenizer) is PreTrainedTokenizerFast and config.is_file():
         record = read_json(config)
@@ -70,11 +73,29 @@ def save(
             write_json(config, {**record, "tokenizer_class": "PreTrainedTokenizerFast"})
 
 
+def copied(folder: Path) -> list[Path]:
+    """The files of a parent's folder that its frozen child carries."""
+    return [path for path in _matching(folder) if not _leads_out(path, folder)]
+
+
+def _matching(folder: Path) -> list[Path]:
+    found = (path for pattern in COPIED for path in sorted(folder.glob(pattern)) if path.is_file())
+    return list(dict.fromkeys(found))
+
+
 def tokenizer_folder(source: Source) -> Path:
-    """Where the tokenizer's files of a model lie: its folder, or the hub's snapshot of them."""
+    """Where the tokenizer's files of a model lie: its folder, or the hub's snapshot of them, terms and card too."""
     if source.is_local:
         return Path(source.location)
-    return Path(snapshot_download(source.location, revision=source.commit, allow_patterns=list(COPIED)))
+    needed = [pattern for pattern in COPIED if pattern not in TERMS]
+    try:
+        return _snapshot(source, [*needed, *TERMS, "README.md"])
+    except LocalEntryNotFoundError:  # no hub, and a cache without those
+        return _snapshot(source, needed)
+
+
+def _snapshot(source: Source, patterns: list[str]) -> Path:
+    return Path(snapshot_download(source.location, revision=source.commit, allow_patterns=patterns))
 
 
 def earlier_keys(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub import HfApi, constants, try_to_load_from_cache
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.file_download import repo_folder_name
 from safetensors import SafetensorError, safe_open
 
 from .. import digests
 from ..errors import ConfigError
 from ..files import read_json, require_regular
+from ..progress import announce
 
 _CLIENT_ERROR: type[Exception] = HfHubHTTPError.__bases__[
     0
 ]  # of whichever HTTP client this version of the hub library uses
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+_SHOWN = 3
+"""Commits of the cache that a message names, at most."""
 
 
 @dataclass(frozen=True)
@@ -42,15 +47,15 @@ class Source:
 
 
 def resolve(name: str, commit: str | None = None) -> Source:
-    """Find a model by local folder or hub id; hub ids are pinned to a commit.
+    """Find a model by local folder or hub id; hub ids are pinned to a commit, that of the cache where no hub answers.
 
     Args:
         name: a folder, owner/name, or owner/name@REVISION: a branch, a tag or a commit.
         commit: of a hub id, where it is known; as with a whole commit in ``name``, the hub is not asked for today's.
 
     Raises:
-        ConfigError: neither a folder with a config.json nor a reachable hub model; a folder with weights in a format
-            other than safetensors; a truncated or damaged safetensors file.
+        ConfigError: neither a folder with a config.json nor a hub model that can be reached or is in the cache; a
+            folder with weights in a format other than safetensors; a truncated or damaged safetensors file.
     """
     folder = Path(name)
     if folder.is_dir():
@@ -69,10 +74,32 @@ def resolve(name: str, commit: str | None = None) -> Source:
         raise ConfigError(f"{name}: no such model folder, and not a hub id (owner/name)") from None
     except (HfHubHTTPError, _CLIENT_ERROR, OSError, RuntimeError) as error:
         first = str(error).strip().splitlines()[:1]
-        raise ConfigError(
+        refusal = (
             f"{name}: no such local folder, and the hub could not be asked ({type(error).__name__}: {''.join(first)})"
-        ) from None
+        )
+        if isinstance(error, (RepositoryNotFoundError, RevisionNotFoundError)):
+            raise ConfigError(refusal) from None  # an answer
+        commit = _cached_commit(location, revision)
+        if commit is None:
+            raise ConfigError(f"{refusal}; {_cached(location, revision)}") from None
+        announce(f"{name}: the hub could not be asked; commit {commit} from the cache is taken")
     return Source(name=name, location=location, commit=commit)
+
+
+def _cached_commit(location: str, revision: str) -> str | None:
+    """The commit that a branch or tag of a hub id had when the hub's cache last saw it."""
+    config = try_to_load_from_cache(location, "config.json", revision=revision or "main")
+    return Path(config).parent.name if isinstance(config, str) else None
+
+
+def _cached(location: str, revision: str) -> str:
+    """What to write where the cache does not know a branch or tag: a commit, which it may hold all the same."""
+    snapshots = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=location, repo_type="model"), "snapshots")
+    commits = sorted(path.parent.name for path in snapshots.glob("*/config.json"))
+    if not commits:
+        return f"the cache has nothing of it (a model that it has is also found as {location}@COMMIT)"
+    named = " or ".join(f"{location}@{commit}" for commit in commits[:_SHOWN])
+    return f"the cache knows no {revision or 'main'} of it, but other commits: write {named}"
 
 
 def config_source(name: str) -> Source:
@@ -133,9 +160,13 @@ def _check_folder(folder: Path) -> None:
 
 
 def license_of(source: Source) -> str | None:
-    """The licence that the front matter of a local model's README.md names, if it does."""
-    card = Path(source.location) / "README.md"
-    if not source.is_local or not card.is_file():
+    """The licence that the front matter of a model's README.md names; of a hub id, the README.md that is cached."""
+    if source.is_local:
+        card = Path(source.location) / "README.md"
+    else:
+        cached = try_to_load_from_cache(source.location, "README.md", revision=source.commit)
+        card = Path(cached if isinstance(cached, str) else "")
+    if not card.is_file():
         return None
     found = re.search(
         r"\A---\n.*?^license:\s*([\w.-]+)\s*$.*?^---$", card.read_text("utf-8", "replace"), re.MULTILINE | re.DOTALL
@@ -143,12 +174,23 @@ def license_of(source: Source) -> str | None:
     return found.group(1) if found else None
 
 
+def display_name(source: Source) -> str:
+    """What people know a model by: ``owner/name`` of a hub id or of a snapshot in the hub's cache, else its folder.
+
+    A revision is left out, and a link keeps its own name.
+    """
+    if not source.is_local:
+        return source.location
+    path = Path(os.path.abspath(source.location))  # noqa: PTH100, resolve() would follow the link
+    kind, _, name = path.parent.parent.name.partition("--")
+    return name.replace("--", "/") if path.parent.name == "snapshots" and kind == "models" and name else path.name
+
+
 def fingerprint(source: Source, config: Any) -> dict[str, Any]:
     """What a run records of its parent: name, commit, architecture, shape."""
     keys = ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")
     shape = {k: getattr(config, k) for k in keys if hasattr(config, k)}
-    name = Path(source.name).resolve().name if source.is_local else source.location
-    return {"name": name, "commit": source.commit, **shape}
+    return {"name": display_name(source), "commit": source.commit, **shape}
 
 
 def content(source: Source) -> dict[str, Any]:

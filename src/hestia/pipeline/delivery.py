@@ -64,8 +64,8 @@ def deliver(work: Workspace, plan: Plan, name: str, frozen: FrozenModel, before:
     """
     path = work.folder / EXPORTS_FOLDER / name.replace(":", "-")
     if name.startswith("gguf"):
-        model = Path(work.options.model)
-        path = path / f"{(model.resolve() if model.is_dir() else model).name}-{name.split(':')[1]}.gguf"
+        model = loading.display_name(work.source).rpartition("/")[2]
+        path = path / f"{model}-{name.split(':')[1]}.gguf"
     standing = next((entry for entry in before if _stands(entry, name, path, frozen)), None)
     if standing is not None:
         say(f"{name}: {path} is there, as it was verified")

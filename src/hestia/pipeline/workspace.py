@@ -27,6 +27,9 @@ from ..training import check_loggers
 from .artefacts import CACHE_FOLDER, INPUTS_FILE, OPTIONS_FILE, TIMING_FILE
 from .clock import Clock
 
+HUB = "hub"
+"""In inputs.json, the key of a hub data set in place of its files'."""
+
 
 class Workspace:
     """What every stage of one run starts from; each property is worked out at its first use.
@@ -63,14 +66,24 @@ class Workspace:
 
     def _begun_with(self, option: str) -> str | None:
         """The commit of a hub id that a run to be continued began with: today's may be another, or out of reach."""
-        recorded, inputs = self.folder / OPTIONS_FILE, self.folder / INPUTS_FILE
-        if not (self.resume and recorded.is_file() and inputs.is_file()):
+        recorded, begun = self.folder / OPTIONS_FILE, self._inputs_begun_with()
+        if not (begun and recorded.is_file()):
             return None
         if load_config(recorded).get(option) != getattr(self.options, option):
             return None
-        begun: Any = read_json(inputs).get("inputs")
-        content = begun.get(option) if isinstance(begun, dict) else None
-        return content.get("commit") if isinstance(content, dict) else None
+        return _mapping(begun.get(option)).get("commit")
+
+    def _inputs_begun_with(self) -> dict[str, Any]:
+        """What inputs.json says of a run to be continued; nothing of another."""
+        inputs = self.folder / INPUTS_FILE
+        return _mapping(read_json(inputs).get("inputs")) if self.resume and inputs.is_file() else {}
+
+    def hub_data(self) -> dict[str, dict[str, Any]]:
+        """Hub data set as given -> the fingerprint that a run to be continued began with, as of a model its commit."""
+        begun = self._inputs_begun_with()
+        files = {**_mapping(begun.get("eval_data")), **_mapping(begun.get("data"))}
+        found = {given: _mapping(_mapping(content).get(HUB)) for given, content in files.items()}
+        return {given: kept for given, kept in found.items() if {"config", "revision"} <= kept.keys()}
 
     @cached_property
     def teacher(self) -> loading.Source | None:
@@ -99,7 +112,7 @@ class Workspace:
     @cached_property
     def text(self) -> TokenizedText:
         """Training and held-out blocks; tokenized once and cached in the run."""
-        text = prepare_text(self.options, self.tokenizer, self.seq_len, self._cache())
+        text = prepare_text(self.options, self.tokenizer, self.seq_len, self._cache(), self.hub_data())
         loading.check_vocabulary(self.source, self.config, int(text.record["max_token_id"]))
         return text
 
@@ -149,3 +162,7 @@ class Workspace:
     def bf16(self) -> bool:
         """Whether training runs under bf16 autocast."""
         return in_bf16(self.options, self.config, self.device)
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}

@@ -24,6 +24,10 @@ from .records import RunRecord
 from .tables import headline_rows
 
 MODEL_CARD = "README.md"
+_VERSIONS = ("hestia-lm", "torch", "transformers")
+# An absolute path as a whole value or word of a command, and as a document's place, in brackets, in a sentence.
+_PATH = re.compile(r"\A(-[\w-]+=|)(/.*)\Z", re.DOTALL)
+_PLACE = re.compile(r"(\()(/[^()]*)")
 # What means something anywhere in a line (an underscore inside a word does not), and at its start.
 _MARKS = re.compile(r"[\\`*\[\]|~$]|(?<![^\W_])_|_(?![^\W_])")
 _OPENING = re.compile(r"^(\d+(?=[.)](?:\s|$))|(?=[#+=-]))(.)")
@@ -58,9 +62,9 @@ def render(record: RunRecord) -> str:
         verdict=wording.verdict(record),
         rows=headline_rows(record),
         exports=[(export, _loading(export)) for export in record.exports],
-        command=shlex.join(record.command),
+        command=shlex.join(_PATH.sub(_last_name, word) for word in record.command),
         data=_public(flat(record.data)),
-        versions=[pair for pair in flat(record.versions) if pair[0] in ("hestia", "torch", "transformers")],
+        versions=[pair for pair in flat(record.versions) if pair[0] in _VERSIONS],
     )
     return f"---\n{front_matter(record)}---\n\n{body}"
 
@@ -99,10 +103,12 @@ def plain(text: str) -> str:
 def _public(pairs: list[tuple[str, str]]) -> list[tuple[str, str]]:
     """Known values only, and of absolute paths the last part: a card is published, the author's folders are not."""
     return [
-        (key, Path(value).name if Path(value).is_absolute() else value)
-        for key, value in pairs
-        if value != wording.UNKNOWN
+        (key, _PLACE.sub(_last_name, _PATH.sub(_last_name, value))) for key, value in pairs if value != wording.UNKNOWN
     ]
+
+
+def _last_name(found: re.Match[str]) -> str:
+    return found[1] + Path(found[2]).name
 
 
 class _Ready(str):
