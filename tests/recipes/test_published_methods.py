@@ -13,7 +13,7 @@ from torch import Tensor
 from hestia import recipes
 from hestia.errors import ConfigError
 from hestia.quant import INT2, TERNARY, Grid, Quantizer
-from hestia.quant.held import Saliency
+from hestia.quant.importance import Saliency
 
 ROWS, COLUMNS = 6, 64
 Method = Callable[[Tensor, Tensor, int], Tensor]
