@@ -486,6 +486,8 @@ def test_measured_kl_goes_before_the_prediction_in_plan_and_table() -> None:
     assert damage_per_megabit(table, "ternary") == pytest.approx(
         {p: 2e6 / t.weights / (16 - math.log2(3)) for p, t in table.tensors.items()}
     )
+    with pytest.raises(CalibrationError, match="no damage of 'int5' was measured, only trace, quadratic:binary"):
+        damage_per_megabit(table, "int5")
 
 
 @pytest.mark.parametrize("widths", [[5.0], [2.0, 1.5]])
