@@ -202,6 +202,15 @@ def test_unknown_names_get_the_nearest() -> None:
         hestia.plan(qwen2(), "hestia", options={"alpa": 1.0})
 
 
+def test_options_beside_a_recipe_object_are_refused() -> None:
+    recipe = recipes.get("hestia", alpha=0.1)
+    with pytest.raises(
+        ConfigError, match=r"options \{'alpha': -0\.4\} beside a recipe .*recipes\.get\('hestia', \.\.\.\)"
+    ):
+        hestia.plan(qwen2(), recipe, options={"alpha": -0.4})
+    assert hestia.plan(qwen2(), recipe, options={}) == hestia.plan(qwen2(), recipe)
+
+
 # --- coverage ------------------------------------------------------------------------------------------------------
 
 
@@ -293,6 +302,18 @@ def test_a_skipped_tensor_may_have_been_measured_and_does_not_count() -> None:
 def test_the_sensitivity_of_another_model_is_refused(other: Callable[[], PreTrainedModel], message: str) -> None:
     with pytest.raises(PlanError, match=message + r".*: was it calibrated on another model\?"):
         hestia.plan(qwen2(), "hestia", sensitivity=measured(hestia.plan(other())))
+
+
+def test_a_damage_is_no_curvature() -> None:
+    model = qwen2()
+    damage = replace(measured(hestia.plan(model)), estimator="kl", primary="kl:ternary")
+    with pytest.raises(
+        PlanError, match=r"'hestia' paces its temperatures by curvature, .* 'kl:ternary'.* gnb, or choo"
+    ):
+        hestia.plan(model, "hestia", sensitivity=damage)
+    assert hestia.plan(model, "hearth", sensitivity=damage) == hestia.plan(model, "hearth")
+    eigenvalues = replace(damage, estimator="eigen", primary="eigenvalue")
+    assert hestia.plan(model, "hestia", sensitivity=eigenvalues).layers
 
 
 def test_a_sensitivity_that_is_not_positive_is_refused() -> None:
@@ -486,12 +507,20 @@ def test_measured_kl_goes_before_the_prediction_in_plan_and_table() -> None:
     assert damage_per_megabit(table, "ternary") == pytest.approx(
         {p: 2e6 / t.weights / (16 - math.log2(3)) for p, t in table.tensors.items()}
     )
+    with pytest.raises(CalibrationError, match="no damage of 'int5' was measured, only trace, quadratic:binary"):
+        damage_per_megabit(table, "int5")
 
 
 @pytest.mark.parametrize("widths", [[5.0], [2.0, 1.5]])
 def test_a_width_that_nobody_does_is_refused_by_name(widths: list[float]) -> None:
     with pytest.raises(ConfigError, match=r"'hearth' does not do \d\.?\d? bits; it does 1, 1\.58, 2, 3, 4"):
         hestia.plan(wide(), bits=2.5, widths=widths)
+
+
+def test_a_block_that_does_not_divide_a_row_is_refused_in_a_mixed_plan_too() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(64, 66), torch.nn.Linear(66, 64))
+    with pytest.raises(ConfigError, match=r"^1: grid ternary 3:4 counts its zeros in blocks of 4, .* in_features=66"):
+        hestia.plan(model, "sherry", bits=9.0, widths=(1.58, 16.0), damages={p: {1.58: 1.0} for p in "01"})
 
 
 def test_damages_may_be_the_caller_s_own() -> None:

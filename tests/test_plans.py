@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +50,61 @@ def changed(path: tuple[str, ...], value: Any) -> dict[str, Any]:
 def test_through_a_file_and_back(tmp_path: Path) -> None:
     small().save(tmp_path / "plan.json")
     assert Plan.load(tmp_path / "plan.json") == small()
+
+
+THIRD_PARTY = """
+from dataclasses import dataclass
+from typing import ClassVar
+
+from hestia.quant import STE, AbsMean, QuantSpec
+from hestia.recipes import Recipe
+from hestia.schedules import KnobSchedule
+
+
+@dataclass(frozen=True)
+class Quiet(STE):
+    name: ClassVar[str] = "quiet"
+
+
+@dataclass(frozen=True)
+class Loud(AbsMean):
+    name: ClassVar[str] = "loud"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Theirs(Recipe):
+    name: ClassVar[str] = "theirs"
+
+    def _spec(self, grid, group_size):
+        return QuantSpec(grid=grid, group_size=group_size, scale=Loud(), estimator=Quiet())
+
+    def schedule(self):
+        return KnobSchedule()
+"""
+
+
+def test_a_plan_with_parts_of_another_package_is_read_by_a_process_that_asked_for_no_recipe(tmp_path: Path) -> None:
+    (tmp_path / "their_method.py").write_text(THIRD_PARTY)
+    info = tmp_path / "their_method-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: their-method\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[hestia.recipes]\ntheirs = their_method\n")
+    record = small().to_json()
+    record["layers"]["a.q"] |= {"estimator": {"name": "quiet"}, "scale": {"name": "loud", "eps": 1e-5}}
+    (tmp_path / "plan.json").write_text(json.dumps(record))
+    path = f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
+
+    def run(script: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([sys.executable, "-c", path + script], capture_output=True, text=True, check=False)
+
+    load = "from pathlib import Path; from hestia.plans import Plan; plan = Plan.load(Path(sys.path[0], 'plan.json'))"
+    done = run(f"{load}; spec = plan.layers['a.q'].spec; print(spec.estimator.name, spec.scale.name)")
+    assert done.stdout.split() == ["quiet", "loud"], done.stderr
+    done = run("from hestia import recipes; print('theirs' in recipes.names(), recipes.get('theirs').name)")
+    assert done.stdout.split() == ["True", "theirs"], done.stderr
+    (tmp_path / "their_method.py").write_text("import nobody_has_this")
+    done = run(load)
+    assert "PlanError" in done.stderr and "a.q: the recipe 'theirs' of another package cannot be" in done.stderr
 
 
 specs = st.builds(

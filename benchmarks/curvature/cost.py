@@ -40,8 +40,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from hestia import loading, tiny
 from hestia.curvature import Sensitivity, calibrate
 from hestia.curvature.estimators import Candidates, HutchPlusPlus, Problem
+from hestia.curvature.estimators.draws import generator, rademacher
 from hestia.curvature.estimators.gnb import CHUNK, cotangents
-from hestia.curvature.estimators.hvp import Curvature, generator, rademacher
+from hestia.curvature.estimators.hvp import Curvature
 from hestia.data import pack_all
 from hestia.files import read_json, write_json
 from hestia.jobs import candidate_specs, spread

@@ -19,10 +19,9 @@ from .curvature.allocation import (
     optimum,
 )
 from .curvature.damage import damages
-from .errors import PlanError
+from .errors import ConfigError, PlanError
 from .plans import LayerPlan, Spending, stored_bytes
 from .quant import GroupSize, QuantSpec, ScaleRule
-from .quant.grouping import group_shape
 from .recipes import GRIDS, Recipe
 from .targets import StorageType, Stored, Target, file_bytes, span
 
@@ -138,7 +137,7 @@ def offer(
         itemsize: bytes of a number of the parent's dtype.
 
     Raises:
-        ConfigError: a group size that does not divide a row.
+        ConfigError: a group size or a grid's block that does not divide a row; the tensor is named.
         PlanError: a tensor for which no width is left.
     """
     stored: dict[str, dict[float, int]] = {}
@@ -149,7 +148,10 @@ def offer(
         shape = (linear.out_features, linear.in_features)
         stored[path], kinds[path], types[path] = {}, {}, {}
         for width, spec in specs.items():
-            group_shape(shape, spec.group_size)
+            try:
+                spec.check_shape(shape)
+            except ConfigError as error:
+                raise ConfigError(f"{path}: {error}") from None
             try:
                 held = [t.storage(spec.grid, spec.group_size, shape, fallback=fallback) for t in targets]
             except PlanError as error:
@@ -196,7 +198,7 @@ def allocate(
     offered: Offer,
     damage: Damage,
     *,
-    bits: float | None,
+    bits: float,
     max_kl: float | None,
     interactions: Interactions | None,
     elsewhere: str = "",
@@ -207,14 +209,14 @@ def allocate(
         PlanError: a budget or a bound that nothing fits; the smallest feasible one is named, and of a budget
             ``elsewhere``, what else to do.
     """
-    if bits is not None and not 0.0 < bits <= 32.0:
+    if not 0.0 < bits <= 32.0:
         raise PlanError(f"bits must be a positive number of bits a weight, got {bits:g}")
     weights = {path: linear.weight.numel() for path, linear in linears.items()}
     problem = Problem.of(offered.stored, weights, damage)
     if max_kl is not None:
         found = cheapest(problem, max_kl, interactions)
     else:
-        budget = problem.bytes_for(KEPT if bits is None else bits)
+        budget = problem.bytes_for(bits)
         try:
             problem.require(budget)
         except PlanError as error:
@@ -259,7 +261,7 @@ def spending(
     stored: float,
     *,
     target: str,
-    bits: float | None,
+    bits: float,
     max_kl: float | None,
     source: str,
     left_out: Mapping[str, str],

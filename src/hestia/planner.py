@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import nn
 from . import recipes
 from .curvature import Sensitivity
 from .curvature.allocation import KEPT, Damage, Interactions
-from .errors import PlanError
+from .errors import ConfigError, PlanError
 from .mixed import KEPT_REASON, allocate, is_mixed, layers_of, measured_damage, offer, quantizers, spending, stored_bits
 from .nn.biases import OPTIONS, biased_layers, options_for
 from .nn.select import Selection, select
@@ -63,58 +63,37 @@ def plan(
         options: options of a recipe given by name.
 
     Raises:
-        ConfigError: an unknown recipe, option, target or width.
+        ConfigError: an unknown recipe, option, target or width, or options beside a recipe that is no name.
         PlanError: a tensor that group size or target cannot hold, a pattern that matches nothing, a sensitivity of
-            another model, too few quantizable weights, or a budget that nothing fits (the smallest is named).
+            another model, or of no curvature where the recipe reads one, too few quantizable weights, or a budget that
+            nothing fits (the smallest is named).
     """
-    chosen = recipe if isinstance(recipe, Recipe) else recipes.get(recipe, **(options or {}))
+    chosen = _chosen(recipe, options)
     if isinstance(sensitivity, (str, Path)):
         sensitivity = Sensitivity.load(Path(sensitivity))
+    _check_quantity(chosen, sensitivity)
     targets = [find_target(name) for name in ([target] if isinstance(target, str) else target)]
     selection = select(model, skip)
-    if not selection.candidates or (selection.coverage() < SMALLEST_COVERAGE and not allow_partial):
-        raise PlanError(_refusal(selection))
-    traces = sensitivity.values if isinstance(sensitivity, Sensitivity) else sensitivity
+    _check_coverage(selection, allow_partial)
     itemsize = _itemsize(model, selection)
     spent: Spending | None = None
     if is_mixed(chosen, bits, widths, max_kl):
-        if damages is None and isinstance(sensitivity, Sensitivity):
-            _check_same_model(_bare(chosen, targets, selection), sensitivity.values, sensitivity)
-        specs = quantizers(chosen, group_size, widths)
-        damages, source = _damages(chosen, bits, sensitivity, damages, specs)
-        offered = offer(
-            selection.candidates,
-            specs,
+        layers, selection, spent = _mixed(
+            model,
+            selection,
+            chosen,
             targets,
-            damages,
-            keep=widths is None or KEPT in widths,
+            sensitivity,
+            bits=bits,
+            widths=widths,
+            max_kl=max_kl,
+            damages=damages,
+            interactions=interactions,
+            group_size=group_size,
             fallback=fallback,
             itemsize=itemsize,
         )
-        elsewhere = "" if all(t.name == _SMALLEST_TYPES for t in targets) else f", or try --target {_SMALLEST_TYPES}"
-        found, points = allocate(
-            selection.candidates,
-            offered,
-            damages,
-            bits=bits,
-            max_kl=max_kl,
-            interactions=interactions,
-            elsewhere=elsewhere,
-        )
-        layers = layers_of(selection.candidates, specs, offered, damages, found)
-        spent = spending(
-            found,
-            stored_bits(selection.candidates, layers, targets[0], itemsize),
-            target=targets[0].name,
-            bits=bits,
-            max_kl=max_kl,
-            source=source,
-            left_out=offered.left_out,
-            curve=points,
-        )
-        selection = _keeping(model, selection, layers)
-        if not layers or (selection.coverage() < SMALLEST_COVERAGE and not allow_partial):
-            raise PlanError(f"{spent.summary()}: {_refusal(selection)}")
+        _check_coverage(selection, allow_partial, f"{spent.summary()}: ")
     else:
         layers = _uniform(selection, chosen.spec_for(bits, group_size), targets, fallback=fallback)
     if any(layer.spec.output_shift is not None for layer in layers.values()):
@@ -131,12 +110,24 @@ def plan(
         spending=spent,
         itemsize=itemsize,
     )
-    if traces is None:
+    if sensitivity is None:
         return result
-    _check_same_model(result, traces, sensitivity)
+    traces = sensitivity.values if isinstance(sensitivity, Sensitivity) else sensitivity
+    _check_same_model({path: layer.weights for path, layer in layers.items()}, selection.kept, traces, sensitivity)
     if isinstance(sensitivity, Sensitivity):
         _check_same_shape(model, sensitivity)
     return result.with_factors(chosen.temperature_factors({path: traces[path] for path in layers}))
+
+
+def _chosen(recipe: str | Recipe, options: Mapping[str, Any] | None) -> Recipe:
+    if not isinstance(recipe, Recipe):
+        return recipes.get(recipe, **(options or {}))
+    if options:
+        raise ConfigError(
+            f"options {dict(options)} beside a recipe that is made already: give them to "
+            f"hestia.recipes.get({recipe.name!r}, ...), or give the name"
+        )
+    return recipe
 
 
 def _uniform(
@@ -159,6 +150,49 @@ def _uniform(
     return layers
 
 
+def _mixed(
+    model: nn.Module,
+    selection: Selection,
+    recipe: Recipe,
+    targets: Sequence[Target],
+    sensitivity: Sensitivity | Mapping[str, float] | None,
+    *,
+    bits: float,
+    widths: Sequence[float] | None,
+    max_kl: float | None,
+    damages: Damage | None,
+    interactions: Interactions | None,
+    group_size: GroupSize,
+    fallback: bool,
+    itemsize: int,
+) -> tuple[dict[str, LayerPlan], Selection, Spending]:
+    """Tensors of several widths, the selection without those that the allocation keeps, and how the bits were spent."""
+    linears = selection.candidates
+    if damages is None and isinstance(sensitivity, Sensitivity):
+        sizes = {path: linear.weight.numel() for path, linear in linears.items()}
+        _check_same_model(sizes, selection.kept, sensitivity.values, sensitivity)
+    specs = quantizers(recipe, group_size, widths)
+    damages, source = _damages(recipe, bits, sensitivity, damages, specs)
+    keep = widths is None or KEPT in widths
+    offered = offer(linears, specs, targets, damages, keep=keep, fallback=fallback, itemsize=itemsize)
+    elsewhere = "" if all(t.name == _SMALLEST_TYPES for t in targets) else f", or try --target {_SMALLEST_TYPES}"
+    found, points = allocate(
+        linears, offered, damages, bits=bits, max_kl=max_kl, interactions=interactions, elsewhere=elsewhere
+    )
+    layers = layers_of(linears, specs, offered, damages, found)
+    spent = spending(
+        found,
+        stored_bits(linears, layers, targets[0], itemsize),
+        target=targets[0].name,
+        bits=bits,
+        max_kl=max_kl,
+        source=source,
+        left_out=offered.left_out,
+        curve=points,
+    )
+    return layers, _keeping(model, selection, layers), spent
+
+
 def _damages(
     recipe: Recipe,
     bits: float,
@@ -176,23 +210,6 @@ def _damages(
             "give --sensitivity sensitivity.json"
         )
     return measured_damage(sensitivity, specs)
-
-
-def _bare(recipe: Recipe, targets: Sequence[Target], selection: Selection) -> Plan:
-    """All candidates without a thought to the target, to be compared with a sensitivity."""
-    spec = QuantSpec()
-    layers = {
-        path: LayerPlan(spec=spec, shape=(linear.out_features, linear.in_features))
-        for path, linear in selection.candidates.items()
-    }
-    return Plan(
-        recipe=recipe.to_json(),
-        trains=recipe.trains,
-        targets=tuple(t.name for t in targets),
-        schedule=recipe.schedule(),
-        layers=layers,
-        kept=selection.kept,
-    )
 
 
 def _keeping(model: nn.Module, selection: Selection, layers: Mapping[str, LayerPlan]) -> Selection:
@@ -216,23 +233,49 @@ def _itemsize(model: nn.Module, selection: Selection) -> int:
     return (dtype if isinstance(dtype, torch.dtype) else loaded).itemsize
 
 
+def _check_quantity(recipe: Recipe, sensitivity: Sensitivity | Mapping[str, float] | None) -> None:
+    """Refuse to pace temperatures by a damage, which is no curvature."""
+    if recipe.uses_curvature and isinstance(sensitivity, Sensitivity) and sensitivity.primary.startswith("kl:"):
+        raise PlanError(
+            f"recipe {recipe.name!r} paces its temperatures by curvature, and the sensitivity holds "
+            f"{sensitivity.primary!r}, measured by the estimator {sensitivity.estimator!r}: calibrate with "
+            "--estimator gnb, or choose a recipe that reads no curvature, such as hearth"
+        )
+
+
+def _check_coverage(selection: Selection, allow_partial: bool, after: str = "") -> None:
+    """Refuse a plan that quantizes next to nothing; ``after`` is said before the reason."""
+    if not selection.candidates or (selection.coverage() < SMALLEST_COVERAGE and not allow_partial):
+        raise PlanError(after + _refusal(selection))
+
+
 def _check_same_model(
-    made: Plan, traces: Mapping[str, float], sensitivity: Sensitivity | Mapping[str, float] | None
+    weights: Mapping[str, int],
+    kept: Collection[str],
+    traces: Mapping[str, float],
+    sensitivity: Sensitivity | Mapping[str, float],
 ) -> None:
-    """Refuse a sensitivity that speaks of other tensors, or of tensors of another size, than this plan's."""
-    missing = [path for path in made.layers if path not in traces]
-    strange = [path for path in traces if path not in made.layers and f"{path}.weight" not in made.kept]
+    """Refuse a sensitivity that speaks of other tensors, or of tensors of another size.
+
+    Args:
+        weights: module path -> number of weights of every tensor that must have been measured.
+        kept: names of the parameters that may have been.
+        traces: what was measured.
+        sensitivity: where it comes from.
+    """
+    missing = [path for path in weights if path not in traces]
+    strange = [path for path in traces if path not in weights and f"{path}.weight" not in kept]
     if missing:
-        problem = f"lacks {len(missing)} of {len(made.layers)} tensors, the first is {missing[0]}"
+        problem = f"lacks {len(missing)} of {len(weights)} tensors, the first is {missing[0]}"
     elif strange:
         problem = f"speaks of {len(strange)} tensors that the model has not, the first is {strange[0]}"
     elif isinstance(sensitivity, Sensitivity):
-        sizes = {path: sensitivity.tensors[path].weights for path in made.layers}
-        differing = [path for path, layer in made.layers.items() if sizes[path] != layer.weights]
+        sizes = {path: sensitivity.tensors[path].weights for path in weights}
+        differing = [path for path, count in weights.items() if sizes[path] != count]
         if not differing:
             return
         first = differing[0]
-        problem = f"measured {sizes[first]:,} weights in {first}, the model has {made.layers[first].weights:,}"
+        problem = f"measured {sizes[first]:,} weights in {first}, the model has {weights[first]:,}"
     else:
         return
     raise PlanError(f"the sensitivity {problem}: was it calibrated on another model?")

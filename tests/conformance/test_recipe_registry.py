@@ -14,7 +14,7 @@ from toy_models import qwen2, tied_llama
 import hestia
 from hestia import recipes
 from hestia.errors import ConfigError
-from hestia.quant import AbsMax, ClippedSTE, Grid, GroupSize, QuantSpec
+from hestia.quant import AbsMax, ClippedSTE, Grid, GroupSize, QuantSpec, family
 from hestia.quant.family import Member
 from hestia.schedules import KnobSchedule
 
@@ -55,10 +55,10 @@ def third_party(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The name of a recipe that another package offers, for the length of one test."""
     recipes.names()
     members = dict(Member._registry["recipe"])
-    monkeypatch.setattr(recipes, "entry_points", lambda group: [EntryPoint] if group == "hestia.recipes" else [])
-    recipes._discover.cache_clear()
+    monkeypatch.setattr(family, "entry_points", lambda group: [EntryPoint] if group == "hestia.recipes" else [])
+    family.load_packages.cache_clear()
     yield EntryPoint.name
-    recipes._discover.cache_clear()
+    family.load_packages.cache_clear()
     Member._registry["recipe"] = members
 
 

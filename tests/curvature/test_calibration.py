@@ -14,7 +14,7 @@ from exact_curvature import linears, tiny_llama
 from torch import Tensor, nn
 
 from hestia.curvature import CurvatureEstimator, Sensitivity, calibrate
-from hestia.curvature.estimators import HutchPlusPlus, Problem, Row, gnb, hvp
+from hestia.curvature.estimators import HutchPlusPlus, Problem, Row, draws, gnb
 from hestia.data import Blocks
 from hestia.errors import CalibrationError, ConfigError
 from hestia.jobs import calibrate_on
@@ -218,7 +218,7 @@ def test_a_forward_of_the_wrong_kind_is_refused(toy: Toy) -> None:
 @pytest.mark.parametrize("name", ["gnb", "fisher", "kl", "hutchinson", "hutchpp", "xtrace", "eigen"])
 def test_positions_whose_token_does_not_count_leave_no_trace(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A causal model whose last three tokens do not count says what it says without them; the draws made equal."""
-    for module in (gnb, hvp):
+    for module in (gnb, draws):
         monkeypatch.setattr(module, "key", lambda ids, seed: seed + int(ids[0]))
     model = tiny_llama()
     weights = {path: weight for path, weight in linears(model).items() if "layers.1.mlp" in path}

@@ -84,6 +84,46 @@ def test_a_container_still_counts_and_runs_its_own_children_only() -> None:
     assert torch.equal(model(x), hard) and type(model[-1]) is nn.Linear
 
 
+def test_hooks_and_their_handles_go_in_and_out_with_a_layer() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4))
+    seen: list[str] = []
+    handles = [
+        model[0].register_forward_pre_hook(lambda _, args: seen.append("before")),
+        model[0].register_forward_pre_hook(lambda _, args, named: seen.append("named"), with_kwargs=True),
+        model[0].register_forward_hook(lambda _, args, out: seen.append("after"), always_call=True),
+        model[0].register_full_backward_pre_hook(lambda _, out: seen.append("back")),
+        model[0].register_full_backward_hook(lambda _, into, out: seen.append("backward")),
+    ]
+    everything = ["before", "named", "after", "back", "backward"]
+
+    def calls() -> list[str]:
+        seen.clear()
+        model(torch.ones(2, 8, requires_grad=True)).sum().backward()
+        return seen
+
+    plan = hestia.plan(model)
+    assert calls() == everything
+    assert calls() == everything and isinstance(hestia.apply(model, plan)[0], QuantLinear)
+    assert calls() == everything and type(hestia.restore(model)[0]) is nn.Linear
+    assert calls() == everything
+    hestia.apply(model, plan)
+    hestia.freeze(model)
+    assert calls() == everything
+    hestia.apply(model, plan)
+    for handle in handles:
+        handle.remove()
+    assert calls() == []
+
+
+def test_hooks_of_fully_shard_stay_behind() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4))
+    hestia.apply(model, hestia.plan(model))
+    model[0].register_forward_pre_hook(lambda *_: pytest.fail("it would gather shards that are no more"))
+    model[0].unshard = None  # what such a layer has, and no other
+    hestia.freeze(model)
+    model(torch.ones(2, 8))
+
+
 # --- refusals: what is said, and that nothing was changed ----------------------------------------------------------
 
 

@@ -29,7 +29,11 @@ SYMMETRIC = [TERNARY, BINARY, Grid.of([-1.5, -0.5, 0.5, 1.5]), Grid((-8, -1, 0, 
 
 grids = st.sampled_from(GRIDS)
 groups = st.sampled_from(["tensor", "row", GROUP])
-known = {"gaussian": NORMAL_STEPS, "saliency": (BINARY.values, TERNARY.values)}  # rules that know some grids only
+known = {  # rules that know some grids only
+    "gaussian": NORMAL_STEPS,
+    "saliency": (BINARY.values, TERNARY.values),
+    "stretched_elastic": (TERNARY.values,),
+}
 rules = st.sampled_from(ScaleRule.names()).map(ScaleRule.make)
 estimators = st.sampled_from([Softmax(), Estimator.make("ste"), ClippedSTE(margin=0.5)])
 temperatures = st.one_of(st.just(0.0), st.floats(-6, 1).map(lambda exponent: 10.0**exponent))

@@ -24,7 +24,12 @@ from hestia.quant import (
 )
 from hestia.quant.scales import NORMAL_STEPS
 
-KNOWN = {"gaussian": NORMAL_STEPS, "saliency": (BINARY.values, TERNARY.values)}
+KNOWN = {
+    "gaussian": NORMAL_STEPS,
+    "saliency": (BINARY.values, TERNARY.values),
+    "stretched_elastic": (TERNARY.values,),
+}
+LEARNED = ("learned_level", "learned_step", "stretched_elastic")
 ESTIMATORS = [STE(), ClippedSTE(), Softmax()]
 by_estimator = pytest.mark.parametrize("estimator", ESTIMATORS, ids=lambda e: e.name)
 
@@ -160,6 +165,19 @@ def test_dtype_is_kept_and_computed_in_at_least_fp32(dtype: torch.dtype) -> None
     torch.testing.assert_close(w_hat.detach().double(), expected, rtol=torch.finfo(dtype).eps, atol=1e-7)
 
 
+def test_what_trains_as_one_is_frozen_as_one() -> None:
+    """In fp32 the first weight would lie on the tie, which rounds to 0."""
+    w = torch.tensor([[0.5 + 1e-12, 1.5 - 1e-12, 1.0, 1.0]], dtype=torch.float64)
+    quantizer = Quantizer(QuantSpec(scale=ScaleRule.make("absmean", eps=1e-300), estimator=Softmax()))
+    one = torch.ones((), dtype=torch.float64)
+    assert quantizer.fake(w, one, 0.0 * one).tolist() == [[1.0] * 4]
+    frozen = quantizer.codes(w)
+    assert frozen.codes.tolist() == [[1] * 4] and frozen.scales.dtype == torch.float32
+    assert quantizer.hard(w).dtype == torch.float32 and torch.equal(quantizer.hard(w), frozen.dense())
+    gain = quantizer.gain(w, 0.3 * one)
+    assert gain is not None and gain.dtype == torch.float64
+
+
 # --- torch.compile --------------------------------------------------------------------------------------------------
 
 
@@ -211,7 +229,7 @@ def test_one_graph_serves_all_knobs(spec: QuantSpec) -> None:
 
 
 @by_estimator
-@pytest.mark.parametrize("scale", ScaleRule.names())
+@pytest.mark.parametrize("scale", [name for name in ScaleRule.names() if name not in LEARNED])
 def test_fake_quantize_is_the_same_code(scale: str, estimator: Estimator) -> None:
     w = weight()
     grid = INT2 if INT2.values in KNOWN.get(scale, [INT2.values]) else TERNARY
@@ -220,6 +238,18 @@ def test_fake_quantize_is_the_same_code(scale: str, estimator: Estimator) -> Non
         w, levels=grid.levels, group_size=8, scale=scale, estimator=estimator.name, temperature=0.3, pressure=0.7
     )
     assert torch.equal(by_name, Quantizer(spec).fake(w, knob(0.7), knob(0.3)))
+
+
+@pytest.mark.parametrize("scale", [*LEARNED, ScaleRule.make("learned_step")])
+def test_a_scale_that_nothing_would_keep_is_refused(scale: str | ScaleRule) -> None:
+    with pytest.raises(ConfigError, match=r"keeps nothing between calls; scale='\w+' learns. Use .*'absmean'"):
+        fake_quantize(weight(), scale=scale)
+
+
+def test_the_names_in_the_docstring_are_those_there_are() -> None:
+    text = fake_quantize.__doc__ or ""
+    for name in {*ScaleRule.names(), *Estimator.names()} - {*LEARNED}:
+        assert f'"{name}"' in text, name
 
 
 def test_a_vector_is_one_row() -> None:

@@ -18,6 +18,7 @@ from hestia.quant import (
     QuantSpec,
     Saliency,
     ScaleRule,
+    importance,
     snap,
 )
 from hestia.quant.scales import LARGEST_SCALE, NORMAL_STEPS, SMALLEST_SCALE
@@ -159,6 +160,32 @@ def test_saliency_refuses_grids_whose_loss_it_does_not_minimise() -> None:
     for grid in (INT2, INT3, INT4, Grid.of([-1.5, -0.5, 0.5, 1.5])):
         with pytest.raises(ConfigError, match=r"'saliency' is for binary and ternary, not .*; use 'gaussian'"):
             QuantSpec(grid=grid, scale=Saliency())
+
+
+def test_a_stretched_range_is_cut_into_three_levels_and_no_others() -> None:
+    for grid in (BINARY, INT2, INT4, Grid.of([-0.5, 0.0, 0.5])):
+        with pytest.raises(ConfigError, match=r"'stretched_elastic' is for ternary, not .*; use 'learned_step'"):
+            QuantSpec(grid=grid, scale=ScaleRule.make("stretched_elastic"))
+
+
+@pytest.mark.parametrize("shape", [(64, 1, 96), (16, 8, 32), (1, 1, 4096)])
+def test_thresholds_are_weighed_alike_in_one_pass_and_one_by_one(shape: tuple[int, int, int]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    h = torch.rand(shape, generator=generator, dtype=torch.float64)
+    place = torch.randint(0, 18, shape, generator=generator).double()
+    expected = [
+        [[float(b[c > k].sum()) for k in range(17)] for b, c in zip(row, places, strict=True)]
+        for row, places in zip(h[:2], place[:2], strict=True)
+    ]
+    for above in (importance._above_in_one_pass, importance._above_one_by_one):
+        found = above(place, h, 17)
+        assert found.shape == (*shape[:2], 17)
+        torch.testing.assert_close(found[:2], torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=1e-12)
+
+
+def test_off_the_cpu_no_sum_hangs_on_the_order_of_its_terms(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importance, "_above_in_one_pass", None)
+    assert Saliency()(torch.empty(2, 1, 64, device="meta"), TERNARY).step.shape == (2, 1, 1)
 
 
 @pytest.mark.parametrize("grid", [TERNARY, INT2, INT3, INT4, Grid((-15, -9, 1, 12))], ids=lambda g: g.name)

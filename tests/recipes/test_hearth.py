@@ -107,7 +107,8 @@ def test_new_options_at_their_defaults_leave_old_plans_as_they_are() -> None:
 
 
 def test_options_choose_the_parts() -> None:
-    spec = recipes.get("hearth", scale="twn", soft=False, floor=0.2, ceiling=3.0, tail="trust").spec_for(1.58, "row")
+    options = {"scale": "twn", "soft": False, "floor": 0.2, "ceiling": 3.0, "tail": "trust", "hard_from": 0.9}
+    spec = recipes.get("hearth", **options).spec_for(1.58, "row")
     assert spec == QuantSpec(scale=TWN(), estimator=Softmax(floor=0.2, ceiling=3.0, hard="trust"))
     assert recipes.get("hearth", scale="saliency", every=4).spec_for(1.58, "row").scale == Saliency(every=4)
     kept = recipes.get("hearth", scale="saliency", search=False).spec_for(1.58, "row").scale
@@ -115,6 +116,14 @@ def test_options_choose_the_parts() -> None:
     assert recipes.get("hearth").correction() is None
     assert recipes.get("hearth", pull=5.0, pull_start=0.7).correction() == Pull(strength=5.0, start=0.7)
     assert recipes.get("hearth", hard_from=0.85).schedule().base_temperature(0.85) == 0.0
+
+
+@pytest.mark.parametrize("hard_from", [None, 1.0])
+def test_a_tail_that_no_step_would_use_is_refused(hard_from: float | None) -> None:
+    with pytest.raises(ConfigError, match=r"tail='trust' serves the steps after hard_from, .* such as --option hard_f"):
+        recipes.get("hearth", tail="trust", hard_from=hard_from)
+    assert recipes.get("hearth", tail="trust", hard_from=hard_from, temperature=0.0, rho=0.0), "hard from the start"
+    assert recipes.get("hearth", tail="ste", hard_from=hard_from)
 
 
 @pytest.mark.parametrize("bits", [1.0, 1.58, 2.0, 3.0, 4.0])

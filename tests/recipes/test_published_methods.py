@@ -13,7 +13,7 @@ from torch import Tensor
 from hestia import recipes
 from hestia.errors import ConfigError
 from hestia.quant import INT2, TERNARY, Grid, Quantizer
-from hestia.quant.held import Saliency
+from hestia.quant.importance import Saliency
 
 ROWS, COLUMNS = 6, 64
 Method = Callable[[Tensor, Tensor, int], Tensor]
@@ -135,6 +135,7 @@ def gain(name: str, z: Tensor, grid: Grid = TERNARY, tau: float = 0.0) -> Tensor
         ("dsq", {"sharpness": 5.0, "end_sharpness": 5.0}, "< 1, got sharpness=5.0, end_sharpness=5.0"),
         ("dsq", {"sharpness": 0.1}, "0 < end_sharpness <= sharpness < 1, got sharpness=0.1, end_sharpness=0.2"),
         ("dsq", {"sharpness": 0.0, "end_sharpness": 0.0}, "0 < end_sharpness"),
+        ("hestia", {"alpha": 20.0}, r"alpha must lie in \[-10, 10\] \(the paper uses 0.4\), got 20"),
     ],
 )
 def test_options_that_would_fail_late_or_turn_the_grid_around_are_refused(

@@ -43,8 +43,15 @@ def test_no_warmup_and_no_decay_is_constant() -> None:
         ({"final": -0.1}, "final must lie in"),
         ({"second_stage": 2.0}, "second_stage is a share"),
         ({"warmup": 0.6, "decay": 0.6}, "overlap"),
+        ({"second_stage": 0.01}, r"--second-stage 0\.01 lies outside .* between the warm-up's end \(0\.05\) and the"),
+        ({"second_stage": 0.95}, r"--second-stage 0\.95 lies outside .* and the decay's start \(0\.9\)"),
     ],
 )
 def test_what_is_no_schedule(options: dict[str, float], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         LearningRateSchedule(**options)
+
+
+def test_the_constant_part_includes_both_of_its_ends() -> None:
+    for stage in (0.05, 0.9):
+        assert LearningRateSchedule(second_stage=stage).factor(0.9) == 0.5

@@ -259,6 +259,8 @@ def test_bad_distillations_are_refused(tmp_path: Path) -> None:
         Distillation(weight=1.5)
     with pytest.raises(ConfigError, match=r"--distill-noise must lie in \[0, 1\], got nan"):
         Distillation(noise=float("nan"))
+    with pytest.raises(ConfigError, match="positions must be 1 or more, got 0"):
+        Distillation(positions=0)
     with pytest.raises(ConfigError, match="belong together"):
         trainer(tmp_path / "b", model, plan, distill=Distillation())
     with pytest.raises(ConfigError, match="vocabulary of 65, the student one of 64"):

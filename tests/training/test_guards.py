@@ -156,12 +156,22 @@ def test_a_loss_spike_is_reported_and_the_run_goes_on(tmp_path: Path, monkeypatc
         with torch.no_grad():
             model.lm_head.weight.mul_(-3.0)
 
-    trainer(tmp_path, model, plan, steps=24, callbacks=[At(20, jolt)]).fit()
+    trainer(tmp_path, model, plan, steps=24, callbacks=[At(21, jolt)]).fit()
     rows = [row for row in log_rows(tmp_path) if "loss_spike" in row]
-    assert [row["step"] for row in rows][:1] == [21]
+    assert [row["step"] for row in rows][:1] == [22]
     assert rows[0]["loss_spike"] > 1.2 * rows[0]["highest_before"]
-    assert said[0].startswith("step 21: the loss jumped to ")
+    assert said[0].startswith("step 22: the loss jumped to ")
     assert log_rows(tmp_path)[-1]["step"] == 24
+
+
+def test_the_last_step_under_rising_pressure_is_not_watched(tmp_path: Path) -> None:
+    """Step 6 of 10 trained at t = 5/10, where the pressure has just become 1."""
+    model, plan = converted(rho=0.5)
+    work = trainer(tmp_path, model, plan, steps=10)
+    watched: list[int] = []
+    work._spikes.add = lambda loss: watched.append(work.state.global_step)  # type: ignore[method-assign,return-value]
+    work.fit()
+    assert watched == [6, 7, 8, 9, 10]
 
 
 @given(losses=st.lists(st.floats(0.01, 10.0), min_size=1, max_size=60))

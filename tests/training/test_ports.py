@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
 import torch
 import toy_models
 from toy_training import At, converted, log_rows, trainer
+from transformers import TrainerState
 
 import hestia
 from hestia.errors import ConfigError
@@ -19,6 +21,7 @@ from hestia.quant import Grid, WeightedRule
 from hestia.quant.family import Member
 from hestia.quant.scales import Scales
 from hestia.training import TrainConfig
+from hestia.training.callback import correct, hand_over_importance
 from hestia.training.optimizer import parameter_groups
 
 
@@ -136,6 +139,62 @@ def test_a_pull_needs_no_port_where_the_plan_has_none(tmp_path: Path) -> None:
         trainer(tmp_path / name, model, plan).fit()
         losses.append([row["loss"] for row in log_rows(tmp_path / name) if "loss" in row])
     assert losses[0] == losses[1], "bit for bit"
+
+
+def stepped(optimizer: torch.optim.Optimizer, model: Any) -> list[Any]:
+    """The layers after one step of ``optimizer``, the gradients still there."""
+    ids = toy_models.IDS
+    model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    optimizer.step()
+    return [layer for _, layer in quantized_modules(model)]
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adafactor])
+def test_an_optimizer_without_a_second_moment_is_refused_by_name(kind: Any) -> None:
+    model, _ = converted(recipe="quasar", warmup=1)
+    optimizer = kind(model.parameters(), lr=1e-3)
+    layers = stepped(optimizer, model)
+    with pytest.raises(ConfigError, match=rf"'saliency' weighs by .* {kind.__name__} keeps no exp_avg_sq .*AdamW, or"):
+        hand_over_importance(layers, optimizer, 3)
+
+
+def test_a_weight_without_a_gradient_or_an_optimizer_stays_uniform() -> None:
+    model, _ = converted(recipe="quasar", warmup=1)
+    layers = [layer for _, layer in quantized_modules(model)]
+    layers[0].weight.requires_grad_(False)
+    optimizer = torch.optim.AdamW([layer.weight for layer in layers[:-1]], lr=1e-3)
+    stepped(optimizer, model)
+    hand_over_importance(layers, optimizer, 3)
+    uniform = [bool((layer.held == 1).all()) for layer in layers]
+    assert uniform == [True, *[False] * (len(layers) - 2), True]
+
+
+def test_a_step_that_was_skipped_hands_nothing_over() -> None:
+    """As accelerate's scaler does where an fp16 gradient overflows, before there is any second moment."""
+    model, plan = converted(recipe="quasar", warmup=1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    model(input_ids=toy_models.IDS, labels=toy_models.IDS, use_cache=False).loss.backward()
+    state = TrainerState(max_steps=10, global_step=3)
+    arguments: Any = (None, state, None)
+    wrapped = SimpleNamespace(optimizer=optimizer, step_was_skipped=True)
+    hestia.QATCallback(plan).on_optimizer_step(*arguments, model=model, optimizer=wrapped)
+    assert all(bool((layer.held == 1).all()) for _, layer in quantized_modules(model))
+    wrapped.step_was_skipped = False
+    with pytest.raises(ConfigError, match="AdamW keeps no exp_avg_sq"):
+        hestia.QATCallback(plan).on_optimizer_step(*arguments, model=model, optimizer=wrapped)
+
+
+def test_a_correction_that_would_move_nothing_is_refused() -> None:
+    model, plan = converted(recipe="cage")
+    layers = [layer for _, layer in quantized_modules(model)]
+    assert plan.correction is not None
+    copies = [torch.nn.Parameter(layer.weight.detach().clone()) for layer in layers]
+    with pytest.raises(ConfigError, match=r"'pull' moves .* AdamW has none of the 14 quantized ones in its param_gr"):
+        correct(layers, torch.optim.AdamW(copies), plan.correction, 0.95)
+    before = [layer.weight.detach().clone() for layer in layers]
+    correct(layers, torch.optim.SGD([layers[0].weight], lr=0.1), plan.correction, 0.95)
+    moved = [not torch.equal(layer.weight, old) for layer, old in zip(layers, before, strict=True)]
+    assert moved == [True, *[False] * 13]
 
 
 def test_rates_of_their_own_make_groups_of_their_own() -> None:

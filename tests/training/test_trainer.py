@@ -86,6 +86,16 @@ def test_the_cpu_is_used_where_it_was_asked_for(tmp_path: Path, two_gpus: None) 
         TrainConfig(steps=1, batch_size=4, learning_rate=1e-3, device="gpu")
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("steps", 0), ("batch_size", 0), ("accumulation", 0), ("learning_rate", -1.0), ("learning_rate", float("nan"))],
+)
+def test_numbers_that_train_nothing_are_refused(name: str, value: float) -> None:
+    settings: dict[str, Any] = {"steps": 1, "batch_size": 4, "learning_rate": 1e-3}
+    with pytest.raises(ConfigError, match=rf"{name} must be .*, got {value}"):
+        TrainConfig(**settings | {name: value})
+
+
 def test_a_run_is_resumed_on_another_device(tmp_path: Path) -> None:
     model, plan = converted()
     trainer(tmp_path, model, plan, save_every=3).fit()

@@ -3,16 +3,22 @@
 calibration   model + weights + text -> Sensitivity
 estimators/   one a file: gnb (default), fisher, kl, hutchinson, hutchpp, xtrace, eigen
 stopping      when there are enough sequences
-table         the artefact, sensitivity.json
+partial       what a calibration that was killed had measured; parallel: over several processes; rows: both as matrices
+sensitivity   the artefact, sensitivity.json
 intervals     how far to trust it
-scores        trace -> s_i -> temperature factor (Hestia, eq. 13 and 15)
+show          the table for people
+scores/       samples -> how much quantizing a tensor hurts, one a file; inputs: what layers are fed, for some of them
+damage        the scores that are nats a token
+allocation/   damages -> a width for every tensor
+temperatures  s_i -> temperature factor (Hestia, eq. 15)
 """
 
 from .calibration import calibrate
 from .estimators import CurvatureEstimator, Forward
-from .scores import hestia_scores, temperature_factors
+from .scores import hestia_scores
+from .sensitivity import Sensitivity, TensorSensitivity
 from .stopping import Stopping
-from .table import Sensitivity, TensorSensitivity
+from .temperatures import temperature_factors
 
 __all__ = [
     "CurvatureEstimator",

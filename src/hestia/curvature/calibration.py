@@ -19,8 +19,8 @@ from ..quant import QuantSpec
 from . import parallel
 from .estimators import Candidates, CurvatureEstimator, Diagonals, Forward, GaussNewton, Problem, Row, quantity
 from .partial import Partial, key_of
+from .sensitivity import Sensitivity, TensorSensitivity
 from .stopping import Stopping
-from .table import Sensitivity, TensorSensitivity
 
 
 def calibrate(
@@ -83,11 +83,14 @@ def calibrate(
             model=model,
             forward=forward or (lambda batch: model(input_ids=batch).logits),
             weights=weights,
-            candidates=Candidates(weights, candidates or {}),
-            diagonals=Diagonals(diagonals, weights) if chosen.squares and diagonals is not None else None,
+            candidates=Candidates(weights, {}),
             seed=seed,
         )
-        chosen.prepare(problem, ids)
+        problem = replace(
+            chosen.prepare(problem, ids),
+            candidates=Candidates(weights, candidates or {}),
+            diagonals=Diagonals(diagonals, weights) if chosen.squares and diagonals is not None else None,
+        )
         labelled = {label: spec.to_json() for label, spec in (candidates or {}).items()}
         partial = None
         if keep is not None and processes.world_size() == 1:

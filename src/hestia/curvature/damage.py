@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .scores import DirectKL, Evidence, Quadratic, Score
-from .table import Sensitivity
+from .sensitivity import Sensitivity
 
 READINGS: tuple[tuple[Score, str], ...] = ((DirectKL(), "measured KL"), (Quadratic(), "half of dW' G dW"))
 """Scores that are predicted KL, and what they are in words; the first that was measured is taken."""

@@ -17,6 +17,7 @@ from torch import distributed as dist
 from ..errors import CalibrationError
 from ..processes import running, world_size
 from .estimators import Diagonals, Row
+from .rows import Name, from_matrices, names_of, to_matrices
 
 
 def gathered(mine: Mapping[int, Row], start: int, stop: int) -> list[Row]:
@@ -29,28 +30,16 @@ def gathered(mine: Mapping[int, Row], start: int, stop: int) -> list[Row]:
         return [mine[k] for k in range(start, stop)]
     if start == 0 and stop < world_size():
         raise CalibrationError(f"{stop} sequences are too few for {world_size()} processes; give at least one each")
-    here = dict.fromkeys((path, name) for row in mine.values() for path, found in row.items() for name in found)
-    names = _all_names(list(here))
-    # [0] the samples, [1] whether there is one: a NaN may be a sample too, and the reader shall see it
-    table = torch.zeros(2, stop - start, len(names), dtype=torch.float64)
-    for k, row in mine.items():
-        for j, (path, name) in enumerate(names):
-            if name in row.get(path, {}):
-                table[0, k - start, j], table[1, k - start, j] = row[path][name], 1.0
+    names = _all_names(names_of(mine.values()))
+    here, there = to_matrices([mine.get(k, {}) for k in range(start, stop)], names)
+    table = torch.stack([here, there.double()])
     tables = [torch.empty_like(table) for _ in range(world_size())]
     dist.all_gather(tables, table)
-    rows: list[Row] = []
-    for k in range(stop - start):
-        samples, present = tables[k % world_size()][:, k].tolist()
-        row = {}
-        for (path, name), sample, there in zip(names, samples, present, strict=True):
-            if there:
-                row.setdefault(path, {})[name] = sample
-        rows.append(row)
-    return rows
+    samples, present = torch.stack([tables[k % world_size()][:, k] for k in range(stop - start)], dim=1)
+    return from_matrices(samples, present, names)
 
 
-def _all_names(mine: list[tuple[str, str]]) -> list[tuple[str, str]]:
+def _all_names(mine: list[Name]) -> list[Name]:
     """The (path, quantity) pairs that any process has, in the first one's order; they travel as JSON."""
     payload = torch.frombuffer(bytearray(json.dumps(mine).encode()), dtype=torch.uint8)
     sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(world_size())]

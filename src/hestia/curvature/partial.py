@@ -18,12 +18,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from .. import digests
 from ..files import replacing, save_file
 from .estimators import CurvatureEstimator, Diagonals, Row
+from .rows import from_matrices, names_of, to_matrices
 from .stopping import Stopping
 
 SCHEMA = "1"
@@ -58,7 +58,7 @@ class Partial:
                     return []
                 tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 - not a mapping
             names = [(str(path), str(name)) for path, name in json.loads(metadata["names"])]
-            rows = _rows(tensors["rows"], tensors["present"], names)
+            rows = from_matrices(tensors["rows"], tensors["present"], names)
         except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
             announce(f"{self.path}: damaged ({error}); the calibration begins anew")
             return []
@@ -72,14 +72,9 @@ class Partial:
         """Write them, if the last writing is old enough or ``now``."""
         if not now and time.monotonic() - self._written < SECONDS:
             return
-        names = list(dict.fromkeys((path, name) for row in rows for path, found in row.items() for name in found))
-        table = torch.zeros(len(rows), len(names), dtype=torch.float64)
-        present = torch.zeros(len(rows), len(names), dtype=torch.bool)
-        for k, row in enumerate(rows):
-            for j, (path, name) in enumerate(names):
-                if name in row.get(path, {}):
-                    table[k, j], present[k, j] = row[path][name], True
-        tensors = {"rows": table, "present": present}
+        names = names_of(rows)
+        samples, present = to_matrices(rows, names)
+        tensors = {"rows": samples, "present": present}
         if diagonals is not None:
             tensors |= {f"diagonals/{name}": value.contiguous() for name, value in diagonals.state().items()}
         with replacing(self.path) as temporary:
@@ -114,14 +109,3 @@ def announce(message: str) -> None:
     from ..progress import announce as say
 
     say(message)
-
-
-def _rows(table: Tensor, present: Tensor, names: Sequence[tuple[str, str]]) -> list[Row]:
-    rows: list[Row] = []
-    for samples, there in zip(table.tolist(), present.tolist(), strict=True):
-        row: Row = {}
-        for (path, name), sample, is_there in zip(names, samples, there, strict=True):
-            if is_there:
-                row.setdefault(path, {})[name] = sample
-        rows.append(row)
-    return rows

@@ -5,9 +5,10 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping
 
+from ..errors import CalibrationError
 from ..quant import QuantSpec
 from .damage import damages
-from .table import LARGE_SHARE, Sensitivity, TensorSensitivity
+from .sensitivity import LARGE_SHARE, Sensitivity, TensorSensitivity
 
 PARENT_BITS = 16.0
 """What a weight costs before it is quantized."""
@@ -18,11 +19,12 @@ def damage_per_megabit(sensitivity: Sensitivity, label: str) -> dict[str, float]
 
         D_i / (n_i (16 - bits)) * 10^6
 
-    Falls back to the trace a weight where no damage was measured.
+    Raises:
+        CalibrationError: no damage of ``label`` was measured.
     """
     read = damages(sensitivity, label)
     if read is None:
-        return {path: tensor.trace / tensor.weights for path, tensor in sensitivity.tensors.items()}
+        raise CalibrationError(f"no damage of {label!r} was measured, only {', '.join(sensitivity.quantities)}")
     saved = PARENT_BITS - QuantSpec.from_json(dict(sensitivity.candidates[label])).grid.bits
     return {path: 1e6 * read[0][path] / (t.weights * saved) for path, t in sensitivity.tensors.items()}
 

@@ -28,8 +28,12 @@ def apply(model: nn.Module, plan: Plan) -> nn.Module:
     """Replace the plan's linear layers by ``QuantLinear``, in place; the Parameters stay the same objects.
 
     Latent weights become fp32 (a bf16 latent swallows small updates; fp64 stays); everything else keeps its dtype.
-    State-dict keys do not change. All layers share one ``Knobs`` module, which starts at the schedule's t = 0; it is
-    registered in the layers alone, because a root that counts or runs its children (``nn.Sequential``) would meet it.
+    State-dict keys do not change, but for what a scale rule holds (``PATH._hestia.*``); forward and backward hooks of a
+    layer stay. All layers share one ``Knobs`` module, which starts at the schedule's t = 0; it is registered in the
+    layers alone, because a root that counts or runs its children (``nn.Sequential``) would meet it.
+
+    A model that is converted on the meta device and gets its weights after ``to_empty`` wants ``QuantLinear.restart()``
+    of every layer (``hestia.nn.quantized_modules``) then, which fills what its scale rule holds.
 
     Raises:
         PlanError: the plan names a layer that the model lacks, of another shape or kind, or whose weight another
@@ -113,6 +117,22 @@ def freeze(model: nn.Module) -> dict[str, QuantizedTensor]:
     return frozen
 
 
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_is_full_backward_hook",
+)
+
+
 def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
     parent, _, name = path.rpartition(".")
+    before = model.get_submodule(path)
+    if not hasattr(before, "unshard"):  # the hooks of fully_shard gather a weight that is whole from now on
+        for hooks in _HOOKS:  # the very dictionaries, so that the handles of the hooks still remove them
+            setattr(module, hooks, getattr(before, hooks))
     setattr(model.get_submodule(parent), name, module)

@@ -5,7 +5,9 @@ from .corrections import Correction, Pull
 from .estimators import STE, ClippedSTE, DampedFourier, Estimator, Softmax, Tanh, Trust
 from .grids import BINARY, INT2, INT3, INT4, TERNARY, Grid
 from .grouping import GroupSize
-from .held import HeldRule, LearnedLevel, LearnedRule, LearnedStep, Saliency, StretchedElastic, WeightedRule
+from .held import HeldRule
+from .importance import Saliency, WeightedRule
+from .learned import LearnedLevel, LearnedRule, LearnedStep, StretchedElastic
 from .quantizer import Quantizer, fake_quantize
 from .scales import TWN, AbsMax, AbsMean, Gaussian, LeastSquares, RootMeanSquare, ScaleRule, snap
 from .shifts import DeadZone, OutputShift

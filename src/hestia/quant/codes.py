@@ -34,13 +34,12 @@ class QuantizedTensor:
         grouped = self.codes.reshape(group_shape(self.shape, self.group_size)).to(torch.float32)
         return (grouped * self.scales.unsqueeze(-1)).reshape(self.shape).to(dtype)
 
-    def rows(self, index: Tensor) -> Tensor:
-        """Some rows of ``dense()``, without making the others."""
-        columns = self.codes.shape[1]
-        per_row = group_shape(self.shape, self.group_size)[1] if self.group_size != "tensor" else 1
+    def rows(self, index: Tensor | slice) -> Tensor:
+        """Some rows of ``dense()``, without making the others; nobody else holds what is returned."""
         scales = self.scales.expand(self.shape[0], -1)[index]
-        grouped = self.codes[index].reshape(len(index), per_row, columns // per_row).to(torch.float32)
-        return (grouped * scales.unsqueeze(-1)).reshape(len(index), columns)
+        codes = self.codes[index].to(torch.float32)
+        grouped = codes.view(*scales.shape, codes.shape[1] // scales.shape[1])
+        return grouped.mul_(scales.unsqueeze(-1)).view_as(codes)
 
     def block_scales(self, block: int) -> Tensor:
         """The scale of every ``block`` consecutive inputs, ``[O, I/block]``; repeats, never rounds.

@@ -2,11 +2,29 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import asdict, dataclass, fields
+from importlib.metadata import entry_points
 from typing import Any, ClassVar, Self
 
 from ..errors import ConfigError, nearest
+
+ENTRY_POINTS = "hestia.recipes"
+
+
+@functools.cache
+def load_packages() -> None:
+    """Import what other packages list under the entry-point group; recipes and their parts register themselves.
+
+    Raises:
+        ConfigError: one of them cannot be imported.
+    """
+    for entry in entry_points(group=ENTRY_POINTS):
+        try:
+            entry.load()
+        except ImportError as error:
+            raise ConfigError(f"the recipe {entry.name!r} of another package cannot be imported: {error}") from None
 
 
 @dataclass(frozen=True)
@@ -32,12 +50,14 @@ class Member:
 
     @classmethod
     def make(cls, name: str, **options: Any) -> Self:
-        """The member called ``name`` with the given options.
+        """The member called ``name`` with the given options; other packages are asked for a name that hestia lacks.
 
         Raises:
             ConfigError: an unknown name or option; the nearest valid one is named.
         """
-        members = Member._registry.get(cls.family, {})
+        members = Member._registry.setdefault(cls.family, {})
+        if name not in members:
+            load_packages()
         if name not in members:
             raise ConfigError(f"unknown {cls.family} {name!r}: {nearest(str(name), members)}")
         kind = members[name]

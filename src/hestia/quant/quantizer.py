@@ -60,7 +60,7 @@ class _Relax(torch.autograd.Function):
 class Quantizer:
     """One weight's quantizer: a pure function of the weight, the pressure and the temperature.
 
-    ``held`` is what a scale rule of ``held.py`` keeps between steps, a learned scale ``[R * G]`` or an importance
+    ``held`` is what a ``HeldRule`` keeps between steps, a learned scale ``[R * G]`` or an importance
     ``[O, I]``; every other rule has none.
 
     Args:
@@ -83,7 +83,7 @@ class Quantizer:
             temperature: 0-d, 0 (hard) or more.
             held: see the class.
         """
-        w = to_groups(w_OI if w_OI.dtype in (torch.float32, torch.float64) else w_OI.float(), self.spec.group_size)
+        w = to_groups(_exact(w_OI), self.spec.group_size)
         relax = RelaxLearned if self.spec.learns and held is not None else _Relax
         grouped = None if held is None else self._grouped(held, w)
         out = relax.apply(w, pressure.to(w.dtype), temperature.to(w.dtype), self.spec, grouped)
@@ -93,7 +93,7 @@ class Quantizer:
     @torch.no_grad()
     def gain(self, w_OI: Tensor, temperature: Tensor, held: Tensor | None = None) -> Tensor | None:
         """The surrogate's own gain ``[R, G, N]`` at every weight, without pressure; None where it is 1 everywhere."""
-        w = to_groups(w_OI.detach().float(), self.spec.group_size)
+        w = to_groups(_exact(w_OI.detach()), self.spec.group_size)
         z = w / self.scales(w, held).step
         return self.spec.estimator.gain(z, self.spec.grid, temperature.to(z.dtype))
 
@@ -104,20 +104,20 @@ class Quantizer:
         The codes use the unsnapped step, so snapping changes the scales alone, inside ``snap``'s range by 0.4 % at
         most (3 % on -8 .. 7).
         """
-        w = to_groups(w_OI.detach().float(), self.spec.group_size)
+        w = to_groups(_exact(w_OI.detach()), self.spec.group_size)
         step, level = self.scales(w, held)
         unit = self.spec.grid.unit
         codes = (self.spec.grid.round(w / step) / unit).to(torch.int8)
-        scales = snap(level * unit, self.spec.grid).squeeze(-1)
+        scales = snap(level * unit, self.spec.grid).squeeze(-1).float()
         return QuantizedTensor(codes.reshape(w_OI.shape), scales, self.spec.group_size)
 
     @torch.no_grad()
     def hard(self, w_OI: Tensor, held: Tensor | None = None) -> Tensor:
-        """``codes(w).dense()`` without the int8 detour: what evaluation computes and export stores."""
-        w = to_groups(w_OI.detach().float(), self.spec.group_size)
+        """``codes(w).dense()`` without the int8 detour: what evaluation computes and export stores; fp32."""
+        w = to_groups(_exact(w_OI.detach()), self.spec.group_size)
         step, level = self.scales(w, held)
         unit = self.spec.grid.unit
-        return (self.spec.grid.round(w / step) / unit * snap(level * unit, self.spec.grid)).reshape(w_OI.shape)
+        return (self.spec.grid.round(w / step) / unit * snap(level * unit, self.spec.grid)).reshape(w_OI.shape).float()
 
     def start(self, w_OI: Tensor) -> Tensor | None:
         """What the scale rule holds when training begins; None for a rule that holds nothing."""
@@ -130,6 +130,11 @@ class Quantizer:
         """A held tensor as the rules want it, ``[R, G, 1]`` or ``[R, G, N]``, in the dtype of the weight."""
         rows, groups, _ = w_RGN.shape
         return held.reshape(rows, groups, -1).to(w_RGN.dtype)
+
+
+def _exact(w: Tensor) -> Tensor:
+    """``w`` in fp32 or, where it is fp64, as it is: what training, freezing and evaluation all compute in."""
+    return w.to(torch.promote_types(w.dtype, torch.float32))
 
 
 def fake_quantize(
@@ -150,15 +155,16 @@ def fake_quantize(
         w: weight ``[out_features, in_features]`` (a vector counts as one row).
         levels: the grid, in units of the scale.
         group_size: weights that share a scale: an int, "row" or "tensor".
-        scale: rule by name ("absmean", "absmax", "least_squares", "twn") or as an object.
-        estimator: rule by name ("softmax", "ste", "clipped_ste") or as an object.
+        scale: rule by name ("absmean", "absmax", "least_squares", "twn", "rms", "gaussian"; "saliency", all weights
+            alike) or as an object; not one that learns, which needs a layer to keep its scale.
+        estimator: by name ("softmax", "ste", "clipped_ste", "trust", "tanh", "damped_fourier") or as an object.
         temperature: 0 is hard forward; the gradient of "softmax" at pressure 1 is then ``level / step``, which is the
             identity where a rule has one scale for both.
         pressure: 0 returns ``w``, bit for bit.
 
     Raises:
-        ConfigError: an unknown name, an impossible grid or group size, a weight of three or more dimensions; the
-            message names what is allowed.
+        ConfigError: an unknown name, an impossible grid or group size, a scale rule that learns, a weight of three or
+            more dimensions; the message names what is allowed.
 
     Source: Wang et al. 2026, arXiv:2601.20745, eq. 10 and section 4.1.
 
@@ -176,6 +182,11 @@ def fake_quantize(
         scale=scale if isinstance(scale, ScaleRule) else ScaleRule.make(scale),
         estimator=estimator if isinstance(estimator, Estimator) else Estimator.make(estimator),
     )
+    if spec.learns:
+        raise ConfigError(
+            f"fake_quantize keeps nothing between calls; scale={spec.scale.name!r} learns. Use a rule that reads the "
+            "weight, such as 'absmean' or 'least_squares', or hestia.apply with a recipe that learns its scale"
+        )
     knob = {"dtype": torch.float64 if w.dtype == torch.float64 else torch.float32, "device": w.device}
     w_hat = Quantizer(spec).fake(
         w if w.ndim == 2 else w.reshape(1, -1), torch.as_tensor(pressure, **knob), torch.as_tensor(temperature, **knob)

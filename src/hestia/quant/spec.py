@@ -11,7 +11,8 @@ from ..errors import ConfigError
 from .estimators import STE, Estimator
 from .grids import TERNARY, Grid
 from .grouping import GroupSize, check_group_size, group_shape
-from .held import HeldRule, LearnedRule
+from .held import HeldRule
+from .learned import LearnedRule
 from .scales import AbsMean, ScaleRule, Scales
 from .shifts import OutputShift
 

@@ -8,29 +8,26 @@ from __future__ import annotations
 import functools
 import importlib
 import pkgutil
-from importlib.metadata import entry_points
 from typing import Any
 
-from ..errors import ConfigError
+from ..quant.family import load_packages
 from .base import GRIDS, Recipe
-
-ENTRY_POINTS = "hestia.recipes"
 
 
 @functools.cache
 def _discover() -> None:
     for module in pkgutil.iter_modules(__path__):
         importlib.import_module(f"{__name__}.{module.name}")
-    for entry in entry_points(group=ENTRY_POINTS):
-        try:
-            entry.load()
-        except ImportError as error:
-            raise ConfigError(f"the recipe {entry.name!r} of another package cannot be imported: {error}") from None
 
 
 def names() -> list[str]:
-    """The names of all recipes, third-party ones included."""
+    """The names of all recipes, third-party ones included.
+
+    Raises:
+        ConfigError: a package that lists one cannot be imported.
+    """
     _discover()
+    load_packages()
     return Recipe.names()
 
 

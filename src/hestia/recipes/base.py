@@ -45,7 +45,7 @@ class Recipe(Member, ABC):
     to be edited: command line, docs and the conformance suite discover it. Every option has a default.
 
     Raises:
-        ConfigError: an option of the wrong type, or one that the schedule refuses.
+        ConfigError: an option of the wrong type, or one that schedule, correction, temperatures or quantizer refuse.
     """
 
     family: ClassVar[str] = "recipe"
@@ -70,6 +70,7 @@ class Recipe(Member, ABC):
                 raise ConfigError(f"{where} wants {getattr(hint, '__name__', hint)}, got {value!r}")
         self.schedule()  # what these refuse is refused here, before anything is read or computed
         self.correction()
+        self.temperature_factors({"one tensor": 1.0, "another": 2.0})
         for bits in self.widths:
             self._spec(GRIDS[bits], "row")
 

@@ -36,6 +36,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
+from ..errors import ConfigError
 from ..quant import (
     TWN,
     AbsMean,
@@ -62,7 +63,7 @@ class Hearth(Recipe):
         rho: share of the run over which pressure rises.
         temperature: tau0.
         hard_from: share of the run after which rounding is hard; None anneals to the end.
-        tail: estimator whose gradient is used from then on.
+        tail: estimator whose gradient is used from then on; another than ste needs such a part of the run.
         scale: rule of the scale; twn and saliency are gaussian from 2 bits on.
         soft: refit the level to the soft value (least_squares and twn).
         floor: least gain of the softmax.
@@ -71,6 +72,9 @@ class Hearth(Recipe):
         pull_start: share of the run after which it pulls.
         every: steps between two hand-overs of importance (saliency).
         search: whether saliency tries 17 thresholds at every step, as quasar does, or keeps TWN's.
+
+    Raises:
+        ConfigError: a tail in a run whose rounding is never hard.
     """
 
     name: ClassVar[str] = "hearth"
@@ -87,6 +91,14 @@ class Hearth(Recipe):
     pull_start: float = 0.8
     every: int = 1
     search: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.tail != "ste" and self.hard_from in (None, 1.0) and self.temperature > 0.0:
+            raise ConfigError(
+                f"recipe 'hearth': tail={self.tail!r} serves the steps after hard_from, and there are none with "
+                f"hard_from={self.hard_from}: give both, such as --option hard_from=0.85"
+            )
 
     def _spec(self, grid: Grid, group_size: GroupSize) -> QuantSpec:
         threshold = Saliency() if self.search else Saliency(lowest=0.75, candidates=1)

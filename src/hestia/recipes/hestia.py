@@ -40,7 +40,8 @@ class Hestia(Recipe):
         matched: divide the factors by their mean, so that alpha keeps the arithmetic mean temperature.
         scale: rule of the scale; absmean (the paper's) suits {-1, 0, 1} better than {-2, -1, 0, 1}, and from 3 bits on
             gaussian takes its place.
-        temperature: tau0 (paper 0.3; 0.351 is the value fitted in the published code).
+        temperature: tau0 (paper 0.3; the published code starts at 0.351, where soft rounding moves Gaussian weights
+            least).
         hold: share of the run before the temperature falls; None means rho.
         decay: "cosine" or "linear".
         end_temperature: temperature of the last step.

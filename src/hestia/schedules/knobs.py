@@ -21,8 +21,6 @@ from ..errors import ConfigError, nearest
 from .curves import cosine, linear, ramp
 
 PAPER_TEMPERATURE = 0.3
-FITTED_TEMPERATURE = 0.351
-"""argmin over tau of E[(Q_tau(z) - z)^2] for Gaussian weights scaled to E|z| = 1; the published code starts there."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,7 +20,8 @@ class LearningRateSchedule:
     """Shares of the run, each in [0, 1].
 
     Raises:
-        ConfigError: a share outside [0, 1], or warm-up and decay that overlap.
+        ConfigError: a share outside [0, 1], warm-up and decay that overlap, or a second stage that begins in one of
+            them.
     """
 
     warmup: float = 0.05
@@ -37,6 +38,12 @@ class LearningRateSchedule:
             raise ConfigError(f"second_stage is a share of the run in [0, 1], got {self.second_stage}")
         if self.warmup + self.decay > 1.0:
             raise ConfigError(f"warm-up ({self.warmup}) and decay ({self.decay}) overlap")
+        constant_until = 1.0 - self.decay
+        if self.second_stage is not None and not self.warmup <= self.second_stage <= constant_until:
+            raise ConfigError(
+                f"--second-stage {self.second_stage:g} lies outside the constant part of the schedule: write a share "
+                f"between the warm-up's end ({self.warmup:g}) and the decay's start ({constant_until:g})"
+            )
 
     def factor(self, t: float) -> float:
         """Factor on the peak learning rate at t in [0, 1]."""

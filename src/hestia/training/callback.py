@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ..errors import ConfigError
 from ..nn import QuantLinear, knobs_of, quantized_modules
 from ..nn.shards import whole
 from ..plans import Plan
@@ -65,9 +66,10 @@ class QATCallback(TrainerCallback):
         """Hand over importance, then pull; ``state.global_step`` is still the step that was just taken."""
         if not self._weighted and self.correction is None:
             return
+        skipped = getattr(optimizer, "step_was_skipped", False)  # an fp16 gradient overflowed: no moment yet
         optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
         layers = [layer for _, layer in quantized_modules(model)]
-        if self._weighted:
+        if self._weighted and not skipped:
             hand_over_importance(layers, optimizer, state.global_step)
         t = _share(state)
         if self.correction is not None and self.correction.active(t):
@@ -94,6 +96,9 @@ def hand_over_importance(layers: Iterable[QuantLinear], optimizer: torch.optim.O
         layers: those without an importance are passed over.
         optimizer: one that keeps ``exp_avg_sq``; layers that it does not train keep a uniform importance.
         step: the step that was just taken, from 0.
+
+    Raises:
+        ConfigError: it moved a weight and keeps no ``exp_avg_sq`` of it.
     """
     for layer in layers:
         rule, held = layer.quantizer.spec.scale, layer.held
@@ -102,13 +107,34 @@ def hand_over_importance(layers: Iterable[QuantLinear], optimizer: torch.optim.O
         moment = optimizer.state.get(layer.weight, {}).get("exp_avg_sq")
         if moment is not None:
             held.copy_(whole(moment))
+        elif layer.weight.grad is not None and id(layer.weight) in _rates(optimizer):
+            raise ConfigError(
+                f"the scale rule {rule.name!r} weighs by Adam's second moment, and {type(optimizer).__name__} keeps no "
+                f"exp_avg_sq of a weight {tuple(layer.weight.shape)} that it trains: use torch.optim.AdamW, or a "
+                "recipe without importance"
+            )
 
 
 @torch.no_grad()
 def correct(layers: Iterable[QuantLinear], optimizer: torch.optim.Optimizer, correction: Correction, t: float) -> None:
-    """Apply a correction to the weights that the optimizer trains, each at the rate of its own group."""
-    rates = {id(p): float(group["lr"]) for group in optimizer.param_groups for p in group["params"]}
-    for layer in layers:
-        rate = rates.get(id(layer.weight))
-        if rate is not None:
-            correction(layer.weight, layer.hard(), optimizer.state.get(layer.weight, {}), rate, t)
+    """Apply a correction to the weights that the optimizer trains, each at the rate of its own group.
+
+    Raises:
+        ConfigError: it trains none of them.
+    """
+    layers, rates = list(layers), _rates(optimizer)
+    trained = [layer for layer in layers if id(layer.weight) in rates]
+    if layers and not trained:
+        raise ConfigError(
+            f"the correction {correction.name!r} moves the weights that the optimizer trains, and "
+            f"{type(optimizer).__name__} has none of the {len(layers)} quantized ones in its param_groups: give it "
+            "the model's own parameters, or plan without a correction"
+        )
+    for layer in trained:
+        state = optimizer.state.get(layer.weight, {})
+        correction(layer.weight, layer.hard(), state, rates[id(layer.weight)], t)
+
+
+def _rates(optimizer: torch.optim.Optimizer) -> dict[int, float]:
+    """id of every parameter that the optimizer trains -> its learning rate."""
+    return {id(p): float(group["lr"]) for group in optimizer.param_groups for p in group["params"]}

@@ -39,6 +39,10 @@ class TrainConfig:
         keep: checkpoints that rotation leaves.
         report_to: the Trainer's loggers, such as ("tensorboard",).
         device: "cpu", "cuda", or "auto": CUDA where there is any.
+
+    Raises:
+        ConfigError: a device there is not, a number of steps, blocks or micro-batches under 1, a rate that is not
+            positive, or a factor on it that is negative.
     """
 
     steps: int
@@ -70,6 +74,11 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.device not in ("auto", "cpu", "cuda"):
             raise ConfigError(f"device must be auto, cpu or cuda, got {self.device!r}")
+        for name in ("steps", "batch_size", "accumulation"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be 1 or more, got {getattr(self, name)}")
+        if not 0.0 < self.learning_rate < math.inf:
+            raise ConfigError(f"learning_rate must be a positive number, got {self.learning_rate}")
         for name in ("scale_rate", "norm_rate", "embedding_rate"):
             if not 0.0 <= getattr(self, name) < math.inf:
                 raise ConfigError(f"{name} must be 0 or a positive number, got {getattr(self, name)}")

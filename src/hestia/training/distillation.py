@@ -50,7 +50,7 @@ class Distillation:
         positions: tokens whose logits are in memory at once.
 
     Raises:
-        ConfigError: an unknown divergence, or a weight or a noise outside [0, 1].
+        ConfigError: an unknown divergence, a weight or a noise outside [0, 1], or no position at all.
     """
 
     divergence: str = "forward_kl"
@@ -65,6 +65,8 @@ class Distillation:
             raise ConfigError(f"--distill-weight must lie in [0, 1], got {self.weight}")
         if not 0.0 <= self.noise <= 1.0:
             raise ConfigError(f"--distill-noise must lie in [0, 1], got {self.noise}")
+        if self.positions < 1:
+            raise ConfigError(f"positions must be 1 or more, got {self.positions}")
 
     def loss(
         self,

@@ -231,7 +231,7 @@ class HestiaTrainer(Trainer):
     def watch_step(self) -> None:
         """Report a loss that jumped in the step that just ended; while the pressure grows, so does the loss."""
         loss, self._step_loss = self._step_loss, 0.0
-        if self.plan.schedule.pressure(self.state.global_step / self.config.steps) < 1.0:
+        if self.plan.schedule.pressure((self.state.global_step - 1) / self.config.steps) < 1.0:  # it is counted already
             return
         highest = self._spikes.add(loss)
         if highest is not None:

@@ -23,6 +23,7 @@ from hestia.curvature import CurvatureEstimator, Sensitivity, calibrate
 from hestia.curvature.estimators import Candidates, Eigen, Hutchinson, HutchPlusPlus, Problem, XTrace
 from hestia.curvature.estimators.hvp import Curvature
 from hestia.errors import CalibrationError, ConfigError
+from hestia.quant import Quantizer, QuantSpec
 
 torch.set_num_threads(1)
 
@@ -120,7 +121,7 @@ def test_mean_over_draws_is_the_exact_hessian_trace(
     truth = {path: float(block.trace()) for path, block in blocks.items()}
     assert sum(value < 0.0 for value in truth.values()) == len(truth) - 1, "the test wants negative traces"
     nuclear = {path: power * float(torch.linalg.matrix_norm(block, "nuc")) for path, block in blocks.items()}
-    estimator.prepare(problem, IDS)
+    problem = estimator.prepare(problem, IDS)
     columns: dict[str, list[float]] = {path: [] for path in truth}
     for seed in range(draws):
         for path, samples in estimator.sample(replace(problem, seed=seed), IDS[0]).items():
@@ -149,9 +150,9 @@ def test_scaled_probes_keep_a_strongly_curved_tensor_out_of_the_others() -> None
     spread = {}
     for scaling in (0, 3):
         estimator = Hutchinson(probes=1, scaling_sequences=scaling)
-        estimator.prepare(problem, sequences)
+        scaled = estimator.prepare(problem, sequences)
         values = torch.tensor(
-            [estimator.sample(replace(problem, seed=seed), sequences[0])["b"]["trace"] for seed in range(200)]
+            [estimator.sample(replace(scaled, seed=seed), sequences[0])["b"]["trace"] for seed in range(200)]
         )
         spread[scaling] = float(values.std())
         assert abs(float(values.mean()) - truth) < 4 * spread[scaling] / 200**0.5
@@ -253,6 +254,13 @@ class TestRefusals:
             ):
                 calibrate(model, linears(model), IDS, estimator=name)
 
+    def test_before_any_candidate_is_quantized(self, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        model = tiny_llama()
+        model.config._attn_implementation_internal = "flex_attention"
+        monkeypatch.setattr(Quantizer, "codes", None)
+        with pytest.raises(CalibrationError, match="no second"):
+            calibrate(model, linears(model), IDS, estimator=name, candidates={"ternary": QuantSpec()})
+
     def test_a_forward_that_insists_on_a_fused_kernel(self, name: str) -> None:
         model = tiny_llama()
 
@@ -288,6 +296,13 @@ class TestRefusals:
             model.lm_head.weight[0, 0] = math.nan
         with pytest.raises(CalibrationError, match="logits are not finite"):
             calibrate(model, linears(model), IDS, estimator=name)
+
+
+def test_an_estimator_keeps_nothing_of_the_models_it_has_seen() -> None:
+    estimator, problem = Hutchinson(), problem_of(tiny_llama())
+    scaled = estimator.prepare(problem, IDS)
+    assert vars(estimator) == {"probes": 1, "scaling_sequences": 4} and not problem.scales
+    assert set(scaled.scales) == set(problem.weights) and all(scale > 0.0 for scale in scaled.scales.values())
 
 
 def test_eager_and_sdpa_agree() -> None:

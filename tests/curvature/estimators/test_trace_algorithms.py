@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from hestia.curvature.estimators.draws import rademacher
 from hestia.curvature.estimators.eigen import top_eigenvalue
 from hestia.curvature.estimators.hutchpp import basis, hutchpp
-from hestia.curvature.estimators.hvp import rademacher
 from hestia.curvature.estimators.xtrace import xtrace
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -102,6 +103,20 @@ def test_what_was_not_measured_is_named() -> None:
             Score.make(name).damage(evidence(), "ternary")
     with pytest.raises(ConfigError, match="did you mean 'omega'"):
         Score.make("omga")
+
+
+@pytest.mark.parametrize(("estimator", "primary"), [("kl", "kl:ternary"), ("eigen", "eigenvalue")])
+def test_omega_takes_nothing_else_for_a_trace(estimator: str, primary: str) -> None:
+    found = replace(evidence().sensitivity, estimator=estimator, primary=primary)
+    with pytest.raises(CalibrationError, match=rf"'omega' needs traces, .*'{estimator}' measured '{primary}': .* gnb"):
+        Score.make("omega").damage(Evidence(sensitivity=found), "ternary")
+
+
+def test_lieq_of_a_tensor_of_zeros_leaves_the_others_their_scores() -> None:
+    generator = torch.Generator().manual_seed(1)
+    weights = {path: torch.randn(16, 12, generator=generator) for path in ("a", "b")}
+    damage = LieQ().damage(evidence(weights={**weights, "dead": torch.zeros(16, 12)}), "ternary")
+    assert damage["dead"] == 0.0 and damage["a"] > 0.0 and damage["b"] > 0.0 and damage["a"] != damage["b"]
 
 
 def test_lieq_tells_structure_from_noise() -> None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
@@ -103,15 +103,10 @@ class Candidates:
     @torch.no_grad()
     def _error_rows(self, path: str, label: str, weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """dW, some rows at a time: (rows, fp32 ``[rows, I]``), a fresh tensor each."""
-        frozen = self._frozen[path][label]
-        outputs, inputs = weight.shape
-        step = max(1, CHUNK // inputs)
-        whole = frozen.scales.shape[0] != outputs  # one scale for the tensor
-        for start in range(0, outputs, step):
-            rows = slice(start, min(outputs, start + step))
-            codes, scales = frozen.codes[rows].float(), frozen.scales if whole else frozen.scales[rows]
-            dense = codes.view(codes.shape[0], scales.shape[1], -1).mul_(scales.unsqueeze(-1)).view_as(codes)
-            yield rows, dense.sub_(weight[rows])
+        frozen, step = self._frozen[path][label], max(1, CHUNK // weight.shape[1])
+        for start in range(0, len(weight), step):
+            rows = slice(start, min(len(weight), start + step))
+            yield rows, frozen.rows(rows).sub_(weight[rows])
 
 
 def _room(weight: Tensor, group_size: GroupSize) -> QuantizedTensor:
@@ -189,6 +184,7 @@ class Problem:
         diagonals: where first-order estimators leave per-channel sums; None: not wanted.
         seed: with the content of a sequence it decides every random draw; order, batch and rank do not.
         counted: bool [T - 1], the positions of the sequence at hand whose prediction counts; None: all.
+        scales: module path -> factor on a tensor's probes, where ``prepare`` chose any; 1 without.
     """
 
     model: nn.Module
@@ -198,6 +194,7 @@ class Problem:
     diagonals: Diagonals | None = None
     seed: int = 0
     counted: Tensor | None = None
+    scales: Mapping[str, float] = field(default_factory=dict)
 
     def positions(self, ids: Tensor) -> int:
         """N: the positions of ``ids`` [T] whose prediction counts."""
@@ -229,13 +226,17 @@ class CurvatureEstimator(Member, ABC):
         """What replaces a signed estimate that is not surely positive, in the same primary quantity; None: ``gnb``."""
         return None
 
-    def prepare(self, problem: Problem, sequences: Tensor) -> None:
-        """Refuse what this estimator cannot do, before any work; ``sequences`` are all that may be used.
+    def prepare(self, problem: Problem, sequences: Tensor) -> Problem:
+        """Refuse what this estimator cannot do, before any work, and settle what ``sample`` is to read.
+
+        Args:
+            problem: without candidates and diagonals, which come later.
+            sequences: all that may be used.
 
         Raises:
             CalibrationError: with the reason.
         """
-        return
+        return problem
 
     @abstractmethod
     def sample(self, problem: Problem, ids: Tensor) -> Row:

@@ -60,8 +60,9 @@ class Eigen(CurvatureEstimator):
     def stand_in(self) -> CurvatureEstimator:
         return Eigen(matrix="gauss_newton", iterations=self.iterations, tolerance=self.tolerance)
 
-    def prepare(self, problem: Problem, sequences: Tensor) -> None:
+    def prepare(self, problem: Problem, sequences: Tensor) -> Problem:
         refuse_unless_twice_differentiable(problem, self.name)
+        return problem
 
     def sample(self, problem: Problem, ids: Tensor) -> Row:
         return {

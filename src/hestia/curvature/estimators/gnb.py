@@ -24,7 +24,6 @@ takes the gradient at the quantized model; here it is taken at the parent.
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -34,6 +33,7 @@ from torch import Tensor
 from ...errors import CalibrationError
 from .backward import checked_logits, send_back
 from .base import CurvatureEstimator, Problem, Row
+from .draws import key, signs
 
 CHUNK = 1 << 19
 """Logits handled at a time when the cotangents are drawn: 4 MB a buffer at most, whatever the vocabulary."""
@@ -63,22 +63,12 @@ def cotangents(logits: Tensor, ids: Tensor, seed: int) -> Tensor:
     scored = logits.detach()[0, :-1]
     vocabulary = scored.shape[1]
     out = torch.zeros_like(logits)
-    generator = torch.Generator().manual_seed(key(ids, seed))
-    shifts = torch.arange(32, device=logits.device)
+    draws = torch.Generator().manual_seed(key(ids, seed))
     for start in range(0, len(scored), max(1, CHUNK // vocabulary)):
         chunk = scored[start : start + max(1, CHUNK // vocabulary)]
         p = torch.softmax(chunk, dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
         if not bool(p.isfinite().all()):
             raise CalibrationError("the model's logits are not finite on the calibration text")
-        # 32 signs a word: drawn on the CPU, so that every device sees the same ones.
-        words = torch.randint(0, 2**32, (len(chunk), -(-vocabulary // 32)), generator=generator).to(logits.device)
-        signs = ((words[:, :, None] >> shifts) & 1).flatten(1)[:, :vocabulary] * 2 - 1
-        root_e = p.sqrt() * signs
+        root_e = p.sqrt() * signs(len(chunk), vocabulary, draws, logits.device)
         out[0, start : start + len(chunk)] = root_e - p * root_e.sum(-1, keepdim=True)
     return out
-
-
-def key(ids: Tensor, seed: int) -> int:
-    """A generator seed from a sequence's content, so that neither order nor batch nor rank changes its draws."""
-    content = ids.to("cpu", torch.int64).numpy().astype("<i8").tobytes()
-    return int.from_bytes(hashlib.sha256(f"{seed}:".encode() + content).digest()[:7], "little")

@@ -18,7 +18,6 @@ Sources: Hutchinson 1989; Rademacher blocks and their joint variance: arXiv:2605
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -27,8 +26,9 @@ from torch import Tensor
 
 from ...errors import ConfigError
 from .base import Candidates, CurvatureEstimator, Problem, Row
+from .draws import generator, rademacher
 from .gnb import GaussNewton
-from .hvp import Curvature, generator, rademacher, refuse_unless_twice_differentiable
+from .hvp import Curvature, refuse_unless_twice_differentiable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,8 +49,6 @@ class Hutchinson(CurvatureEstimator):
     probes: int = 1
     scaling_sequences: int = 4
 
-    _scales: ClassVar[Mapping[str, float]] = {}  # of an object: set in prepare
-
     def __post_init__(self) -> None:
         if self.probes < 1 or self.scaling_sequences < 0:
             raise ConfigError(
@@ -58,7 +56,7 @@ class Hutchinson(CurvatureEstimator):
                 f"got {self.probes} and {self.scaling_sequences}"
             )
 
-    def prepare(self, problem: Problem, sequences: Tensor) -> None:
+    def prepare(self, problem: Problem, sequences: Tensor) -> Problem:
         refuse_unless_twice_differentiable(problem, self.name)
         bare = replace(problem, candidates=Candidates(problem.weights, {}), diagonals=None)
         sums = dict.fromkeys(problem.weights, 0.0)
@@ -68,7 +66,7 @@ class Hutchinson(CurvatureEstimator):
         used = min(self.scaling_sequences, len(sequences))
         # without a Gauss-Newton trace there is nothing to scale by; sample() and its reader deal with such a tensor
         scales = {path: (total / used) ** -0.5 if used and total > 0.0 else 1.0 for path, total in sums.items()}
-        object.__setattr__(self, "_scales", scales)
+        return replace(problem, scales=scales)
 
     def sample(self, problem: Problem, ids: Tensor) -> Row:
         product = Curvature(problem, ids).joint_hessian(problem.weights)
@@ -76,11 +74,11 @@ class Hutchinson(CurvatureEstimator):
         row: Row = {}
         for _ in range(self.probes):
             vectors = {
-                path: rademacher(weight, draws[path]).mul_(self._scales.get(path, 1.0))
+                path: rademacher(weight, draws[path]).mul_(problem.scales.get(path, 1.0))
                 for path, weight in problem.weights.items()
             }
             for path, out in product(vectors).items():
-                along = float(torch.sum(vectors[path] * out, dtype=torch.float64)) / self._scales.get(path, 1.0) ** 2
+                along = float(torch.sum(vectors[path] * out, dtype=torch.float64)) / problem.scales.get(path, 1.0) ** 2
                 samples = row.setdefault(path, {"trace": 0.0})
                 samples["trace"] += along / self.probes
         return row

@@ -26,7 +26,8 @@ from torch import Tensor
 
 from ...errors import ConfigError
 from .base import CurvatureEstimator, Problem, Row
-from .hvp import Product, blocks, rademacher, refuse_unless_twice_differentiable
+from .draws import rademacher
+from .hvp import Product, blocks, refuse_unless_twice_differentiable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,8 +52,9 @@ class HutchPlusPlus(CurvatureEstimator):
         if self.rank < 1 or self.probes < 1:
             raise ConfigError(f"hutchpp wants rank >= 1 and probes >= 1, got {self.rank} and {self.probes}")
 
-    def prepare(self, problem: Problem, sequences: Tensor) -> None:
+    def prepare(self, problem: Problem, sequences: Tensor) -> Problem:
         refuse_unless_twice_differentiable(problem, self.name)
+        return problem
 
     def sample(self, problem: Problem, ids: Tensor) -> Row:
         return {

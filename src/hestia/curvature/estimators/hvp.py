@@ -11,7 +11,6 @@ cross terms are in its block.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 
@@ -22,7 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ...errors import CalibrationError
 from .backward import checked_logits
 from .base import Problem
-from .gnb import key
+from .draws import generator
 
 Product = Callable[[Tensor], Tensor]
 """A symmetric matrix as what it does to a vector; vectors have the shape of the weight."""
@@ -166,16 +165,3 @@ def blocks(
         product = block(weight)
         if product is not None:
             yield path, product, weight.detach(), generator(ids, problem.seed, path)
-
-
-def generator(ids: Tensor, seed: int, path: str) -> torch.Generator:
-    """Random numbers for one tensor and sequence, from their names and content alone; on the CPU."""
-    digest = hashlib.sha256(f"{key(ids, seed)}:{path}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
-
-
-def rademacher(like: Tensor, draws: torch.Generator) -> Tensor:
-    """Independent fair signs in the shape, dtype and place of ``like``; the same on every device."""
-    words = torch.randint(0, 2**32, (-(-like.numel() // 32), 1), generator=draws).to(like.device)
-    signs = ((words >> torch.arange(32, device=like.device)) & 1).view(-1)[: like.numel()] * 2 - 1
-    return signs.view(like.shape).to(like)

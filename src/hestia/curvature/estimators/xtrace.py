@@ -29,7 +29,8 @@ from torch import Tensor
 
 from ...errors import ConfigError
 from .base import CurvatureEstimator, Problem, Row
-from .hvp import Product, blocks, rademacher, refuse_unless_twice_differentiable
+from .draws import rademacher
+from .hvp import Product, blocks, refuse_unless_twice_differentiable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,8 +53,9 @@ class XTrace(CurvatureEstimator):
         if self.vectors < 2:
             raise ConfigError(f"xtrace wants vectors >= 2, got {self.vectors}")
 
-    def prepare(self, problem: Problem, sequences: Tensor) -> None:
+    def prepare(self, problem: Problem, sequences: Tensor) -> Problem:
         refuse_unless_twice_differentiable(problem, self.name)
+        return problem
 
     def sample(self, problem: Problem, ids: Tensor) -> Row:
         row: Row = {}

@@ -1,11 +1,12 @@
 """From samples to a number a tensor: how much would quantizing it hurt? One score a file, each with its paper."""
 
+from ..temperatures import temperature_factors
 from .baq import BAQ
 from .base import Evidence, Score
 from .delta_loss import DeltaLoss
 from .direct import DirectKL
 from .eigen import Eigen
-from .hestia import HestiaScore, hestia_scores, temperature_factors
+from .hestia import HestiaScore, hestia_scores
 from .lieq import LieQ
 from .omega import Omega
 from .quadratic import Quadratic

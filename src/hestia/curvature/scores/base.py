@@ -12,7 +12,7 @@ from torch import Tensor
 from ...errors import CalibrationError
 from ...quant import QuantSpec
 from ...quant.family import Member
-from ..table import Sensitivity
+from ..sensitivity import Sensitivity
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,9 +47,6 @@ class Score(Member, ABC):
     """Base of all scores: larger means that quantizing the tensor hurts more."""
 
     family: ClassVar[str] = "score"
-
-    nats: ClassVar[bool] = False
-    """Whether damages are predicted KL in nats a token, so that they may be added up and bounded."""
 
     by_candidate: ClassVar[bool] = True
     """Whether the damage depends on the candidate; if not, a tensor has one number for all of them."""

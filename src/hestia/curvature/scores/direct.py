@@ -19,7 +19,6 @@ class DirectKL(Score):
     """The estimator ``kl``'s mean: nothing is predicted."""
 
     name: ClassVar[str] = "kl"
-    nats: ClassVar[bool] = True
     estimator: ClassVar[str] = "kl"
 
     def damage(self, evidence: Evidence, label: str) -> dict[str, float]:

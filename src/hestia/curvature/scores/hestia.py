@@ -1,8 +1,7 @@
-"""From curvature to a score in (0, 1), and from the score to the factor on a tensor's temperature.
+"""From curvature to a score in (0, 1).
 
-Source: Wang et al. 2026 (Hestia, arXiv:2601.20745), eq. 13 and 15. Two deviations, both on purpose: a trace that is not
-positive is refused, never clipped (one clipped value is an outlier in the logarithm that halves the spread of all other
-factors), and the factors may be centred.
+Source: Wang et al. 2026 (Hestia, arXiv:2601.20745), eq. 13. Deviation: a trace that is not positive is refused, never
+clipped (one clipped value is an outlier in the logarithm that halves the spread of all other scores).
 """
 
 from __future__ import annotations
@@ -15,8 +14,6 @@ from typing import ClassVar
 
 from ...errors import CalibrationError, ConfigError
 from .base import Evidence, Score
-
-MAX_ALPHA = 10.0
 
 
 def hestia_scores(traces: Mapping[str, float], kappa: float = 1.0) -> dict[str, float]:
@@ -49,30 +46,6 @@ def hestia_scores(traces: Mapping[str, float], kappa: float = 1.0) -> dict[str, 
     mean = statistics.fmean(logs.values())
     spread = statistics.pstdev(logs.values(), mu=mean) + 1e-8
     return {path: _sigmoid(kappa * (value - mean) / spread) for path, value in logs.items()}
-
-
-def temperature_factors(
-    scores: Mapping[str, float], *, alpha: float, centred: bool, matched: bool = False
-) -> dict[str, float]:
-    """exp(alpha (s_i - c)): what multiplies the base temperature of each tensor.
-
-    Args:
-        scores: module path -> s_i in (0, 1).
-        alpha: strength and sign; above 0 a sensitive tensor stays hotter (soft) for longer, below 0 it hardens earlier.
-            0 makes all factors 1.
-        centred: c = mean(s), so the factors change who is hot and not how hot all are (the geometric mean temperature
-            stays); otherwise c = 0 (the paper).
-        matched: divide all factors by their arithmetic mean, so that the mean temperature itself is that of alpha = 0.
-
-    Raises:
-        ConfigError: alpha outside [-10, 10] or not a number.
-    """
-    if not abs(alpha) <= MAX_ALPHA:
-        raise ConfigError(f"alpha must lie in [-{MAX_ALPHA:g}, {MAX_ALPHA:g}] (the paper uses 0.4), got {alpha}")
-    centre = statistics.fmean(scores.values()) if centred and scores else 0.0
-    factors = {path: math.exp(alpha * (score - centre)) for path, score in scores.items()}
-    mean = statistics.fmean(factors.values()) if matched and factors else 1.0
-    return {path: factor / mean for path, factor in factors.items()}
 
 
 def _sigmoid(x: float) -> float:

@@ -45,8 +45,10 @@ class LieQ(Score):
         return compact - compact0, energy - energy0
 
     def spectrum(self, weight: Tensor) -> tuple[float, float]:
-        """(RC, E) of a matrix ``[O, I]``."""
+        """(RC, E) of a matrix ``[O, I]``; of zeros, (0, 0): nothing is learnt, and nothing can be lost."""
         sigma = torch.linalg.svdvals(weight).double()
+        if not bool(sigma.any()):
+            return 0.0, 0.0
         p = sigma / sigma.sum()
         compact = float(torch.exp((p * p.clamp_min(1e-300).log()).sum()))
         top = max(1, round(self.share * len(sigma)))

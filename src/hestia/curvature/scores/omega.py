@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from ...errors import CalibrationError
 from .base import Evidence, Score
 
 
@@ -22,6 +23,11 @@ class Omega(Score):
 
     def damage(self, evidence: Evidence, label: str) -> dict[str, float]:
         evidence.spec(label)
-        tensors = evidence.sensitivity.tensors
+        sensitivity, tensors = evidence.sensitivity, evidence.sensitivity.tensors
+        if sensitivity.primary != "trace":
+            raise CalibrationError(
+                f"the score 'omega' needs traces, and the estimator {sensitivity.estimator!r} measured "
+                f"{sensitivity.primary!r}: calibrate with --estimator gnb"
+            )
         traces = {path: t.value if t.signed else t.trace for path, t in tensors.items()}
         return {path: traces[path] / t.weights * t.errors[label] for path, t in tensors.items()}

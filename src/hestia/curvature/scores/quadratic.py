@@ -21,7 +21,6 @@ class Quadratic(Score):
     """Half of dW' G dW: predicted KL of quantizing this tensor alone."""
 
     name: ClassVar[str] = "quadratic"
-    nats: ClassVar[bool] = True
 
     def damage(self, evidence: Evidence, label: str) -> dict[str, float]:
         evidence.spec(label)

@@ -27,9 +27,6 @@ class Estimator(Member, ABC):
     """True where ``gain`` is the derivative of ``value``, so that ``d w_hat / d w`` carries the chain factor
     ``level / step``; False where it is a straight-through stand-in for that whole derivative."""
 
-    needs_temperature: ClassVar[bool] = False
-    """Whether ``temperature`` changes anything."""
-
     def check_grid(self, grid: Grid) -> None:
         """Whether the estimator suits ``grid``; any by default.
 

@@ -63,7 +63,6 @@ class Softmax(Estimator):
 
     name: ClassVar[str] = "softmax"
     differentiates_value: ClassVar[bool] = True
-    needs_temperature: ClassVar[bool] = True
     floor: float = 0.0
     ceiling: float | None = None
     hard: str = "ste"

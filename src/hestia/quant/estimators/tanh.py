@@ -32,7 +32,6 @@ class Tanh(Staircase):
     """
 
     name: ClassVar[str] = "tanh"
-    needs_temperature: ClassVar[bool] = True
 
     def gain(self, z: Tensor, grid: Grid, temperature: Tensor) -> Tensor:  # type: ignore[override]
         assert grid.distance is not None
