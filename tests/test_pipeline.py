@@ -628,19 +628,12 @@ def test_one_format_that_fails_costs_no_other(
     ],
 )
 def test_an_exported_file_has_the_name_of_the_model_whatever_its_revision(
-    location: str, commit: str | None, name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    location: str, commit: str | None, name: str, tmp_path: Path
 ) -> None:
     """Of owner/name@refs/pr/3 it is not 3-tq2_0.gguf, and of a folder of the hub's cache it is no commit."""
-    written: list[Path] = []
-    monkeypatch.setattr(delivery, "export_and_verify", lambda frozen, target, path, *_, **__: written.append(path))
-    monkeypatch.setattr(delivery, "_verification_text", lambda work: None)
-    options = Options(model=f"{location}@refs/pr/3", fallback=True)
-    source = loading.Source(options.model, location, commit)
-    clock = SimpleNamespace(measure=lambda stage, job: job())
-    work: Any = SimpleNamespace(folder=tmp_path, options=options, source=source, clock=clock)
-    nothing: Any = None
-    delivery.deliver(work, nothing, "gguf:tq2_0", nothing)
-    assert written == [tmp_path / "exports" / "gguf-tq2_0" / f"{name}-tq2_0.gguf"]
+    work: Any = SimpleNamespace(folder=tmp_path, source=loading.Source(f"{location}@refs/pr/3", location, commit))
+    assert delivery.own_place(work, "gguf:tq2_0") == tmp_path / "exports" / "gguf-tq2_0" / f"{name}-tq2_0.gguf"
+    assert delivery.own_place(work, "hf:int4") == tmp_path / "exports" / "hf-int4"
 
 
 def test_a_run_resumed_when_it_was_finished_keeps_later_exports(invoke: Invoke, job: Job, tmp_path: Path) -> None:

@@ -62,10 +62,7 @@ def deliver(work: Workspace, plan: Plan, name: str, frozen: FrozenModel, before:
     Raises:
         ExportError, PlanError, VerifyError: as ``export_and_verify``; an earlier file is as it was.
     """
-    path = work.folder / EXPORTS_FOLDER / name.replace(":", "-")
-    if name.startswith("gguf"):
-        model = loading.display_name(work.source).rpartition("/")[2]
-        path = path / f"{model}-{name.split(':')[1]}.gguf"
+    path = own_place(work, name)
     standing = next((entry for entry in before if _stands(entry, name, path, frozen)), None)
     if standing is not None:
         say(f"{name}: {path} is there, as it was verified")
@@ -87,6 +84,14 @@ def deliver(work: Workspace, plan: Plan, name: str, frozen: FrozenModel, before:
     finally:
         with contextlib.suppress(OSError):
             path.parent.rmdir()  # where nothing came of it
+
+
+def own_place(work: Workspace, name: str) -> Path:
+    """Where a run keeps its file of a format: a folder, or in one a .gguf file with the parent's name."""
+    folder = work.folder / EXPORTS_FOLDER / name.replace(":", "-")
+    if not name.startswith("gguf"):
+        return folder
+    return folder / f"{loading.display_name(work.source).rpartition('/')[2]}-{name.split(':')[1]}.gguf"
 
 
 def _stands(entry: Any, name: str, path: Path, frozen: FrozenModel) -> bool:
