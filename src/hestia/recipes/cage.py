@@ -7,9 +7,9 @@
 Source: arXiv:2510.18784 (2025), the decoupled form; strength 10, start 0.8.
 Port: correction. The pull scales with the learning rate: at 5e-5 it closes 5e-4 of the gap a step, at 1e-3 a hundredth.
 In all it closes 1 - exp(-sum lr strength_t): 63 % in 31,729 steps at 5e-5 that decay over the last tenth, 9 % in 488 at
-5e-4 that decay over the last fifth. A short run wants a larger ``strength``.
-Deviations: weights only, on the absmean ternary quantizer (the paper uses QuEST's with rotation at 3 and 4 bits). Of that
-a strong pull lowers the level: weights on the grid have a mean|w| below it, for some are zero (docs/log.md, 2026-11-27).
+5e-4 that decay over the last fifth.
+Deviations: weights only, on the absmean ternary quantizer (the paper uses QuEST's with rotation at 3 and 4 bits). A
+strong pull lowers its level: on the grid mean|w| is below it, for some weights are zero (docs/log.md, 2026-11-27).
 """
 
 from __future__ import annotations
