@@ -292,6 +292,10 @@ def test_auto_runs_the_pilot_and_takes_its_best_rate(invoke: Invoke, job: Job, t
     assert report["seconds"]["pilot"] > 0
     assert [row["step"] for row in rows(tmp_path / "run") if "loss" in row] == [1, 2, 3, 4]
     assert not (tmp_path / "run" / "sensitivity.json").exists()
+    (tmp_path / "run" / "codes.safetensors").unlink()  # as if it had been killed while it froze
+    status, _, err = invoke(*job("--lr", "auto", "--steps", "4", "--recipe", "bitnet_ste", "--resume"))
+    assert status == 0, err
+    assert [row["pilot"] for row in rows(tmp_path / "run") if "pilot" in row] == trials, "the rate is known"
 
 
 def test_the_interval_of_chats_is_around_the_reported_difference(

@@ -403,6 +403,8 @@ def test_the_checkpoint_does_not_grow_with_the_run(tmp_path: Path) -> None:
         for step in (2, 6)
     ]
     assert sizes[1] < sizes[0] + 20
+    kept = json.loads((tmp_path / "checkpoints" / "step-000006" / "trainer_state.json").read_text(encoding="utf-8"))
+    assert kept["log_history"] == [], "it is in log.jsonl"
     state = json.loads((tmp_path / "checkpoints" / "step-000006" / "state.json").read_text(encoding="utf-8"))
     assert state["step"] == 6
     assert not math.isnan(state["random"]["numpy"][4])

@@ -87,7 +87,8 @@ def test_a_resumed_run_has_the_very_same_codes(tmp_path: Path, recipe: str, opti
     again, plan = converted(recipe=recipe, **options)
     for _, layer in quantized_modules(again):
         assert layer.held is not None
-        layer.held.data.mul_(3.0)  # what a fresh layer holds must not survive
+        layer.held.data.mul_(0.1 + torch.rand_like(layer.held))  # what a fresh layer holds must not survive
+    assert codes(again) != at_three[0]
     resumed = trainer(tmp_path / "whole", again, plan, save_every=3, callbacks=[spy])
     resumed.fit(checkpoint)
     assert at_three[0] == at_three[1], "the step after resuming starts from the very same codes"
