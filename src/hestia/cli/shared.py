@@ -18,7 +18,7 @@ from ..options import Options, load_config
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-DATA = ("data", "eval_data", "separator", "joiner", "held_out_share", "seq_len", "seed")
+DATA = ("data", "eval_data", "separator", "text_column", "joiner", "held_out_share", "seq_len", "seed")
 MACHINE = ("device", "threads", "trust_remote_code")
 A_RUNS_OWN = ("out", "plan", "plan_sha256")
 """Keys of a run's file that a verb with an output of its own does not follow."""
