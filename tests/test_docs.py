@@ -90,7 +90,7 @@ def test_options_in_the_text_are_options_of_some_verb(page: Path) -> None:
 def options_of(verb: str) -> list[str]:
     command = cli.get_command(click.Context(cli), verb)
     assert command is not None
-    return [name for parameter in command.params for name in parameter.opts]
+    return [name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)]
 
 
 @by_page

@@ -53,7 +53,7 @@ def _option(name: str, hint: Any, default: Any, text: str) -> Callable[[F], F]:
     ]
     kind = kinds[0]
     if kind is bool:
-        return click.option(flag, name, is_flag=True, default=None, help=text)
+        return click.option(f"{flag}/--no-{flag[2:]}", name, default=None, help=text)
     shown = "" if default in (None, "", ()) or name == "options" else f"  [default: {_shown(default)}]"
     if typing.get_origin(kind) is not None:
         metavar = "KEY=VALUE" if name == "options" else None
