@@ -42,7 +42,9 @@ def test_what_is_saved_is_exported_and_verified(invoke: Invoke, parent_copy: Pat
     assert status == 0 and "this run:" in out
 
 
-def test_what_is_not_frozen_or_not_whole_is_not_saved(parent_copy: Path, tmp_path: Path) -> None:
+def test_what_is_not_frozen_or_not_whole_is_not_saved(
+    parent_copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, codes, plan = frozen(parent_copy)
     parent, run = str(parent_copy), tmp_path / "run"
     path = next(iter(codes))
@@ -50,6 +52,10 @@ def test_what_is_not_frozen_or_not_whole_is_not_saved(parent_copy: Path, tmp_pat
         model.get_parameter(f"{path}.weight")[0, 0] += 1.0
     with pytest.raises(ConfigError, match=f"{path}: the model's weight is not its codes times its scales"):
         hestia.save(model, codes, run, parent=parent)
+    with monkeypatch.context() as patch:
+        patch.setattr("hestia.export.save.is_shared", lambda tensor: tensor.ndim == 1)
+        with pytest.raises(ConfigError, match=r"layernorm\.weight is shared out between processes"):
+            hestia.save(model, codes, run, parent=parent)
     hestia.apply(model, plan)
     with pytest.raises(ConfigError, match=r"is still quantized for training: codes = hestia\.freeze\(model\)"):
         hestia.save(model, codes, run, parent=parent)

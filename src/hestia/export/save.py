@@ -13,6 +13,7 @@ from .. import loading
 from ..errors import ConfigError
 from ..files import replacing_folder
 from ..nn import quantized_modules
+from ..nn.shards import is_shared
 from ..plans import Plan
 from ..quant import QuantizedTensor
 from .frozen import CODES_FILE, MODEL_FOLDER, save_codes
@@ -42,7 +43,7 @@ def save(
         The folder.
 
     Raises:
-        ConfigError: the model is still converted, a weight is not its codes times its scales any more, something is in
+        ConfigError: the model is still converted or sharded, a weight is not its codes times its scales any more, something is in
             the folder, or there is no such parent; nothing was written.
     """
     place = Path(folder)
@@ -77,6 +78,9 @@ def _check_frozen(model: nn.Module, codes: Mapping[str, QuantizedTensor], dtype:
     if converted is not None:
         raise ConfigError(f"{converted} is still quantized for training: codes = hestia.freeze(model) comes first")
     weights = dict(model.named_parameters())
+    shared = next((name for name, weight in weights.items() if is_shared(weight)), None)
+    if shared is not None:
+        raise ConfigError(f"{shared} is shared out between processes: hand over a whole model, gathered on one of them")
     for path, tensor in codes.items():
         weight = weights.get(f"{path}.weight")
         if weight is None or not torch.equal(weight.detach().cpu().to(dtype), tensor.dense(dtype).cpu()):
