@@ -43,8 +43,8 @@ def save(
         The folder.
 
     Raises:
-        ConfigError: the model is still converted or sharded, a weight is not its codes times its scales any more, something is in
-            the folder, or there is no such parent; nothing was written.
+        ConfigError: the model is still converted or sharded, a weight is not its codes times its scales any more,
+            something is in the folder, or there is no such parent; nothing was written.
     """
     place = Path(folder)
     if place.exists() and (not place.is_dir() or any(place.iterdir())):
