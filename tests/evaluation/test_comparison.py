@@ -144,3 +144,10 @@ def test_a_difference_that_chance_makes_once_in_ten_is_not_claimed() -> None:
     runs = [run(arm, seed, (nll,) * 3) for arm, seeds in losses.items() for seed, nll in enumerate(seeds)]
     (found,) = (f for f in compare_runs(runs) if f.over == "seeds")
     assert found.adjusted_p is not None and 0.05 < found.adjusted_p < 0.5 and not found.claimed
+
+
+def test_two_seeds_claim_nothing_however_far_apart() -> None:
+    losses = {"a": (3.0, 3.2), "b": (2.0, 2.201)}
+    runs = [run(arm, seed, (nll,) * 3) for arm, seeds in losses.items() for seed, nll in enumerate(seeds)]
+    (found,) = (f for f in compare_runs(runs) if f.over == "seeds")
+    assert found.difference.n == 2 and found.adjusted_p is not None and found.adjusted_p < 0.01 and not found.claimed
