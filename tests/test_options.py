@@ -112,6 +112,7 @@ def test_a_file_that_is_no_configuration_is_refused(tmp_path: Path, content: str
 @pytest.mark.parametrize(
     ("values", "named"),
     [
+        ({"text_column": ""}, "--text-column"),
         ({"lr": "fast"}, "--lr"),
         ({"lr": "0"}, "--lr"),
         ({"lr": "-1e-3"}, "--lr"),

@@ -111,6 +111,8 @@ class Options:
             object.__setattr__(self, item.name, _coerce(item.name, getattr(self, item.name), _HINTS[item.name]))
         if self.teacher == "none":
             object.__setattr__(self, "teacher", None)
+        if self.text_column == "":
+            raise ConfigError("--text-column is the name of a column; leave it out for messages, else text")
         _choice("embeddings", self.embeddings, ("train", "freeze"))
         _choice("precision", self.precision, ("auto", "bf16", "fp32"))
         _choice("head", self.head, ("auto", "f32", "f16", "bf16", "q8_0"))
