@@ -556,3 +556,22 @@ def test_a_mixed_hestia_plan_keeps_the_paper_s_ternary_and_takes_the_measured_ru
     mixed = {w: recipe.mixed_spec(w, "row").scale.name for w in recipe.widths}
     assert mixed == {**alone, 2.0: "gaussian"}
     assert recipes.get("hestia", scale="gaussian").spec_for(1.58, "row").scale.name == "gaussian"
+
+
+def test_a_level_fitted_to_soft_values_rounds_as_the_rule_that_was_measured() -> None:
+    """``hearth`` trains with soft levels; its frozen weights are those that calibration rounded."""
+    model = wide()
+    plan = hestia.plan(model)
+    table = candidates_of(plan)
+    recipe = recipes.get("hearth")
+    frozen = {
+        name: {**spec, "scale": {**recipe.mixed_spec(width, "row").scale.to_json(), "soft": False}}
+        for name, spec in table.candidates.items()
+        for width, grid in recipes.GRIDS.items()
+        if grid.name == name
+    }
+    made = hestia.plan(model, target="gguf:mixed", bits=1.9, sensitivity=replace(table, candidates=frozen))
+    assert made.spending is not None and "other scale rules" not in made.spending.source
+    other = {name: {**spec, "scale": {"name": "absmax"}} for name, spec in frozen.items()}
+    made = hestia.plan(model, target="gguf:mixed", bits=1.9, sensitivity=replace(table, candidates=other))
+    assert made.spending is not None and "binary (absmax, not twn), ternary (absmax, not twn)" in made.spending.source

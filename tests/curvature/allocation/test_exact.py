@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from hestia.curvature.allocation import KEPT, Problem, closed_form, optimum, positional, random_widths, tie_of, uniform
 from hestia.curvature.allocation.baq import _nearest
+from hestia.curvature.allocation.controls import _ladder
 from hestia.curvature.allocation.exact import greedy, supported
 from hestia.curvature.allocation.problem import up
 from hestia.errors import PlanError
@@ -179,3 +180,8 @@ def test_bits_that_are_printed_are_always_enough() -> None:
 def test_the_closed_form_takes_the_narrower_of_two_widths_as_near() -> None:
     problem = Problem.of({"a": {1.0: 100, 3.0: 300}}, {"a": 800}, {"a": {1.0: 0.5, 3.0: 0.25}})
     assert _nearest(problem.groups[0], 2.0).width == 1.0
+
+
+def test_of_two_widths_of_one_size_the_ladder_has_the_wider() -> None:
+    problem = Problem.of({"a": {1.0: 100, 2.0: 100, 3.0: 200}}, {"a": 800}, {"a": {1.0: 0.5, 2.0: 0.25, 3.0: 0.1}})
+    assert [choice.width for choice in _ladder(problem.groups[0])] == [2.0, 3.0]
