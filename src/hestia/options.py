@@ -26,6 +26,23 @@ PLANNING = (
 )  # fmt: skip
 """The options that make a plan, and that a plan made beforehand has decided."""
 
+SECTIONS: dict[str, tuple[str, ...]] = {
+    "What goes in and comes out": ("data", "eval_data", "out", "target"),
+    "Quantization": (
+        "recipe", "options", "bits", "widths", "max_kl", "group_size", "skip", "fallback", "head", "allow_partial",
+        "plan", "plan_sha256", "calibrate", "estimator", "sensitivity",
+    ),
+    "Training": (
+        "tokens", "steps", "batch_size", "accumulation", "lr", "warmup", "lr_decay", "lr_final",
+        "second_stage", "second_factor", "weight_decay", "clip", "scale_rate", "norm_rate", "embedding_rate",
+        "embeddings", "precision", "gradient_checkpointing", "compile",
+    ),
+    "Teacher": ("teacher", "distill", "distill_weight", "distill_noise"),
+    "Text": ("seq_len", "separator", "text_column", "joiner", "held_out_share", "eval_tokens"),
+    "Seed, machine and log": ("seed", "device", "threads", "save_every", "log_every", "report_to", "trust_remote_code"),
+}  # fmt: skip
+"""Every option but the model under what it is about, as help pages list them."""
+
 
 def _option(default: Any, text: str, **extra: Any) -> Any:
     if isinstance(default, (list, dict)):

@@ -18,7 +18,7 @@ from toy_runs import Invoke
 from hestia.cli import export, verify
 from hestia.cli.main import VERBS, cli, spread
 from hestia.cli.shared import options_from
-from hestia.options import PLANNING, Options
+from hestia.options import PLANNING, SECTIONS, Options
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -169,6 +169,20 @@ def test_every_public_name_resolves() -> None:
 def test_help_comes_at_once() -> None:
     best = min(_seconds([sys.executable, "-m", "hestia", "--help"]) for _ in range(3))
     assert best < 1.5
+
+
+def test_help_pages_list_options_by_what_they_are_about(invoke: Invoke) -> None:
+    _, out, _ = invoke("quantize", "--help")
+    places = [out.index(f"\n{title}:\n") for title in (*SECTIONS, "Options of this command")]
+    assert places == sorted(places)
+    assert out.index("\nTeacher:") < out.index("--distill-weight") < out.index("\nText:")
+    _, out, _ = invoke("eval", "--help")
+    assert "\nTeacher:" not in out and out.index("\nOptions of this command:") < out.index("--tasks ")
+
+
+def test_every_option_is_about_something_and_once() -> None:
+    listed = [name for names in SECTIONS.values() for name in names]
+    assert sorted(listed) == sorted({field.name for field in dataclasses.fields(Options)} - {"model"})
 
 
 def test_what_a_configuration_switches_on_can_be_switched_off(tmp_path: Path) -> None:

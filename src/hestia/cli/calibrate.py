@@ -10,6 +10,7 @@ from .shared import (
     A_RUNS_OWN,
     DATA,
     MACHINE,
+    JobCommand,
     config_option,
     job_options,
     json_option,
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from ..curvature import Sensitivity
 
 
-@click.command(name="calibrate")
+@click.command(name="calibrate", cls=JobCommand)
 @click.argument("model", required=False)
 @job_options(
     (*DATA, *MACHINE, "calibrate", "estimator", "group_size", "skip", "out"),

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import ConfigError
-from .shared import config_option, job_options, json_option, options_from, show
+from .shared import JobCommand, config_option, job_options, json_option, options_from, show
 
 if TYPE_CHECKING:
     from ..estimate.whole import Estimate
@@ -18,7 +18,7 @@ NOT_ASKED = (
 )  # fmt: skip
 
 
-@click.command(name="estimate")
+@click.command(name="estimate", cls=JobCommand)
 @click.argument("model", required=False)
 @click.option("--processes", type=int, default=1, show_default=True, help="that share the training (torchrun)")
 @click.option("--fsdp", is_flag=True, help="processes shard weights, gradients and moments (FSDP2) instead of DDP")

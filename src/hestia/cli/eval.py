@@ -6,10 +6,10 @@ from typing import Any
 
 import click
 
-from .shared import DATA, MACHINE, job_options, json_option, options_from, show
+from .shared import DATA, MACHINE, JobCommand, job_options, json_option, options_from, show
 
 
-@click.command(name="eval")
+@click.command(name="eval", cls=JobCommand)
 @click.argument("model")
 @click.option("--against", metavar="PARENT", help="also KL and top-1 agreement to this model")
 @click.option("--tasks", multiple=True, help="lm-eval tasks (repeatable)")

@@ -11,6 +11,7 @@ import click
 from ..files import write_bytes
 from .shared import (
     A_RUNS_OWN,
+    JobCommand,
     config_option,
     job_options,
     json_option,
@@ -26,7 +27,7 @@ PLANNING = (
 )  # fmt: skip
 
 
-@click.command(name="plan")
+@click.command(name="plan", cls=JobCommand)
 @click.argument("model", required=False)
 @job_options(PLANNING, out="the JSON file to write; default plan.json")
 @config_option

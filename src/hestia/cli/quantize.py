@@ -7,10 +7,10 @@ from typing import Any
 
 import click
 
-from .shared import config_option, job_options, json_option, options_from, resume_option, show
+from .shared import JobCommand, config_option, job_options, json_option, options_from, resume_option, show
 
 
-@click.command(name="quantize")
+@click.command(name="quantize", cls=JobCommand)
 @click.argument("model", required=False)
 @job_options()
 @config_option

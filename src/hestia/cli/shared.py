@@ -14,7 +14,7 @@ import click
 
 from ..errors import ConfigError
 from ..files import finite, require_writable
-from ..options import Options, load_config
+from ..options import SECTIONS, Options, load_config
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -22,6 +22,19 @@ DATA = ("data", "eval_data", "separator", "text_column", "joiner", "held_out_sha
 MACHINE = ("device", "threads", "trust_remote_code")
 A_RUNS_OWN = ("out", "plan", "plan_sha256")
 """Keys of a run's file that a verb with an output of its own does not follow."""
+
+
+class JobCommand(click.Command):
+    """A verb whose help page lists the job's options by what they are about, and its own behind them."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        options = [parameter for parameter in self.get_params(ctx) if isinstance(parameter, click.Option)]
+        rows = {o.name: record for o in options if (record := o.get_help_record(ctx)) is not None}
+        sections = {title: [rows.pop(name) for name in names if name in rows] for title, names in SECTIONS.items()}
+        for title, listed in {**sections, "Options of this command": list(rows.values())}.items():
+            if listed:
+                with formatter.section(title):
+                    formatter.write_dl(listed)
 
 
 def job_options(names: Iterable[str] | None = None, leave_out: Iterable[str] = (), **texts: str) -> Callable[[F], F]:

@@ -10,10 +10,10 @@ import click
 from ..errors import ConfigError
 from ..options import PLANNING
 from .quantize import summary
-from .shared import config_option, job_options, json_option, options_from, resume_option, show
+from .shared import JobCommand, config_option, job_options, json_option, options_from, resume_option, show
 
 
-@click.command(name="train")
+@click.command(name="train", cls=JobCommand)
 @click.argument("model", required=False)
 @click.option("--plan", metavar="FILE", help="plan.json, from `hestia plan`; here or in --config")
 @job_options(leave_out=(*PLANNING, "plan"))
