@@ -9,6 +9,7 @@ from torch import Tensor
 from hestia import recipes
 from hestia.errors import ConfigError
 from hestia.quant import INT2, STE, TERNARY, TWN, AbsMean, LeastSquares, Pull, Quantizer, QuantSpec, Saliency, Softmax
+from hestia.recipes.base import GRIDS, scale_for
 from hestia.schedules import KnobSchedule
 
 Z = torch.linspace(-3, 3, 601, dtype=torch.float64)
@@ -154,3 +155,16 @@ def test_one_candidate_is_weighted_least_squares_at_that_threshold() -> None:
         q = row.sign() * (row.abs() > 0.75 * (row.abs().mean() + 1e-5))
         level = (importance * q * row).sum() / (importance * q * q).sum()
         torch.testing.assert_close(found, level * q)
+
+
+def test_the_default_is_what_the_stages_ran() -> None:
+    """Changing one of these is changing the method: stages B, C and bits were made with them, as the page says."""
+    schedule = recipes.get("hearth").schedule()
+    assert (schedule.rho, schedule.temperature, schedule.end_temperature) == (0.05, 0.1, 0.0)
+    assert schedule.hard_from is None and recipes.get("hearth").correction() is None
+    assert recipes.get("hearth").spec_for(1.58, "row").scale == TWN(soft=True)
+
+
+def test_four_levels_are_too_coarse_for_absmean() -> None:
+    scales = {bits: scale_for(grid).name for bits, grid in GRIDS.items()}
+    assert scales == {1.0: "absmean", 1.58: "absmean", 2.0: "gaussian", 3.0: "gaussian", 4.0: "gaussian"}
