@@ -92,8 +92,8 @@ def test_the_report_holds_every_promised_key(toy_run: Path) -> None:
         assert export["verify"]["codes_equal"] is True
         path = toy_run / export["path"]
         files = [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]
-        assert export["sha256"] == pipeline.digest(path)
-        assert 0 < export["bytes"] <= sum(p.stat().st_size for p in files)
+        assert export["sha256"] == pipeline.digest(path)  # which test_pipeline_parts computes by hand
+        assert export["bytes"] == sum(p.stat().st_size for p in files)
 
 
 def test_the_numbers_of_the_report_are_consistent(toy_run: Path, toy_parent: Path) -> None:
@@ -104,7 +104,7 @@ def test_the_numbers_of_the_report_are_consistent(toy_run: Path, toy_parent: Pat
     assert report["weights"] == {"quantized": quantized, "kept": total - quantized}
     # 2 bits a code, and one scale of a row of 64 or 128 weights
     assert 2.0 < report["bits_per_weight"]["quantized_layers"] < 3.0
-    assert report["bits_per_weight"]["whole_model"] > report["bits_per_weight"]["quantized_layers"]
+    assert report["bits_per_weight"]["whole_model"] == 8.0 * report["exports"][0]["bytes"] / total
     assert report["nll"]["quantized"] < report["nll"]["round_to_nearest"] - 0.5
     assert report["kl_to_parent"] > 0
     assert 0 <= report["top1_agreement"] <= 1
@@ -223,7 +223,7 @@ def test_ports_go_through_the_main_job_with_a_teacher(invoke: Invoke, job: Job, 
     biases = [name for name in frozen if name.endswith("_proj.bias")]
     assert len(biases) == (14 if recipe == "tequila" else 0)
     last = [row["hard_loss"] for row in rows(tmp_path / "run") if "hard_loss" in row][-1]
-    assert last < 7.0
+    assert last < report["parent_hard_loss"] - 0.1, "it has learnt something"
     assert invoke(*job("--recipe", recipe, *teacher[:4], "--distill-weight", "0.6", *targets, "--resume"))[0] == 2
 
 
@@ -292,6 +292,10 @@ def test_auto_runs_the_pilot_and_takes_its_best_rate(invoke: Invoke, job: Job, t
     assert report["seconds"]["pilot"] > 0
     assert [row["step"] for row in rows(tmp_path / "run") if "loss" in row] == [1, 2, 3, 4]
     assert not (tmp_path / "run" / "sensitivity.json").exists()
+    (tmp_path / "run" / "codes.safetensors").unlink()  # as if it had been killed while it froze
+    status, _, err = invoke(*job("--lr", "auto", "--steps", "4", "--recipe", "bitnet_ste", "--resume"))
+    assert status == 0, err
+    assert [row["pilot"] for row in rows(tmp_path / "run") if "pilot" in row] == trials, "the rate is known"
 
 
 def test_the_interval_of_chats_is_around_the_reported_difference(

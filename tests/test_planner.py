@@ -232,6 +232,9 @@ def test_skipping_too_much_is_refused_and_says_what_was_skipped() -> None:
     with pytest.raises(PlanError, match=r"only 33 % .*12,288 weights kept: skipped by '\*\.mlp\.\*'"):
         hestia.plan(llama(), skip=["*.mlp.*"])
     assert len(hestia.plan(llama(), skip=["*.mlp.*"], allow_partial=True).layers) == 8
+    with pytest.raises(PlanError, match="skipped by"):
+        hestia.plan(llama(), skip=["*.layers.1.*"])  # one of two layers and the norms: a hair under half
+    assert hestia.plan(llama(), skip=["*.layers.1.mlp.*"]).layers
     with pytest.raises(PlanError, match=r"skip pattern 'lm_haed' matches no linear layer"):
         hestia.plan(llama(), skip=["lm_haed"])
 
@@ -302,6 +305,14 @@ def test_a_skipped_tensor_may_have_been_measured_and_does_not_count() -> None:
 def test_the_sensitivity_of_another_model_is_refused(other: Callable[[], PreTrainedModel], message: str) -> None:
     with pytest.raises(PlanError, match=message + r".*: was it calibrated on another model\?"):
         hestia.plan(qwen2(), "hestia", sensitivity=measured(hestia.plan(other())))
+
+
+def test_a_table_that_says_of_which_model_it_is_is_held_to_it() -> None:
+    table = replace(measured(hestia.plan(qwen2())), model={"hidden_size": 4096, "name": "elsewhere"})
+    with pytest.raises(PlanError, match=f"hidden_size 4096, this one has {qwen2().config.hidden_size}"):
+        hestia.plan(qwen2(), sensitivity=table)
+    renamed = replace(table, model={"name": "elsewhere", "commit": "abc"})
+    assert hestia.plan(qwen2(), sensitivity=renamed).layers, "a copy under another name is the same model"
 
 
 def test_a_damage_is_no_curvature() -> None:
@@ -475,6 +486,13 @@ def test_a_mixed_plan_that_cannot_be_made_says_what_to_do() -> None:
         hestia.plan(model, target="gguf:q4_0", bits=0.3, sensitivity=table)
     with pytest.raises(PlanError, match="was it calibrated on another model"):
         hestia.plan(qwen2(), target="gguf:mixed", bits=2.5, sensitivity=table)
+
+
+@pytest.mark.parametrize("bits", [0.0, -1.0, 33.0, math.nan])
+def test_a_budget_that_no_file_has_is_refused(bits: float) -> None:
+    model = wide()
+    with pytest.raises((PlanError, ConfigError), match="bits must be a positive number"):
+        hestia.plan(model, bits=bits, widths=(1.58, 4.0), sensitivity=candidates_of(hestia.plan(model)))
 
 
 def test_the_damage_of_another_grid_is_taken_only_where_the_plan_says_so() -> None:

@@ -168,6 +168,7 @@ def test_factors_that_are_not_named_become_one() -> None:
         (("layers", "a.q", "shape"), [1, 2, 3], r"a\.q: "),
         (("layers", "a.q", "temperature_factor"), 0.0, r"a\.q: temperature_factor must be positive"),
         (("layers", "a.q", "temperature_factor"), None, r"a\.q: "),
+        (("layers", "a.q", "temperature_factor"), 1e6, r"a\.q: temperature_factor must be positive and finite"),
         (("layers", "a.q", "levels"), [0.1, 0.5], r"a\.q: grid levels"),
         (("layers", "a.q", "group_size"), "rows", r"a\.q: group_size must be"),
         (("layers", "a.q", "group_size"), 100, r"a\.q: group_size=100 does not divide in_features=256"),
@@ -180,6 +181,7 @@ def test_factors_that_are_not_named_become_one() -> None:
         (("layers", "a.q", "stored"), {"hf": "pack-quantized 2-bit"}, r"a\.q: stored: gguf:tq2_0 has no type None"),
         (("layers", "a.q", "stored"), {**HYBRID, "hf": "TQ9_0"}, r"a\.q: stored: hf has no type 'TQ9_0'"),
         (("layers", "a.q", "group_size"), 128, r"a\.q: stored: TQ2_0 has one scale for 256 weights"),
+        (("targets",), [], "at least one target"),
         (("targets",), ["hff"], "unknown target 'hff': did you mean 'hf'"),
         (("schedule",), {"rho": 2.0}, "rho is a share"),
         (("schedule",), {"speed": 2.0}, "speed"),
@@ -197,3 +199,7 @@ def test_another_schema_is_refused(tmp_path: Path) -> None:
     (tmp_path / "plan.json").write_text(json.dumps(changed(("schema",), 2)), encoding="utf-8")
     with pytest.raises(ConfigError, match="schema 2, this version reads schema 1"):
         Plan.load(tmp_path / "plan.json")
+
+
+def test_a_plan_that_names_no_item_size_is_of_two_bytes() -> None:
+    assert Plan.from_json(changed(("itemsize",), ...)).itemsize == 2

@@ -154,6 +154,19 @@ def test_resuming_with_other_inputs_under_the_same_names_is_refused(
     assert invoke(*job("--resume", model=parent_copy))[0] == 0
 
 
+def test_resuming_with_another_sensitivity_under_the_same_name_is_refused(
+    job: Job, toy_run: Path, tmp_path: Path, invoke: Invoke, lean: None
+) -> None:
+    given = tmp_path / "given.json"
+    shutil.copyfile(toy_run / "sensitivity.json", given)
+    words = job("--sensitivity", given)
+    status, _, err = invoke(*words)
+    assert status == 0, err
+    given.write_text(given.read_text(encoding="utf-8") + "\n", encoding="utf-8")
+    status, _, err = invoke(*words, "--resume")
+    assert status == 2 and "the run began with other inputs: sensitivity is" in err
+
+
 def test_a_run_from_the_hub_goes_on_with_its_commits_whatever_the_hub_says_today(
     job: Job, toy_parent: Path, tmp_path: Path, invoke: Invoke, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -73,10 +73,13 @@ def tokens_figure(stage: Stage, folder: Path | None = None) -> str | None:
 
 
 def bits_figure(stage: Stage, folder: Path | None = None) -> str | None:
-    """NLL against stored bits a weight at the largest budget; None where the arms cost the same.
+    """NLL against stored bits a weight at the largest budget; None where a stage does not ask what bits are worth.
 
-    Plans that mix widths are hollow; the lines across are the parent as it was, dotted, and the control, dashed.
+    It does where its arms name a format (``target``), whose files say what a weight costs. Plans that mix widths are
+    hollow; the lines across are the parent as it was, dotted, and the control, dashed.
     """
+    if stage.arm(stage.baseline).target == "hf":
+        return None
     everything = _budgets(stage, folder)
     points: list[tuple[float, float, float, str, bool]] = []
     for name, runs in (everything[-1] if everything else {}).items():

@@ -47,7 +47,9 @@ class Arm:
         teacher: how the parent teaches, as the training understands it; empty: cross entropy alone.
         rates: learning rates of the tuning runs where they differ from the stage's; as many.
         group_size: weights that share a scale, where it differs from the stage's.
-        bits: width of the grid, or a budget of stored bits a weight that is spent by predicted damage.
+        bits: width of the grid, or a budget of stored bits a weight.
+        spend: how that budget is spent: empty, by predicted damage; ``first and last``, from both ends of the model
+            inwards, which takes no curvature.
         target: the format that must hold the result exactly; it decides what a weight costs.
         factors: on the learning rate, of ``scale``, ``norm`` and ``embedding``.
         betas: of AdamW, where they differ from the training's own.
@@ -63,6 +65,7 @@ class Arm:
     rates: tuple[float, ...] = ()
     group_size: str | int | None = None
     bits: float = 1.58
+    spend: str = ""
     target: str = "hf"
     factors: Mapping[str, float] = field(default_factory=dict)
     betas: tuple[float, ...] = ()
@@ -220,6 +223,7 @@ class Job:
             "teacher": dict(arm.teacher),
             "group_size": stage.training.group_size if arm.group_size is None else arm.group_size,
             **({} if arm.bits == 1.58 else {"bits": arm.bits}),  # results made before there was a choice stay valid
+            **({"spend": arm.spend} if arm.spend else {}),
             **({} if arm.target == "hf" else {"target": arm.target}),
             **({"factors": dict(arm.factors)} if arm.factors else {}),
             **({"betas": list(arm.betas)} if arm.betas else {}),

@@ -44,6 +44,7 @@ class Row:
         cost: processor seconds a token, as a multiple of the baseline's.
         means: of KL, top-1, zero share and flip rate; None where a run has none.
         planned: how many seeds the stage asks for.
+        bits: stored bits a weight, scales included, of an arm that names the format of its files; else None.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Row:
     cost: float | None
     means: Mapping[str, float | None]
     planned: int
+    bits: float | None = None
 
     @property
     def verdict(self) -> str:
@@ -155,6 +157,7 @@ def _rows(stage: Stage, records: Records) -> list[Row]:
                 cost=cost / unit if cost and unit else None,
                 means=_means(list(runs.values())),
                 planned=len(stage.final.seeds),
+                bits=_stored_bits(stage.arm(name).target, list(runs.values())),
             )
         )
     return sorted(made, key=lambda row: row.rank)
@@ -262,6 +265,12 @@ def _gap(
     return paired_difference(values, [0.0] * len(values))
 
 
+def _stored_bits(target: str, runs: Sequence[Mapping[str, Any]]) -> float | None:
+    """The ``hf`` of all but the stages about bits says nothing: how its bytes are counted changed between results."""
+    found = [r["plan"]["bits_per_weight"] for r in runs if "bits_per_weight" in (r.get("plan") or {})]
+    return fmean(found) if found and target != "hf" else None
+
+
 def _cost(runs: Mapping[int, Any]) -> float | None:
     """Median processor seconds a token of training: the clock's seconds do not compare on a shared machine."""
     seconds = [r["seconds_per_token"]["processor"] for r in runs.values() if r.get("seconds_per_token")]
@@ -280,17 +289,20 @@ def _means(runs: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
 
 
 def budget_table(made: Sequence[Row], baseline: str, parent: float) -> str:
-    """The ranking at one budget; ``parent`` is the parent's NLL."""
+    """The ranking at one budget; ``parent`` is the parent's NLL. Stored bits where the arms differ in them."""
+    told = any(row.bits is not None for row in made)
     lines = [
-        f"| arm | seeds | rate | NLL median (min to max) | over parent | minus {baseline} | Holm p | | gap closed | KL "
+        f"| arm {'| bits ' if told else ''}| seeds | rate | NLL median (min to max) | over parent | minus {baseline} "
+        "| Holm p | | gap closed | KL "
         "| top-1 | zero | flipped | cost |",
-        "|---|--:|--:|--:|--:|--:|--:|---|--:|--:|--:|--:|--:|--:|",
+        f"|---|{'--:|' if told else ''}--:|--:|--:|--:|--:|--:|---|--:|--:|--:|--:|--:|--:|",
     ]
     for row in made:
         spread = f"{median(row.nll):.4f} ({min(row.nll):.4f} to {max(row.nll):.4f})"
         p = "-" if row.adjusted_p is None else f"{row.adjusted_p:.2g}"
         cells = [
             row.name,
+            *([number(row.bits, 3)] if told else []),
             str(len(row.nll)),
             ", ".join(f"{rate:g}" for rate in row.rate),
             spread if len(row.nll) > 1 else f"{row.nll[0]:.4f}",
@@ -366,14 +378,16 @@ def _gap_there(
         return None
 
 
-def tuning_table(stage: Stage, folder: Path) -> str:
+def tuning_table(stage: Stage, folder: Path, parent: Mapping[str, Any]) -> str:
     """NLL on the valid files of every tuning run; the chosen rate in bold, and whether it is at an end of its list."""
     lines = ["| arm | valid NLL at each rate | |", "|---|---|---|"]
     for arm in stage.arms:
         cells: list[tuple[float, float | None]] = []
         for job in stages.tuning_jobs(stage, arm):
-            if (path := job.result(folder)).is_file():
-                cells.append((float(job.rate or 0.0), read_json(path, schema=stages.SCHEMA)["valid_nll"]))
+            if job.result(folder).is_file():
+                record = stages.load_result(job, folder)
+                stages.require_same(record, parent["model"], parent["texts"])
+                cells.append((float(job.rate or 0.0), record["valid_nll"]))
         if not cells:
             continue
         finite = [nll for _, nll in cells if nll is not None]
@@ -422,13 +436,15 @@ def section(stage: Stage, folder: Path | None = None) -> str:
             for question, found in asked:
                 if found[tokens]:
                     lines += [question_table(question, found[tokens], len(everything)), ""]
-    lines += ["## Tuning", "", tuning_table(stage, folder), ""]
+    lines += ["## Tuning", "", tuning_table(stage, folder, parent), ""]
     there = {name for records in everything.values() for name in records}
     missing = [arm.name for arm in stage.arms if arm.name not in there]
     if without := diverged(stage, folder):
         lines += [f"Diverged: {'; '.join(without)}.", ""]
     if missing:
         lines += [f"Without a final run so far: {', '.join(missing)}.", ""]
+    if notes := [f"- `{arm.name}`: {arm.note}." for arm in stage.arms if arm.note]:
+        lines += ["## Notes on arms", "", *notes, ""]
     return "\n".join(lines)
 
 

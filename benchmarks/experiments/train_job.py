@@ -29,6 +29,7 @@ from transformers import PreTrainedModel, TrainerCallback, set_seed
 
 from hestia import curvature, loading, recipes
 from hestia.curvature import Sensitivity
+from hestia.curvature.allocation import Problem, positional
 from hestia.data import Blocks, epoch_order
 from hestia.errors import ConfigError, GuardError
 from hestia.evaluation import Score, model_logits, score
@@ -39,6 +40,8 @@ from hestia.nn import apply, freeze, quantized_modules, select
 from hestia.planner import plan as make_plan
 from hestia.plans import Plan
 from hestia.provenance import machine, versions
+from hestia.quant import GroupSize
+from hestia.recipes import Recipe
 from hestia.schedules import LearningRateSchedule
 from hestia.training import Distillation, HestiaTrainer, QATCallback, TrainConfig, checkpoints
 from hestia.training.trainer import CHECKPOINTS
@@ -328,15 +331,30 @@ def _plan(job: Job, model: nn.Module, sensitivity: Sensitivity | None) -> Plan:
         return make_plan(model, "round_to_nearest", group_size=group)
     curvature_of = sensitivity if needs_curvature(arm) else None
     recipe = recipes.get(arm.recipe, **arm.settings)
-    return make_plan(model, recipe, arm.target, curvature_of, bits=arm.bits, group_size=group)
+    blind = {"damages": _first_and_last(model, recipe, arm, group), "widths": recipe.widths} if arm.spend else {}
+    return make_plan(model, recipe, arm.target, curvature_of, bits=arm.bits, group_size=group, **blind)
+
+
+def _first_and_last(model: nn.Module, recipe: Recipe, arm: Arm, group: GroupSize) -> dict[str, dict[float, float]]:
+    """Damages whose best plan is the one that raises the first and last layers: none at its widths, 1 at any other."""
+    alone = {w: make_plan(model, recipe, arm.target, bits=w, group_size=group) for w in recipe.widths}
+    sizes = {width: plan.stored_bytes(arm.target) for width, plan in alone.items()}
+    layers = alone[recipe.widths[0]].layers
+    problem = Problem.of(
+        {path: {width: sizes[width][path] for width in alone} for path in layers},
+        {path: layer.weights for path, layer in layers.items()},
+        {path: dict.fromkeys(alone, 0.0) for path in layers},
+    )
+    chosen = positional(problem, problem.bytes_for(arm.bits)).widths
+    return {path: {width: float(width != chosen[path]) for width in alone} for path in layers}
 
 
 def needs_curvature(arm: Arm) -> bool:
-    """Whether the plan is made from the parent's curvature: the recipe asks for it, or tensors differ in width."""
+    """Whether the plan is made from the parent's curvature: the recipe asks for it, or it decides tensors' widths."""
     if arm.recipe == CONTROL:
         return False
     recipe = recipes.get(arm.recipe, **arm.settings)
-    return recipe.uses_curvature or is_mixed(recipe, arm.bits, None, None)
+    return recipe.uses_curvature or (is_mixed(recipe, arm.bits, None, None) and not arm.spend)
 
 
 def plan_record(plan: Plan, sensitivity: Sensitivity | None) -> dict[str, Any]:

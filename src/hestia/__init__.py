@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from .curvature import Sensitivity, calibrate
+    from .export.save import save
     from .export.verify import verify
     from .nn import QuantLinear, apply, freeze, restore
     from .options import Options
@@ -41,6 +42,7 @@ _HOMES = {
     "plan": "planner",
     "quantize": "pipeline",
     "restore": "nn",
+    "save": "export.save",
     "verify": "export.verify",
 }
 
@@ -62,6 +64,7 @@ __all__ = [
     "plan",
     "quantize",
     "restore",
+    "save",
     "verify",
 ]
 

@@ -181,7 +181,7 @@ def _paper_documents(options: Options) -> Iterator[str]:
     """The paper's documents: every line of a .txt, and the whole text of a row of anything else."""
     for given in options.data:
         is_text = resolve(given).kind == "text"
-        for document in read_documents([given], separator=options.separator):
+        for document in read_documents([given], separator=options.separator, column=options.text_column):
             if document.text is not None:
                 yield from (line for line in document.text.splitlines() if line.strip()) if is_text else [document.text]
 
@@ -264,6 +264,7 @@ def prepare_text(
         seq_len=seq_len,
         joiner=options.joiner,  # type: ignore[arg-type]
         separator=options.separator,
+        column=options.text_column,
         held_out_share=options.held_out_share,
         seed=options.seed,
         cache=cache,
@@ -281,6 +282,7 @@ def all_blocks(options: Options, tokenizer: PreTrainedTokenizerBase, seq_len: in
         seq_len=seq_len,
         joiner=options.joiner,  # type: ignore[arg-type]
         separator=options.separator,
+        column=options.text_column,
         max_tokens=count(options.eval_tokens, "eval_tokens"),
     )
     return spread(text, count(options.eval_tokens, "eval_tokens") // seq_len)

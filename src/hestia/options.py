@@ -91,6 +91,7 @@ class Options:
     estimator: str = _option("gnb", "how curvature is measured: gnb, fisher, kl, hutchinson, hutchpp, xtrace, eigen")
     sensitivity: str | None = _option(None, "use this sensitivity.json instead of calibrating")
     separator: str = _option("auto", "line that separates documents in .txt files")
+    text_column: str | None = _option(None, "column or key that holds the text; default messages (a chat), else text")
     joiner: str = _option("auto", "join documents by bos, eos or both; auto asks the tokenizer")
     held_out_share: float = _option(0.05, "share of --data held out when there is no --eval-data")
     eval_tokens: str = _option("131072", "most held-out tokens to score")

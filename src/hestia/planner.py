@@ -71,7 +71,8 @@ def plan(
     chosen = _chosen(recipe, options)
     if isinstance(sensitivity, (str, Path)):
         sensitivity = Sensitivity.load(Path(sensitivity))
-    _check_quantity(chosen, sensitivity)
+    if isinstance(sensitivity, Sensitivity):
+        require_curvature(chosen, sensitivity.primary, sensitivity.estimator)
     targets = [find_target(name) for name in ([target] if isinstance(target, str) else target)]
     selection = select(model, skip)
     _check_coverage(selection, allow_partial)
@@ -233,13 +234,22 @@ def _itemsize(model: nn.Module, selection: Selection) -> int:
     return (dtype if isinstance(dtype, torch.dtype) else loaded).itemsize
 
 
-def _check_quantity(recipe: Recipe, sensitivity: Sensitivity | Mapping[str, float] | None) -> None:
-    """Refuse to pace temperatures by a damage, which is no curvature."""
-    if recipe.uses_curvature and isinstance(sensitivity, Sensitivity) and sensitivity.primary.startswith("kl:"):
+def require_curvature(recipe: Recipe, primary: str, estimator: str) -> None:
+    """Refuse to pace temperatures by a damage, which is no curvature.
+
+    Args:
+        recipe: of the plan.
+        primary: the quantity that the sensitivity holds, or will hold.
+        estimator: who measures it.
+
+    Raises:
+        PlanError: the recipe reads curvature, and the quantity is a KL.
+    """
+    if recipe.uses_curvature and primary.partition(":")[0] == "kl":
         raise PlanError(
-            f"recipe {recipe.name!r} paces its temperatures by curvature, and the sensitivity holds "
-            f"{sensitivity.primary!r}, measured by the estimator {sensitivity.estimator!r}: calibrate with "
-            "--estimator gnb, or choose a recipe that reads no curvature, such as hearth"
+            f"recipe {recipe.name!r} paces its temperatures by curvature, and the estimator {estimator!r} measures "
+            f"{primary!r}, a damage: calibrate with --estimator gnb, or choose a recipe that reads no curvature, such "
+            "as hearth"
         )
 
 

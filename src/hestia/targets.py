@@ -213,7 +213,7 @@ TARGETS: dict[str, Target] = {
         Target(
             "hf:int4",
             (PACK4,),
-            "transformers (with compressed-tensors), vLLM and SGLang (CUDA)",
+            "transformers (with compressed-tensors), vLLM and SGLang (CUDA), llama.cpp's converter",
             "twice the bytes of hf; for servers without a 2-bit kernel",
         ),
         _gguf(TQ2_0, "llama.cpp: CPU, Metal, Vulkan", "no CUDA kernel: those layers run on the CPU"),

@@ -93,7 +93,13 @@ def finals(stage: stages.Stage, folder: Path, tokens: str) -> dict[tuple[str, in
 @pytest.fixture
 def stage(tmp_path: Path) -> stages.Stage:
     (tmp_path / "toy.yaml").write_text(yaml.safe_dump(STAGE), encoding="utf-8")
-    stage, folder = stages.load(tmp_path / "toy.yaml"), tmp_path / "results"
+    stage = stages.load(tmp_path / "toy.yaml")
+    fill(stage, tmp_path / "results")
+    return stage
+
+
+def fill(stage: stages.Stage, folder: Path) -> None:
+    """Parent, tuning runs and final runs of every arm that has losses."""
     scores = {"nll": 2.5, "test": {"c": {"nll": 2.0}, "d": {"nll": 3.0}}}
     parent = {
         "schema": 1,
@@ -114,7 +120,6 @@ def stage(tmp_path: Path) -> stages.Stage:
         for (arm, seed), job in finals(stage, folder, tokens).items():
             if seed <= len(LOSSES.get(arm, ())):
                 write_result(job, LOSSES[arm][seed - 1] + shift, folder)
-    return stage
 
 
 def test_rows_rank_and_judge(stage: stages.Stage, tmp_path: Path) -> None:
@@ -219,6 +224,10 @@ def test_figures_are_the_same_twice_and_need_results(stage: stages.Stage, tmp_pa
 
 def test_bits_are_drawn_where_arms_differ_in_them(stage: stages.Stage, tmp_path: Path) -> None:
     folder = tmp_path / "results"
+    assert figures.bits_figure(stage, folder) is None and "| bits |" not in tables.section(stage, folder)
+    folder = tmp_path / "stored"
+    stage = replace(stage, arms=tuple(replace(arm, target="gguf:mixed") for arm in stage.arms))
+    fill(stage, folder)
     assert figures.bits_figure(stage, folder) is None  # no result says what its weights cost
     jobs = finals(stage, folder, "1k")
     for bits, (arm, grids) in enumerate({"ste": 1, "better": 1, "same": 2}.items(), start=1):
@@ -229,3 +238,5 @@ def test_bits_are_drawn_where_arms_differ_in_them(stage: stages.Stage, tmp_path:
     assert drawn is not None
     assert all(f">{name}<" in drawn for name in ("ste", "better", "same", "parent", "trained in full precision"))
     assert ">young<" not in drawn
+    page = tables.section(stage, folder)
+    assert "| arm | bits | seeds |" in page and "| better | 2.000 |" in page and "| control | - |" in page

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import sys
 from dataclasses import replace
@@ -10,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import toy_models
 import yaml
 
 from hestia import lock, recipes
@@ -292,3 +295,19 @@ def test_every_arm_of_stage_a_stops_and_goes_on(arm: stages.Arm, toy_stage: list
     timing = {"seconds_per_token"}
     assert {k: v for k, v in parts.items() if k not in timing} == {k: v for k, v in whole.items() if k not in timing}
     assert whole["diverged"] is None and whole["nll"] > 0
+
+
+def test_a_plan_without_curvature_raises_the_first_and_last_layers() -> None:
+    """Eight layers of 256 inputs, between ternary and two bits: the middle stays ternary, and the budget is kept."""
+    with torch.device("meta"):
+        model = toy_models.llama(hidden_size=256, intermediate_size=512, num_hidden_layers=8)
+    arm = stages.Arm(name="ends", recipe="hearth", bits=1.9, spend="first and last", target="gguf:mixed")
+    job = stages.Job(stage=STAGE_A, arm=arm, phase="tune", tokens="500k", rate=1e-3, seed=0)
+    assert not train_job.needs_curvature(arm) and job.config()["spend"] == "first and last"
+    plan = train_job._plan(job, model, None)
+    assert plan.spending is not None and 1.8 < plan.spending.bits <= 1.9 and plan.spending.predicted_kl == 0.0
+    bits = {
+        layer: {p.spec.grid.bits for path, p in plan.layers.items() if f"layers.{layer}." in path} for layer in range(8)
+    }
+    ternary = math.log2(3)
+    assert bits[3] == bits[4] == {ternary} and all(max(bits[layer]) > ternary for layer in (0, 7))

@@ -402,3 +402,9 @@ def _raising(error: Exception) -> Callable[..., None]:
         raise error
 
     return load
+
+
+def test_a_damage_that_cannot_pace_temperatures_is_refused_before_it_is_measured(refuse: Refuse, job: Job) -> None:
+    said = refuse(*job("--estimator", "kl"))
+    assert said.startswith("recipe 'hestia' paces its temperatures by curvature, and the estimator 'kl' measures 'kl'")
+    assert "calibrate with --estimator gnb" in said

@@ -8,13 +8,16 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import get_type_hints
 
+import click
 import pytest
 from toy_runs import Invoke
 
 from hestia.cli import export, verify
-from hestia.cli.main import VERBS, spread
+from hestia.cli.main import VERBS, cli, spread
+from hestia.cli.shared import options_from
 from hestia.options import PLANNING, Options
 
 
@@ -166,6 +169,20 @@ def test_every_public_name_resolves() -> None:
 def test_help_comes_at_once() -> None:
     best = min(_seconds([sys.executable, "-m", "hestia", "--help"]) for _ in range(3))
     assert best < 1.5
+
+
+def test_what_a_configuration_switches_on_can_be_switched_off(tmp_path: Path) -> None:
+    file = tmp_path / "job.yaml"
+    file.write_text("gradient_checkpointing: true\ncompile: true\n", encoding="utf-8")
+    command = cli.get_command(click.Context(cli), "quantize")
+    assert command is not None
+    for typed, expected in (([], True), (["--no-gradient-checkpointing"], False), (["--gradient-checkpointing"], True)):
+        words = command.make_context("quantize", ["m", *typed]).params
+        options = {
+            key: value for key, value in words.items() if key in {field.name for field in dataclasses.fields(Options)}
+        }
+        found = options_from(str(file), options)
+        assert (found.gradient_checkpointing, found.compile) == (expected, True)
 
 
 def _seconds(command: list[str]) -> float:

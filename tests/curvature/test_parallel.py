@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 import hestia
 from hestia import processes, tiny
 from hestia.curvature import Sensitivity, parallel
+from hestia.curvature.estimators import Diagonals
 from hestia.errors import CalibrationError, ConfigError
 
 SOURCE = str(Path(hestia.__file__).parents[1])
@@ -181,3 +182,17 @@ def test_rows_are_interleaved_and_what_one_process_lacks_stays_missing(monkeypat
     assert list(rows[1]) == ["a"] and rows[1]["a"]["trace"] != rows[1]["a"]["trace"]
     with pytest.raises(CalibrationError, match="1 sequences are too few for 2 processes"):
         parallel.gathered(mine, 0, 1)
+
+
+def test_diagonals_are_added_up_with_the_sequences_behind_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other process has seen as much as this one: everything doubles, the count as well."""
+    sums = Diagonals("row", {"a": torch.zeros(3, 4)})
+    assert sums.state()
+    for tensor in sums.state().values():
+        tensor.fill_(2.5)
+    sums.sequences = 3
+    monkeypatch.setattr(parallel, "running", lambda: True)
+    monkeypatch.setattr(parallel.dist, "all_reduce", lambda tensor: tensor.mul_(2))
+    both = parallel.summed(sums)
+    assert both.sequences == 6
+    assert all(bool((tensor == 5.0).all()) for tensor in both.state().values())

@@ -10,7 +10,7 @@ import torch
 import toy_models
 
 from hestia.curvature import Stopping, calibrate, partial
-from hestia.curvature.estimators import GaussNewton
+from hestia.curvature.estimators import Fisher, GaussNewton
 from hestia.quant import QuantSpec
 
 
@@ -135,3 +135,31 @@ def test_rows_of_a_sibling_are_not_mixed_in(
     killed_at(monkeypatch, keep, 5)
     assert equal(measured(keep, **change), measured(None, **change))
     assert said == [f"{keep}: left by another calibration; this one begins anew"]
+
+
+def test_what_a_calibration_measures_is_in_its_key() -> None:
+    """Each change by itself: rows of another calibration must never be taken for this one's."""
+    model = toy_models.llama()
+    ids = torch.ones(2, 4, dtype=torch.long)
+    asked: dict[str, Any] = {
+        "estimator": GaussNewton(),
+        "model": model,
+        "weights": {"lm_head": model.lm_head.weight},
+        "sequences": ids,
+        "counted": None,
+        "candidates": {"ternary": {"levels": [-1, 0, 1]}},
+        "diagonals": None,
+        "seed": 0,
+        "stopping": None,
+    }
+    changes: list[dict[str, Any]] = [
+        {},
+        {"candidates": {"ternary": {"levels": [-1, 1]}}},
+        {"estimator": Fisher()},
+        {"diagonals": "row"},
+        {"sequences": ids + 1},
+        {"seed": 1},
+        {"stopping": Stopping()},
+        {"counted": ids.bool()},
+    ]
+    assert len({partial.key_of(**asked | change) for change in changes}) == len(changes)

@@ -140,3 +140,16 @@ def test_the_table_is_sorted_by_trace_and_warns_of_one_large_sequence() -> None:
     assert text.index("layers.0.k") < text.index("layers.0.q")
     assert "8 sequences x 5 scored positions" in text
     assert "one sequence carries over 10%" in text
+
+
+def test_a_doubtful_value_without_a_stand_in_is_refused() -> None:
+    tensor = TensorSensitivity.of("w", 4, [-1.0, 2.0], signed=True)
+    with pytest.raises(CalibrationError, match="nothing stands in for it"):
+        _ = tensor.value
+
+
+def test_a_second_quantity_of_another_length_is_refused_by_name() -> None:
+    record = a_sensitivity().to_json()
+    record["tensors"]["layers.0.q"]["others"] = {"quadratic:ternary": [1.0] * 7}
+    with pytest.raises(CalibrationError, match=r"layers\.0\.q: .*7 .*8"):
+        Sensitivity.from_json(record)

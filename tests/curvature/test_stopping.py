@@ -121,3 +121,8 @@ def test_a_budget_that_ends_first_is_said(weights: tuple[nn.Module, dict[str, nn
     fewer = calibrate(model, chosen, ids[:3], estimator="settling", stopping=Stopping(start=32))
     assert fewer.sequences == 3 and "budget of 3" in fewer.stopped
     assert calibrate(model, chosen, ids, estimator="settling").stopped == "all 6 sequences were used"
+
+
+def test_by_default_the_rule_is_that_of_the_guide() -> None:
+    """32 sequences, 10 % of the mean, a rank correlation of 0.98: numbers that users are told."""
+    assert (Stopping().start, Stopping().half_width, Stopping().rank_agreement) == (32, 0.10, 0.98)

@@ -178,3 +178,23 @@ def test_a_template_that_asks_for_the_day_gets_the_same_on_every_day(make_tokeni
     tokenizer = make_tokenizer(template="{{ strftime_now('%d %b %Y') }} " + PLAIN)
     ids, _ = chat_tokens(tokenizer, CHAT, "here")
     assert tokenizer.decode(ids).startswith("26 Jul 2024")
+
+
+def test_an_end_that_the_template_writes_is_not_doubled(make_tokenizer, tmp_path: Path) -> None:
+    """Every turn closes with EOS here, and EOS joins the chats."""
+    turn = "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}"
+    tokenizer = make_tokenizer(template=turn + "{% if add_generation_prompt %}assistant: {% endif %}")
+    path = tmp_path / "chats.jsonl"
+    chats = [[{"role": "user", "content": str(i)}, CHAT[2]] for i in range(9)]
+    path.write_text("\n".join(json.dumps({"messages": chat}) for chat in chats))
+    made = prepare([path], None, tokenizer, seq_len=16, joiner="eos")
+    ids = torch.cat([made.train.input_ids.flatten(), made.held_out.input_ids.flatten()]).tolist()
+    assert tokenizer.eos_token_id in ids
+    assert not any(a == b == tokenizer.eos_token_id for a, b in zip(ids, ids[1:], strict=False))
+
+
+def test_a_template_that_marks_nothing_is_asked_by_rendering(make_tokenizer) -> None:
+    """Its tag stands in a branch that these messages do not take."""
+    never = "{% if false %}{% generation %}{% endgeneration %}{% endif %}"
+    found, plain = (chat_tokens(make_tokenizer(template=t), CHAT, "here") for t in (never + PLAIN, PLAIN))
+    assert found == plain and any(found[1])

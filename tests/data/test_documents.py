@@ -3,6 +3,7 @@
 import gzip
 import json
 import lzma
+from collections.abc import Callable
 from pathlib import Path
 
 import datasets
@@ -18,8 +19,21 @@ from hestia.errors import ConfigError
 CHAT = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi"}]
 
 
-def texts(*sources: str | Path, separator: str = "auto") -> list[str | None]:
-    return [document.text for document in read_documents(sources, separator=separator)]
+def zstd(content: bytes) -> bytes:
+    return pa.Codec("zstd").compress(content, asbytes=True)
+
+
+PACK: dict[str, Callable[[bytes], bytes]] = {
+    "": bytes,
+    ".gz": gzip.compress,
+    ".xz": lzma.compress,
+    ".zst": zstd,
+    ".GZ": gzip.compress,
+}
+
+
+def texts(*sources: str | Path, separator: str = "auto", column: str | None = None) -> list[str | None]:
+    return [document.text for document in read_documents(sources, separator=separator, column=column)]
 
 
 # --- text files
@@ -71,7 +85,7 @@ def test_only_line_feeds_end_lines(tmp_path: Path) -> None:
     assert texts(path) == ["a\u2028<|endofdoc|>\u2028b\x0bc\x85d"]
 
 
-@pytest.mark.parametrize("suffix", [".txt", ".txt.gz", ".txt.xz"])
+@pytest.mark.parametrize("packed", PACK)
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     parts=st.lists(
@@ -82,25 +96,31 @@ def test_only_line_feeds_end_lines(tmp_path: Path) -> None:
         max_size=5,
     )
 )
-def test_documents_survive_the_file(tmp_path: Path, suffix: str, parts: list[str]) -> None:
+def test_documents_survive_the_file(tmp_path: Path, packed: str, parts: list[str]) -> None:
     """What is joined by separator lines comes back, whatever the Unicode in it."""
-    path = tmp_path / f"a{suffix}"
-    content = "\n<|endofdoc|>\n".join(parts).encode()
-    opener = {".txt": open, ".txt.gz": gzip.open, ".txt.xz": lzma.open}[suffix]
-    with opener(path, "wb") as handle:
-        handle.write(content)
+    path = tmp_path / f"a.txt{packed}"
+    path.write_bytes(PACK[packed]("\n<|endofdoc|>\n".join(parts).encode()))
     assert texts(path) == [part.strip("\n") for part in parts]
 
 
 # --- rows
 
 
-@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz"])
-def test_jsonl_rows(tmp_path: Path, suffix: str) -> None:
-    path = tmp_path / f"a{suffix}"
+def test_an_archive_of_several_parts_is_read_to_its_end(tmp_path: Path) -> None:
+    """As parallel packers write it, and ``cat a.gz b.gz``."""
+    for suffix in (".gz", ".xz", ".zst"):
+        path = tmp_path / f"a.txt{suffix}"
+        path.write_bytes(PACK[suffix](b"one\n") + PACK[suffix](b"two\n"))
+        assert texts(path) == ["one\ntwo"]
+
+
+@pytest.mark.parametrize("packed", PACK)
+@pytest.mark.parametrize("plain", [".jsonl", ".json"])
+def test_jsonl_rows(tmp_path: Path, plain: str, packed: str) -> None:
+    path = tmp_path / f"a{plain}{packed}"
     rows = [{"text": "one\ntwo\n", "id": 3}, {"text": ""}, {"messages": CHAT, "text": "rendered elsewhere"}]
     content = "\n\n".join(json.dumps(row) for row in rows).encode()
-    path.write_bytes(gzip.compress(content) if suffix.endswith("gz") else content)
+    path.write_bytes(PACK[packed](content))
     first, chat = read_documents([path])
     assert first == Document("one\ntwo", None, f"{path}:1")
     assert chat == Document(None, tuple(CHAT), f"{path}:5")
@@ -133,6 +153,20 @@ def test_saved_data_sets(tmp_path: Path) -> None:
         texts(f"{tmp_path / 'split'}:tset")
     with pytest.raises(ConfigError, match="has no splits; leave out ':test'"):
         texts(f"{tmp_path / 'plain'}:test")
+
+
+def test_a_column_of_another_name_holds_the_text_whatever_else_is_there(tmp_path: Path) -> None:
+    table = {"content": ["one", "two"], "text": ["a label", "a label"], "messages": [CHAT, CHAT]}
+    lines, parquet = tmp_path / "a.jsonl", tmp_path / "a.parquet"
+    lines.write_text("\n".join(json.dumps({key: table[key][i] for key in table}) for i in range(2)))
+    pq.write_table(pa.table(table), parquet)
+    datasets.Dataset.from_dict(table).save_to_disk(tmp_path / "saved")
+    for source in (lines, parquet, tmp_path / "saved"):
+        assert texts(source, column="content") == ["one", "two"]
+        assert texts(source, column="text") == ["a label", "a label"]
+        assert [d.messages for d in read_documents([source], column="messages")] == [tuple(CHAT)] * 2
+        with pytest.raises(ConfigError, match=r"no (column )?'body'.*content.*text"):
+            texts(source, column="body")
 
 
 # --- bad input
@@ -201,10 +235,10 @@ def test_utf16_is_recognised_as_not_utf8(tmp_path: Path) -> None:
         texts(path)
 
 
-@pytest.mark.parametrize("compress", [gzip.compress, lzma.compress])
-def test_damaged_archives(tmp_path: Path, compress) -> None:
-    path = tmp_path / ("a.txt.gz" if compress is gzip.compress else "a.txt.xz")
-    whole = compress(b"some text " * 1000)
+@pytest.mark.parametrize("suffix", [".gz", ".xz", ".zst"])
+def test_damaged_archives(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"a.txt{suffix}"
+    whole = PACK[suffix](b"some text " * 1000)
     for damaged in (whole[: len(whole) // 2], b"not an archive"):
         path.write_bytes(damaged)
         with pytest.raises(ConfigError, match="damaged or truncated"):
@@ -216,7 +250,7 @@ def test_damaged_archives(tmp_path: Path, compress) -> None:
     [
         ('{"text": "a"', r":2: not JSON \(.* at column 13\)"),
         ('["a"]', ":2: expected an object .* got list"),
-        ('{"texts": "a"}', ":2: neither 'text' nor 'messages'; the keys are 'texts'"),
+        ('{"texts": "a"}', ":2: neither 'text' nor 'messages'; the keys are 'texts': name .* with --text-column"),
         ("{}", ":2: neither .* none"),
         ('{"text": 3}', ":2: 'text' must be a string, got int"),
         ('{"text": null}', ":2: 'text' must be a string, got null"),
@@ -239,7 +273,7 @@ def test_bad_json_lines(tmp_path: Path, line: str, message: str) -> None:
 def test_tables_without_text(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     pq.write_table(pa.table({"body": ["x"], "title": ["y"]}), path)
-    with pytest.raises(ConfigError, match="needs a column 'text' or 'messages', has body, title"):
+    with pytest.raises(ConfigError, match=r"needs a column 'text' or 'messages', has body, title; .* --text-column"):
         texts(path)
     path.write_bytes(b"PAR1 nonsense PAR1")
     with pytest.raises(ConfigError, match="not a readable parquet file"):

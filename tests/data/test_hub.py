@@ -213,6 +213,9 @@ def test_columns(hub: Hub) -> None:
     hub.write("owner/name", "chats/train", {"body": ["x"], "title": ["y"]})
     with pytest.raises(ConfigError, match="owner/name: needs a column 'text' or 'messages', has body, title"):
         texts("owner/name/chats")
+    assert [d.text for d in read_documents(["owner/name/chats"], column="body")] == ["x"]
+    with pytest.raises(ConfigError, match=r"owner/name: has no column 'tilte' \(--text-column\), only body, title"):
+        list(read_documents(["owner/name/chats"], column="tilte"))
 
 
 def test_a_stream_that_breaks_off_names_the_row(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -422,3 +422,18 @@ def test_record_says_where_the_text_came_from(tokenizer, tmp_path: Path) -> None
     assert record["seq_len"] == 16
     assert record["tokenizer_sha256"] == tokenizer_fingerprint(tokenizer)
     assert json.loads(json.dumps(record)) == record
+
+
+def test_another_column_is_another_text(tokenizer, tmp_path: Path, counting: list[int]) -> None:
+    rng, path, cache = random.Random(8), tmp_path / "a.jsonl", tmp_path / "cache"
+    rows = [{"text": random_text(rng, 100), "code": random_text(rng, 100)} for _ in range(30)]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    plain = prepare([path], None, tokenizer, seq_len=16, cache=cache)
+    code = prepare([path], None, tokenizer, seq_len=16, cache=cache, column="code")
+    assert not same(plain, code) and len(counting) == 2
+    assert code.record["text_column"] == "code" and "text_column" not in plain.record
+    assert len(pack_all([path], tokenizer, seq_len=16, column="code")) > 0
+    text = write(tmp_path / "a.txt", [row["text"] for row in rows])
+    with pytest.raises(ConfigError, match=r"--text-column 'code': a \.txt file has no columns"):
+        prepare([text], None, tokenizer, seq_len=16, column="code")
+    assert prepare([path], [text], tokenizer, seq_len=16, column="code").record["text_column"] == "code"

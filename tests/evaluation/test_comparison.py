@@ -119,3 +119,35 @@ def test_blocks_are_weighted_by_their_tokens_where_the_scores_tell_them() -> Non
     (weighted,) = compare_runs([first, dataclasses.replace(second, block_tokens=(255, 5, 5))])
     assert plain.difference.mean < 0 < weighted.difference.mean
     assert weighted.difference == paired_difference([3.1, 1.0, 1.1], [3.0, 1.5, 1.4], weights=[255, 5, 5])
+    (weighted,) = compare_runs([dataclasses.replace(first, block_tokens=(255, 5, 5)), second])
+    assert weighted.difference.mean > 0, "the first run's, where the second does not tell them"
+
+
+def test_parents_that_score_alike_up_to_rounding_are_one_parent() -> None:
+    first = run("a", 0, (3.0, 3.1, 3.2))
+    assert pairable(first, run("b", 0, (3.0, 3.1, 3.2), parent=(2.0, 2.5, 3.0005)))
+    assert not pairable(first, run("b", 0, (3.0, 3.1, 3.2), parent=(2.0, 2.5, 3.002)))
+
+
+def test_one_block_makes_no_interval() -> None:
+    assert compare_runs([run("a", 0, (3.0,), parent=(2.0,)), run("b", 0, (2.0,), parent=(2.0,))]) == []
+
+
+def test_the_first_of_two_runs_of_one_seed_counts() -> None:
+    told = (("a", 0, 3.0), ("a", 1, 3.5), ("b", 0, 2.75), ("b", 1, 3.0), ("b", 1, 9.0))
+    (found,) = (f for f in compare_runs([run(arm, seed, (nll,) * 3) for arm, seed, nll in told]) if f.over == "seeds")
+    assert found.difference == paired_difference([2.75, 3.0], [3.0, 3.5])
+
+
+def test_a_difference_that_chance_makes_once_in_ten_is_not_claimed() -> None:
+    losses = {"a": (3.0, 3.2, 3.1), "b": (2.9, 3.2, 2.99)}
+    runs = [run(arm, seed, (nll,) * 3) for arm, seeds in losses.items() for seed, nll in enumerate(seeds)]
+    (found,) = (f for f in compare_runs(runs) if f.over == "seeds")
+    assert found.adjusted_p is not None and 0.05 < found.adjusted_p < 0.5 and not found.claimed
+
+
+def test_two_seeds_claim_nothing_however_far_apart() -> None:
+    losses = {"a": (3.0, 3.2), "b": (2.0, 2.201)}
+    runs = [run(arm, seed, (nll,) * 3) for arm, seeds in losses.items() for seed, nll in enumerate(seeds)]
+    (found,) = (f for f in compare_runs(runs) if f.over == "seeds")
+    assert found.difference.n == 2 and found.adjusted_p is not None and found.adjusted_p < 0.01 and not found.claimed

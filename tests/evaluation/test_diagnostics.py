@@ -1,4 +1,4 @@
-"""Greedy continuations: with a cache, without one, and where they end."""
+"""What became of the weights, and greedy continuations: with a cache, without one, and where they end."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from toy_models import llama
 
-from hestia.evaluation.diagnostics import greedy
+import hestia
+from hestia.evaluation.diagnostics import greedy, histograms
 
 
 class Counting(nn.Module):
@@ -54,3 +55,24 @@ def test_a_real_cache_says_the_same_as_reading_all_again() -> None:
         expected = torch.cat([expected, model(input_ids=expected).logits[:, -1:].argmax(dim=-1)], dim=1)
     model.generation_config.eos_token_id = None  # type: ignore[union-attr]
     assert greedy(model, ids, 6) == expected[0].tolist()
+
+
+def test_shares_and_histograms_count_what_became_of_the_weights() -> None:
+    """One row turned around, and one weight far out, which falls into the last bin instead of out of the counts."""
+    parent, model = llama(), llama()
+    hestia.apply(model, hestia.plan(model, "bitnet_ste"))
+    path = next(iter(hestia.plan(parent, "bitnet_ste").layers))
+    layer: Any = model.get_submodule(path)
+    total = layer.weight.numel()
+    with torch.no_grad():
+        layer.weight[0] *= -1
+    codes = layer.codes().codes
+    record = histograms(model, parent)
+    assert record["codes"][path] == pytest.approx(
+        {"zero_share": float((codes == 0).sum()) / total, "flipped_share": float((codes[0] != 0).sum()) / total}
+    )
+    with torch.no_grad():
+        layer.weight[1, 0] = 1e4
+    counts = histograms(model, parent)["histograms"][path]
+    assert sum(counts["before"]) == sum(counts["after"]) == total
+    assert counts["after"][-1] >= 1

@@ -31,6 +31,12 @@ def test_equals_scipy(pairs: list[tuple[float, float]], level: float):
     assert (ours.low, ours.high) == pytest.approx((theirs.low, theirs.high), rel=1e-7, abs=1e-7)
 
 
+@pytest.mark.parametrize("bad", [0.0, -1.0, math.inf, math.nan])
+def test_a_weight_that_weighs_nothing_or_everything_is_refused(bad: float) -> None:
+    with pytest.raises(ConfigError, match="weight of pair 1"):
+        paired_difference([1.0, 2.0], [0.0, 0.0], weights=[1.0, bad])
+
+
 def test_pairing_sees_what_two_separate_intervals_hide():
     texts = np.random.default_rng(0).normal(3.0, 0.5, size=50)  # blocks differ much, methods little
     better = texts - 0.02 + np.random.default_rng(1).normal(0, 0.01, size=50)

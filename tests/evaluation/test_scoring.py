@@ -244,3 +244,53 @@ def test_processes_stop_together_where_one_cannot_score(mine: str, monkeypatch: 
     with pytest.raises(GuardError, match="NLL is nan" if mine == "bad" else "another process could not score"):
         shared_score(model, random_blocks(1))
     assert told == [GuardError.exit_status if mine == "bad" else 0]
+
+
+def row(first: float, others: float, dtype: torch.dtype = torch.float32) -> Bigram:
+    """A model that says the same after every token."""
+    model = Bigram(0)
+    model.table = torch.full((V, V), others, dtype=dtype)
+    model.table[:, 0] = first
+    return model
+
+
+def test_what_the_parent_thinks_unlikely_counts_while_it_is_possible() -> None:
+    """p = 1.5e-9 of a token that the model rules out: a divergence of 1.5e-3, not of nothing."""
+    parent, model = row(-18.0, 0.0), row(-1e6, 0.0)
+    blocks = Blocks(torch.ones(1, 4, dtype=torch.long), torch.ones(1, 4, dtype=torch.bool))
+    p = parent.table.double().log_softmax(1)[0].exp()
+    expected = float((p * (p.log() - model.table.double().log_softmax(1)[0])).sum())
+    assert expected > 1e-3
+    assert score(model, blocks, parent=parent).kl_to_parent == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_token_beyond_the_vocabulary_is_another_tokenizers() -> None:
+    blocks = Blocks(torch.full((1, 4), 5), torch.ones(1, 4, dtype=torch.bool))
+    with pytest.raises(ConfigError, match="another model's tokenizer"):
+        score(lambda ids: torch.zeros(*ids.shape, 5), blocks)
+
+
+def test_logits_in_fp64_are_scored_in_fp64() -> None:
+    blocks = Blocks(torch.ones(1, 3, dtype=torch.long), torch.ones(1, 3, dtype=torch.bool))
+    table = torch.zeros(V, V, dtype=torch.float64)
+    table[:, 1] = 1e-12
+    assert score(lambda ids: table[ids], blocks).nll == pytest.approx(math.log(V) - 1e-12 * (1 - 1 / V), abs=1e-14)
+
+
+def test_scores_that_two_processes_shared_are_those_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each part run by itself, their sums added by hand; a block without a target belongs to nobody's mean."""
+    blocks = random_blocks(3)
+    blocks.loss_mask[2] = False
+    model, parent = Bigram(0), Bigram(1)
+    alone = score(model, blocks, parent=parent)
+    sums: dict[int, Tensor] = {}
+    monkeypatch.setattr(processes, "world_size", lambda: 2)
+    monkeypatch.setattr(processes, "largest", lambda value: value)
+    for rank in (0, 1):
+        monkeypatch.setattr(processes, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(processes, "added", lambda part, rank=rank: sums.setdefault(rank, part))
+        shared_score(model, blocks, parent=parent)
+    monkeypatch.setattr(processes, "added", lambda _: sums[0] + sums[1])
+    both = shared_score(model, blocks, parent=parent)
+    assert both.to_json() == pytest.approx(alone.to_json())
+    torch.testing.assert_close(both.block_nll, alone.block_nll, equal_nan=True)

@@ -42,6 +42,11 @@ def test_exact_in_gguf_and_run_where_llama_cpp_is(tmp_path: Path, kind: str) -> 
     assert file.text("tokenizer.chat_template") == toy_architectures.TEMPLATE
     assert file.text("hestia.generation_config") == toy_architectures.GENERATION
     keys = dict(file.metadata)
+    window = frozen.config.get("sliding_window")
+    for key, value in keys.items():
+        if key.endswith(".attention.sliding_window"):
+            assert value.show(0) == str(window)
+    assert any(key.endswith("sliding_window") for key in keys) == (kind in ("Gemma 2", "Gemma 3"))
     assert keys["general.sampling.top_k"].show(0) == "20" and "general.sampling.temp" in keys
     if not llama_cpp.available():
         return

@@ -455,3 +455,15 @@ def test_the_digest_depends_on_every_code_and_scale(tmp_path: Path) -> None:
         save_codes(tmp_path / "run" / "codes.safetensors", other)
         digests.add(codes_digest(FrozenModel(tmp_path / "run")))
     assert len(digests) == 3
+
+
+def test_a_head_with_numbers_that_fp16_has_not_is_refused(tmp_path: Path) -> None:
+    frozen = make_run(tmp_path / "run")
+    path = frozen.folder / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.embed_tokens.weight"][3, 5] = 1e5
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(ExportError, match=r"model\.embed_tokens\.weight: F16 cannot hold .*; use --head auto"):
+        export_gguf(FrozenModel(tmp_path / "run"), target("gguf:q2_0"), tmp_path / "a.gguf", head="f16")
+    assert not (tmp_path / "a.gguf").exists()
+    export_gguf(FrozenModel(tmp_path / "run"), target("gguf:q2_0"), tmp_path / "a.gguf")

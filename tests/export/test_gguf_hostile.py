@@ -150,6 +150,10 @@ def test_tensors_may_not_overlap_repeat_or_leave_the_file(tiny: bytes) -> None:
     assert "truncated or damaged" in outcome(tiny[:-40])
     for empty in (b"", b"G", b"GGUF", bytes(24), b"GGUF" + struct.pack("<IQQ", 3, 2**63, 2**63)):
         assert outcome(empty)
+    for tensors, keys in ((2**17, 1), (1, 2**17)):
+        assert f"the header claims {tensors} tensors and {keys} keys" in outcome(
+            b"GGUF" + struct.pack("<IQQ", 3, tensors, keys) + tiny[24:]
+        )
 
 
 def test_a_folder_and_a_missing_file_are_bad_input(tmp_path: Path) -> None:

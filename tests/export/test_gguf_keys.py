@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -42,3 +43,12 @@ def test_the_frequencies_of_llama_3_are_those_of_transformers() -> None:
     theirs, _ = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
     ours = [5e5 ** (-2 * i / 64) / divisor for i, divisor in enumerate(_llama3_divisors(rope, 64))]
     np.testing.assert_allclose(ours, theirs.numpy(), rtol=1e-5)
+
+
+def test_sampling_settings_are_told_only_where_the_model_samples(tmp_path: Path) -> None:
+    for sample in (True, False):
+        frozen = make_run(tmp_path / f"run-{sample}")
+        (frozen.folder / "generation_config.json").write_text(json.dumps({"do_sample": sample, "top_k": 20}))
+        export_gguf(frozen, target("gguf:q2_0"), tmp_path / f"{sample}.gguf")
+        keys = dict(open_checked(tmp_path / f"{sample}.gguf").metadata)
+        assert ("general.sampling.top_k" in keys) == sample and "hestia.generation_config" in keys

@@ -287,3 +287,30 @@ def test_a_text_that_two_ids_share_is_found_in_one_pass(tmp_path: Path, monkeypa
     with pytest.raises(ExportError, match="two ids share the text 't2999'"):
         tokenizer_metadata(tmp_path, {}, 3001)
     assert compared < 100 * len(vocabulary)
+
+
+def test_a_tokenizer_that_merges_nothing_is_refused(tmp_path: Path) -> None:
+    record = byte_level()
+    record["model"]["merges"] = []
+    with pytest.raises(ExportError, match="needs merges whose parts hold no spaces"):
+        translate(tmp_path, record)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("dropout", 0.1), ("end_of_word_suffix", "</w>"), ("continuing_subword_prefix", "##")]
+)
+def test_options_that_llama_cpp_does_not_know_are_refused_by_name(tmp_path: Path, option: str, value: object) -> None:
+    record = byte_level()
+    record["model"][option] = value
+    with pytest.raises(ExportError, match=f"has no {option}"):
+        translate(tmp_path, record)
+
+
+def test_cutting_at_spaces_is_refused_where_a_token_spans_one(tmp_path: Path) -> None:
+    record = byte_fallback()
+    record["normalizer"] = None
+    record["pre_tokenizer"] = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True}
+    vocabulary = record["model"]["vocab"]
+    vocabulary["a▁b"] = len(vocabulary)
+    with pytest.raises(ExportError, match="cuts at spaces"):
+        translate(tmp_path, record, rows=len(vocabulary))

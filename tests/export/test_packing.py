@@ -242,3 +242,11 @@ def test_refuses_codes_and_scales_it_cannot_hold(name: str) -> None:
         packing.pack(codes, good[:1])
     with pytest.raises(ExportError, match="whole blocks"):
         packing.unpack(np.zeros((1, packing.storage.block_bytes + 1), np.uint8))
+
+
+def test_an_eight_bit_code_never_wraps_around() -> None:
+    """127 quanta of the smallest fp16 scale, which rounds down: 127 * 8.4e-8 / 6e-8 is 178, and int8 ends at 127."""
+    codes, _ = round_q8_0(np.full((1, 32), 127 * 8.4e-8, np.float32))
+    assert codes.tolist() == [[127] * 32]
+    codes, _ = round_q8_0(np.full((1, 32), -127 * 8.4e-8, np.float32))
+    assert codes.tolist() == [[-127] * 32]

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hestia.errors import PlanError
+from hestia.export import refit as refit_module
 from hestia.export.frozen import FrozenModel
 from hestia.export.huggingface import load, logits
 from hestia.export.refit import refit, refit_tensor
@@ -40,6 +41,17 @@ def test_no_other_scale_is_better_for_the_codes_it_chose(seed: int) -> None:
         naive = QuantizedTensor(before.codes, mean, 128)
         snapping = 2.0**-16 * after.dense().square().sum(dim=1)  # moves a scale by 2**-8 of it at most
         assert (best <= (naive.dense() - before.dense()).square().sum(dim=1) + snapping + 1e-6).all()
+
+
+def test_codes_and_scales_are_chosen_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = fine()
+
+    def lost() -> float:
+        return float((refit_tensor(before, TERNARY, 128).dense() - before.dense()).square().sum())
+
+    in_turns = lost()
+    monkeypatch.setattr(refit_module, "_ROUNDS", 0)
+    assert in_turns < 0.99 * lost()
 
 
 def test_equal_scales_are_refitted_without_any_loss() -> None:
@@ -74,6 +86,8 @@ def test_a_run_whose_groups_are_too_fine(tmp_path: Path) -> None:
     lost, power = sum(e.sum() for e in errors), sum(w.double().square().sum() for w in before.values())
     assert found.relative_error == pytest.approx(float((lost / power) ** 0.5))
     assert found.expected_loss == pytest.approx(sum(50.0 * float(e.mean()) for e in errors))
+    moved = sum(int((new.codes(n).codes != frozen.codes(n).codes).sum()) for n in frozen.quantized)
+    assert found.codes_changed == pytest.approx(moved / sum(w.numel() for w in before.values()))
     for name in frozen.quantized:
         assert chosen.types[0].refusal(TERNARY, new.codes(name).group_size, new.codes(name).shape) is None
         assert torch.equal(new.tensor(f"{name}.weight"), new.codes(name).dense(torch.bfloat16))

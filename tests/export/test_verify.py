@@ -21,7 +21,7 @@ from hestia.export import engines
 from hestia.export.engines import compare_logits
 from hestia.export.frozen import FrozenModel
 from hestia.export.huggingface import export_hf, load
-from hestia.export.huggingface_check import check_hf
+from hestia.export.huggingface_check import check_hf, json_differences
 from hestia.export.verify import PROBE_FILE, Verification, detect_target, require_ok, run_of, verify
 
 
@@ -408,3 +408,9 @@ def test_require_ok_counts_the_rest() -> None:
     bad = Verification("hf", False, ("a.weight: x", "b: y", "c: z"), None, None, None, ())
     with pytest.raises(VerifyError, match=r"hf is not the frozen model: a\.weight: x \(and 2 more\)"):
         require_ok(bad)
+
+
+@pytest.mark.parametrize(("got", "want"), [(True, 1), (1, 1.0), (0, False)])
+def test_numbers_and_flags_of_a_configuration_are_not_one_another(got: object, want: object) -> None:
+    assert list(json_differences("config.json", {"a": got}, {"a": want}))
+    assert not list(json_differences("config.json", {"a": got}, {"a": got}))

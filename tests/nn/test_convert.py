@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from toy_models import IDS, LINEAR, llama, qwen2, qwen2_moe, same_bits, snapshot
 
 import hestia
 from hestia.errors import GuardError, PlanError
-from hestia.nn import QuantLinear, quantized_modules
+from hestia.nn import QuantLinear, knobs_of, quantized_modules
 
 
 def answer(model: nn.Module) -> Tensor:
@@ -272,3 +273,45 @@ def test_the_layer_shows_what_it_does() -> None:
     assert isinstance(layer, QuantLinear)
     assert "in_features=32, out_features=32, bias=True, grid=ternary, group_size=16, scale=absmean" in repr(layer)
     assert "pressure=0, temperature=0.3" in repr(model)
+
+
+def one_layer(recipe: str) -> tuple[nn.Module, Any]:
+    """A model converted for the recipe, training, and its first layer."""
+    model = llama()
+    hestia.apply(model, hestia.plan(model, recipe))
+    return model.train(), next(layer for _, layer in quantized_modules(model))
+
+
+def test_a_factor_heats_the_layer_by_as_much() -> None:
+    model, layer = one_layer("hestia")
+    layer.temperature_factor = 4.0
+    knobs_of(model).set(pressure=1.0, temperature=0.1)
+    heated, soft = layer.gain(), layer.effective_weight()
+    layer.temperature_factor = 1.0
+    assert not torch.equal(heated, layer.gain())
+    knobs_of(model).set(pressure=1.0, temperature=0.4)
+    assert torch.equal(heated, layer.gain()) and torch.equal(soft, layer.effective_weight())
+
+
+def test_a_residual_adds_its_share_of_the_weight_at_any_pressure() -> None:
+    model, layer = one_layer("arenas")
+    for pressure in (0.5, 1.0):
+        knobs_of(model).set(pressure=pressure, temperature=0.0, residual=0.3)
+        found = layer.effective_weight().detach()
+        knobs_of(model).set(pressure=pressure, temperature=0.0)
+        torch.testing.assert_close(found, layer.effective_weight().detach() + 0.3 * layer.weight.detach())
+
+
+def test_what_a_correction_pulls_to_has_the_learned_scale() -> None:
+    _, layer = one_layer("lsq")
+    before = layer.hard()
+    layer.held.data.mul_(2.0)
+    assert float(layer.hard().abs().max()) == pytest.approx(2.0 * float(before.abs().max()))
+
+
+def test_a_folded_shift_of_a_frozen_layer_stays_frozen() -> None:
+    _, layer = one_layer("tequila")
+    layer.weight.requires_grad_(False)
+    assert layer.bias is None
+    layer.fold_shift()
+    assert layer.bias is not None and not layer.bias.requires_grad

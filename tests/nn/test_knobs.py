@@ -60,3 +60,9 @@ def test_a_model_without_knobs_or_with_two_is_refused() -> None:
         knobs_of(nn.ModuleList([Knobs(), Knobs()]))
     shared = Knobs()
     assert knobs_of(nn.ModuleList([shared, nn.ModuleList([shared])])) is shared
+
+
+def test_a_residual_is_there_only_where_it_is_set() -> None:
+    knobs = Knobs()
+    knobs.set(pressure=0.5, temperature=0.1)
+    assert not knobs.residual

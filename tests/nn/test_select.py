@@ -10,6 +10,7 @@ from toy_models import LINEAR, OTHER, gpt2, llama, mixtral, qwen2, qwen2_moe, ti
 import hestia
 from hestia.errors import PlanError
 from hestia.nn import Selection, select
+from hestia.nn.select import ROUTER
 
 EVERY = {**LINEAR, **OTHER}
 
@@ -182,3 +183,10 @@ def test_a_converted_model_has_the_same_account() -> None:
     hestia.apply(model, hestia.plan(model))
     after = select(model)
     assert list(after.candidates) == list(before.candidates) and after.kept == before.kept
+
+
+def test_a_linear_router_is_kept_as_one() -> None:
+    model = llama()
+    mlp: nn.Module = model.model.layers[0].mlp
+    mlp.gate = nn.Linear(64, 4, bias=False)
+    assert reason(select(model), "mlp.gate.weight") == {ROUTER}

@@ -137,3 +137,20 @@ def test_estimators_travel_as_json_and_name_the_nearest() -> None:
     assert Estimator.names() == ["clipped_ste", "damped_fourier", "softmax", "ste", "tanh", "trust"]
     with pytest.raises(ConfigError, match="did you mean 'softmax'"):
         Estimator.make("softmaxx")
+
+
+def test_trust_reaches_half_of_the_smallest_step_beyond_the_ends() -> None:
+    uneven = Grid((-8, -1, 0, 3))
+    assert Trust().gain(torch.tensor([-1.4, 0.9, 1.4, 3.4, 3.6]), uneven, tau(0, torch.float32)).tolist() == [
+        1.0,
+        0.0,
+        0.0,
+        1.0,
+        0.0,
+    ]
+
+
+def test_a_tanh_of_no_sharpness_is_the_identity_and_of_the_most_is_finite() -> None:
+    z = torch.linspace(-1.4, 1.4, 9)
+    assert bool(Tanh().gain(z.clone(), TERNARY, tau(1.0, torch.float32)).isfinite().all())
+    assert torch.equal(Tanh().gain(z.clone(), TERNARY, tau(0.0, torch.float32)), torch.ones_like(z))

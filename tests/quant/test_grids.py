@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from hestia.errors import ConfigError
-from hestia.quant import BINARY, INT2, TERNARY, Grid
+from hestia.quant import BINARY, INT2, TERNARY, Grid, GroupSize, QuantSpec, Softmax
+
+SPARSE = Grid((-1, 0, 1), block=4)
 
 
 def test_named_grids() -> None:
@@ -68,3 +70,25 @@ def test_rounding_leaves_its_argument_and_keeps_nan(grid: Grid) -> None:
     assert z[0].item() == pytest.approx(0.7)
     assert rounded[0] == rounded[2] == 1
     assert rounded[1].isnan()
+
+
+@pytest.mark.parametrize(("levels", "block"), [((-1, 0, 1), 1), ((-2, -1, 0, 1), 4), ((-1, 1), 4)])
+def test_blocks_with_a_zero_are_of_ternary_codes_and_of_two_or_more(levels: tuple[int, ...], block: int) -> None:
+    with pytest.raises(ConfigError, match="is defined on -1, 0, 1"):
+        Grid(levels, block=block)
+
+
+def test_a_block_with_a_zero_keeps_nan() -> None:
+    z = torch.tensor([[1.0, math.nan, 0.2, -3.0]])
+    assert SPARSE.round(z).isnan().tolist() == [[False, True, False, False]]
+
+
+def test_a_soft_value_cannot_keep_a_zero_in_every_block() -> None:
+    with pytest.raises(ConfigError, match="cannot keep one zero in 4"):
+        QuantSpec(grid=SPARSE, estimator=Softmax())
+
+
+@pytest.mark.parametrize(("columns", "group"), [(66, "row"), (66, "tensor"), (12, 6), (64, 2)])
+def test_blocks_with_a_zero_straddle_neither_rows_nor_groups(columns: int, group: GroupSize) -> None:
+    with pytest.raises(ConfigError, match="counts its zeros in blocks of 4"):
+        QuantSpec(grid=SPARSE, group_size=group).check_shape((2, columns))

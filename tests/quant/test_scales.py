@@ -21,7 +21,7 @@ from hestia.quant import (
     importance,
     snap,
 )
-from hestia.quant.scales import LARGEST_SCALE, NORMAL_STEPS, SMALLEST_SCALE
+from hestia.quant.scales import LARGEST_SCALE, NORMAL_STEPS, SMALLEST_SCALE, best_level
 
 
 def weights(seed: int = 0) -> Tensor:
@@ -198,3 +198,10 @@ def test_a_snapped_scale_times_any_level_is_exact_in_bf16_and_fp16(grid: Grid) -
         assert torch.equal(product.bfloat16().float(), product) and torch.equal(product.half().float(), product)
     odd = max(abs(v) // (abs(v) & -abs(v)) for v in grid.levels if v)
     assert float(((snapped - scales) / scales).abs().max()) <= 2.0 ** ((odd - 1).bit_length() - 8) * (1 + 1e-6)
+
+
+def test_a_best_level_that_is_negative_gives_way() -> None:
+    """Codes against the weights' signs: only a level below zero would fit them, and a scale is positive."""
+    w, against = torch.tensor([[-1.0, 2.0]]), torch.tensor([[1.0, 0.0]])
+    assert best_level(w, against, torch.tensor([[0.5]])).item() == 0.5
+    assert best_level(w, -against, torch.tensor([[0.5]])).item() == 1.0

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from hestia import recipes
 from hestia.errors import ConfigError
-from hestia.quant import INT2, TERNARY, Grid, Quantizer
+from hestia.quant import INT2, TERNARY, Grid, Quantizer, ScaleRule
+from hestia.quant.corrections import Pull
 from hestia.quant.importance import Saliency
 
 ROWS, COLUMNS = 6, 64
@@ -179,9 +180,26 @@ def test_seq_starts_at_the_largest_weight_and_lsq_at_twice_the_mean() -> None:
 
 
 @pytest.mark.parametrize("name", ["paretoq", "lsq", "stableqat", "dsq", "ternaryllm"])
-def test_a_learned_scale_that_fell_below_zero_still_quantizes(name: str) -> None:
+def test_a_learned_scale_that_fell_below_zero_is_the_smallest_there_is(name: str) -> None:
     w = weights()[:1]
-    assert bool(torch.isfinite(fake(name, w, torch.tensor([-3.0], dtype=w.dtype))).all())
+    fallen, smallest = (fake(name, w, torch.tensor([a], dtype=w.dtype)) for a in (-3.0, 1e-5))
+    assert torch.equal(fallen, smallest)
+    assert 0.0 < float(fallen.abs().max()) < 2e-5
+
+
+@pytest.mark.parametrize("name", ["lsq", "paretoq"])
+def test_the_gradient_of_a_learned_scale_eases_in_with_the_pressure(name: str) -> None:
+    w = weights()[:2]
+    quantizer = Quantizer(recipes.get(name).spec_for(1.58, "row"))
+    gradients = []
+    for pressure in (0.5, 1.0):
+        start = quantizer.start(w)
+        assert start is not None
+        alpha = start.clone().requires_grad_()
+        quantizer.fake(w, w.new_tensor(pressure), w.new_tensor(0.0), alpha).sum().backward()
+        assert alpha.grad is not None
+        gradients.append(alpha.grad)
+    torch.testing.assert_close(gradients[0], 0.5 * gradients[1])
 
 
 def test_stableqat_is_bounded_by_one_and_uses_the_unclamped_code() -> None:
@@ -222,6 +240,34 @@ def test_sherry_has_exactly_one_zero_in_four_even_among_equals() -> None:
     assert codes.tolist() == [[0, 1, 1, 1, 0, -1, 1, -1, 1, 0, 1, -1]]
     dense = quantizer.codes(torch.randn(64, 256)).codes.reshape(-1, 4)
     assert bool(((dense == 0).sum(-1) == 1).all())
+
+
+def test_what_a_recipe_is_given_reaches_its_parts() -> None:
+    """Each option at a value that is no default."""
+    for name in ("arenas", "sherry"):
+        schedule = recipes.get(name, residual=0.25, residual_warmup=0.3).schedule()
+        assert (schedule.residual, schedule.residual_warmup) == (0.25, 0.3)
+    schedule = recipes.get("dsq", sharpness=0.4, end_sharpness=0.3).schedule()
+    assert (schedule.temperature, schedule.end_temperature) == (0.4, 0.3)
+    assert recipes.get("ternaryllm", factor=0.5).spec_for(1.58, "row").scale == ScaleRule.make(
+        "learned_level", factor=0.5
+    )
+    traces = {"a": 1.0, "b": 50.0, "c": 9.0}
+    narrow, wide = (recipes.get("hestia", kappa=k).temperature_factors(traces) for k in (0.5, 4.0))
+    assert narrow != wide
+
+
+def test_quest_clips_a_gaussian_where_its_grid_fits_it_best() -> None:
+    """c* of QuEST: 1.224 root mean squares on -1, 0, 1 and sqrt(2 / pi) on -1, 1."""
+    ternary, binary = (recipes.get("quest").spec_for(bits, "row").scale.to_json()["clip"] for bits in (1.58, 1.0))
+    assert ternary == 1.224
+    assert binary == pytest.approx(math.sqrt(2 / math.pi), abs=5e-4)
+
+
+@pytest.mark.parametrize("bad", [{"strength": -1.0}, {"strength": math.nan}, {"start": 1.0}, {"start": -0.1}])
+def test_a_pull_that_pushes_or_never_begins_is_refused(bad: dict[str, float]) -> None:
+    with pytest.raises(ConfigError, match="a pull needs strength >= 0 and 0 <= start < 1"):
+        Pull(**bad)
 
 
 @pytest.mark.parametrize("name", ["sherry", "arenas"])

@@ -19,6 +19,8 @@ def schedules(draw: st.DrawFn) -> KnobSchedule:
         hold=draw(st.none() | st.floats(0, 0.99)),
         decay=draw(st.sampled_from(["cosine", "linear"])),
         end_temperature=temperature * draw(shares),
+        residual=draw(st.floats(0, 10)),
+        residual_warmup=draw(st.floats(0, 0.99)),
     )
 
 
@@ -103,6 +105,10 @@ def test_json_round_trip(schedule: KnobSchedule) -> None:
             {"residual": 1.0, "residual_warmup": 1.0},
             "residual_warmup must be under 1: the residual falls after it, got 1.0",
         ),
+        ({"residual": -0.1}, "residual must be 0 or a positive number, got -0.1"),
+        ({"residual": math.inf}, "residual must be 0 or a positive number, got inf"),
+        ({"residual": math.nan}, "residual must be 0 or a positive number, got nan"),
+        ({"residual_warmup": -0.5}, r"residual_warmup is a share of the run in \[0, 1\], got -0.5"),
         ({"decay": "cosin"}, "did you mean 'cosine'"),
     ],
 )

@@ -55,3 +55,7 @@ def test_what_is_no_schedule(options: dict[str, float], message: str) -> None:
 def test_the_constant_part_includes_both_of_its_ends() -> None:
     for stage in (0.05, 0.9):
         assert LearningRateSchedule(second_stage=stage).factor(0.9) == 0.5
+
+
+def test_past_the_end_the_rate_stays_where_it_ended() -> None:
+    assert LearningRateSchedule(decay=0.5, final=0.1).factor(1.5) == pytest.approx(0.1)

@@ -403,6 +403,21 @@ def test_the_checkpoint_does_not_grow_with_the_run(tmp_path: Path) -> None:
         for step in (2, 6)
     ]
     assert sizes[1] < sizes[0] + 20
+    kept = json.loads((tmp_path / "checkpoints" / "step-000006" / "trainer_state.json").read_text(encoding="utf-8"))
+    assert kept["log_history"] == [], "it is in log.jsonl"
     state = json.loads((tmp_path / "checkpoints" / "step-000006" / "state.json").read_text(encoding="utf-8"))
     assert state["step"] == 6
     assert not math.isnan(state["random"]["numpy"][4])
+
+
+def test_the_checkpoint_of_another_shape_is_refused(finished: Finished) -> None:
+    other, _ = converted(lambda: toy_models.llama(intermediate_size=96))
+    with pytest.raises(ConfigError, match=r"made from another model \(.* is \[.* there and \[.* here\)"):
+        checkpoints.load_model(checkpoints.newest(finished[2]), other)
+
+
+def test_the_last_good_checkpoint_survives_any_rotation(finished: Finished, tmp_path: Path) -> None:
+    root = tmp_path / "checkpoints"
+    shutil.copytree(finished[2], root)
+    checkpoints.rotate(root, 0, root / "step-000006")
+    assert [folder.name for folder in root.iterdir()] == ["step-000006"]

@@ -12,7 +12,9 @@ import toy_models
 from torch import Tensor
 from toy_training import blocks, converted, log_rows, trainer
 
+from hestia.data.noise import noisy
 from hestia.errors import ConfigError
+from hestia.training import distillation
 from hestia.training.distillation import DIVERGENCES, Distillation, head_share
 from hestia.training.stream import BlockStream
 from hestia.training.teacher import Teacher
@@ -77,6 +79,20 @@ def test_loss_and_gradient_are_the_formulas_in_any_number_of_chunks(kind: str, w
         assert not ours.grad[2].any(), "a position without a label has no part in the loss"
 
 
+@pytest.mark.parametrize("kind", DIVERGENCES)
+def test_pieces_of_a_chunk_add_up(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pieces of two rows, as a large vocabulary makes them, against one of all seven."""
+    teacher, student, labels = distributions()
+    found = []
+    for rows in (len(labels), 2):
+        monkeypatch.setattr(distillation, "piece", lambda *_, rows=rows: rows)
+        ours = student.clone().requires_grad_()
+        loss = Distillation(divergence=kind).loss(ours, labels, lambda part: teacher[part])
+        loss.backward()
+        found.append((loss.detach(), ours.grad))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("positions", [1, 3, 100])
 @pytest.mark.parametrize("kind", DIVERGENCES)
 def test_the_loss_through_the_head_is_the_loss_of_its_logits(kind: str, positions: int) -> None:
@@ -116,11 +132,24 @@ def test_the_head_that_is_spared_gets_its_gradient_all_the_same(tmp_path: Path) 
 
 
 def test_a_head_that_is_more_than_a_product_is_not_spared(tmp_path: Path) -> None:
-    model, plan = converted(toy_models.gemma2)
-    run = trainer(tmp_path, model, plan, steps=2, distill=Distillation(weight=1.0), teacher=toy_models.gemma2())
+    """A soft cap after the head: the first step's loss is KL(p || q) of the capped logits."""
+    model, plan = converted(toy_models.gemma2, rho=0.0)
+    teacher = toy_models.gemma2()
+    run = trainer(tmp_path, model, plan, steps=1, distill=Distillation(weight=1.0), teacher=teacher)
     assert run._head_input is None
+    model.train()
+    ids = torch.stack([row["input_ids"] for row in (run.train_dataset[k] for k in range(4))])
+    with torch.no_grad():
+        p, q = (m(input_ids=ids, use_cache=False).logits[:, :-1].log_softmax(-1) for m in (teacher.eval(), model))
+    expected = float((p.exp() * (p - q)).sum(-1).mean())
     run.fit()
-    assert all(row["loss"] >= 0.0 for row in log_rows(tmp_path) if "loss" in row)
+    assert [row["loss"] for row in log_rows(tmp_path) if "loss" in row] == pytest.approx([expected], rel=1e-4)
+
+
+def test_the_teacher_runs_in_the_precision_of_the_student() -> None:
+    ids = toy_models.IDS
+    low, full = (Teacher(toy_models.llama(), bf16=bf16).answer(ids)(slice(0, 4)) for bf16 in (True, False))
+    assert (low.dtype, full.dtype) == (torch.bfloat16, torch.float32)
 
 
 def test_a_student_that_equals_its_teacher_has_no_divergence_and_no_gradient() -> None:
@@ -265,3 +294,11 @@ def test_bad_distillations_are_refused(tmp_path: Path) -> None:
         trainer(tmp_path / "b", model, plan, distill=Distillation())
     with pytest.raises(ConfigError, match="vocabulary of 65, the student one of 64"):
         trainer(tmp_path / "c", model, plan, distill=Distillation(), teacher=toy_models.llama(vocab_size=65))
+
+
+def test_a_stream_s_noise_is_keyed_by_the_example_and_not_by_its_row() -> None:
+    """72 examples of 24 blocks: in the second round the same block is read with other noise."""
+    made = blocks()
+    stream, clean = BlockStream(made, 72, 0, noise=0.5, vocabulary=64), BlockStream(made, 72, 0)
+    for index in (0, 30, 70):
+        assert torch.equal(stream[index]["input_ids"], noisy(clean[index]["input_ids"], 0.5, 64, 0, index))

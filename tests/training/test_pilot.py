@@ -18,6 +18,7 @@ def test_the_candidates_are_four_in_factors_of_three() -> None:
         assert len(candidates) == 4
         assert all(a / b == pytest.approx(3.0, rel=0.06) for a, b in zip(candidates, candidates[1:], strict=False))
         assert candidates[0] <= 0.02
+    assert pilot.rates(750)[0] == pytest.approx(1.5 / 750), "the largest rate of a width"
     assert pilot.rates(4096)[0] < pilot.rates(1024)[0] < pilot.rates(256)[0]
 
 

@@ -87,7 +87,8 @@ def test_a_resumed_run_has_the_very_same_codes(tmp_path: Path, recipe: str, opti
     again, plan = converted(recipe=recipe, **options)
     for _, layer in quantized_modules(again):
         assert layer.held is not None
-        layer.held.data.mul_(3.0)  # what a fresh layer holds must not survive
+        layer.held.data.mul_(0.1 + torch.rand_like(layer.held))  # what a fresh layer holds must not survive
+    assert codes(again) != at_three[0]
     resumed = trainer(tmp_path / "whole", again, plan, save_every=3, callbacks=[spy])
     resumed.fit(checkpoint)
     assert at_three[0] == at_three[1], "the step after resuming starts from the very same codes"
@@ -216,3 +217,16 @@ def test_rates_of_their_own_make_groups_of_their_own() -> None:
         assert rate == pytest.approx(expected), name
     with pytest.raises(ConfigError, match="norm_rate must be 0 or a positive number, got -1"):
         TrainConfig(steps=1, batch_size=1, learning_rate=0.1, norm_rate=-1)
+
+
+def test_each_weight_is_pulled_at_the_rate_of_its_own_group() -> None:
+    model, plan = converted(recipe="cage")
+    layers = [layer for _, layer in quantized_modules(model)][:2]
+    groups = [{"params": [layer.weight], "lr": rate} for layer, rate in zip(layers, (0.01, 0.02), strict=True)]
+    before = [layer.weight.detach().clone() for layer in layers]
+    assert plan.correction is not None
+    correct(layers, torch.optim.SGD(groups), plan.correction, 1.0)
+    for layer, old, rate in zip(layers, before, (0.01, 0.02), strict=True):
+        s = old.abs().mean(dim=1, keepdim=True) + 1e-5
+        hard = s * torch.clamp(torch.round(old / s), -1, 1)
+        torch.testing.assert_close(layer.weight.detach(), old - rate * 10.0 * (old - hard), rtol=1e-6, atol=1e-8)

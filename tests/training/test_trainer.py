@@ -99,8 +99,24 @@ def test_numbers_that_train_nothing_are_refused(name: str, value: float) -> None
 def test_a_run_is_resumed_on_another_device(tmp_path: Path) -> None:
     model, plan = converted()
     trainer(tmp_path, model, plan, save_every=3).fit()
+    again, plan = converted()
+    work = trainer(tmp_path, again, plan, save_every=3, device="cpu")
+    work.fit(tmp_path / "checkpoints" / "step-000003")
+    assert work.state.global_step == 6
+    assert toy_models.same_bits(toy_models.snapshot(again), toy_models.snapshot(model))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"weight_decay": 0.3}, {"betas": (0.8, 0.9)}, {"clip": 0.5}, {"accumulation": 2}, {"bf16": True}],
+    ids=str,
+)
+def test_a_run_is_not_resumed_with_other_settings(tmp_path: Path, change: dict[str, Any]) -> None:
     model, plan = converted()
-    trainer(tmp_path, model, plan, save_every=3, device="cpu").fit(tmp_path / "checkpoints" / "step-000003")
+    trainer(tmp_path, model, plan, save_every=6).fit()
+    model, plan = converted()
+    with pytest.raises(ConfigError, match=f"config.{next(iter(change))}"):
+        trainer(tmp_path / "other", model, plan, **change).fit(tmp_path / "checkpoints" / "step-000006")
 
 
 def test_processes_that_have_not_joined_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -278,10 +294,38 @@ def test_trained_embeddings_move_and_stay_tied(tmp_path: Path) -> None:
 
 def test_only_matrices_decay(tmp_path: Path) -> None:
     model, plan = converted(toy_models.qwen2)
-    optimizer = trainer(tmp_path, model, plan, weight_decay=0.3).create_optimizer()
+    optimizer = trainer(tmp_path, model, plan, weight_decay=0.3, betas=(0.8, 0.9)).create_optimizer()
+    assert {group["betas"] for group in optimizer.param_groups} == {(0.8, 0.9)}
     decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     for name, parameter in model.named_parameters():
         assert decay[id(parameter)] == (0.3 if parameter.ndim >= 2 else 0.0), name
+
+
+@pytest.mark.parametrize("clip", [0.0, 1e-9])
+def test_the_optimizer_sees_gradients_of_the_clipped_norm(tmp_path: Path, clip: float) -> None:
+    model, plan = converted()
+    work = trainer(tmp_path, model, plan, clip=clip, steps=1)
+    optimizer = work.create_optimizer()
+    norms: list[float] = []
+
+    def look(*_: Any) -> None:
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norms.append(float(nn.utils.get_total_norm(gradients)))
+
+    optimizer.register_step_pre_hook(look)
+    work.fit()
+    (told,) = [row["grad_norm"] for row in log_rows(tmp_path) if "grad_norm" in row]
+    assert told > 1e-3, "the log tells the norm before clipping"
+    assert norms == pytest.approx([clip or told], rel=1e-2)
+
+
+def test_the_hard_loss_is_of_the_first_held_out_blocks(tmp_path: Path) -> None:
+    model, plan = converted()
+    trainer(tmp_path, model, plan, eval_every=6, eval_blocks=2).fit()
+    told = [row["hard_loss"] for row in log_rows(tmp_path) if "hard_loss" in row][-1]
+    held_out = blocks(6, seed=1)
+    two, all_six = (score(model_logits(model.eval()), part).nll for part in (held_out[:2], held_out))
+    assert told == pytest.approx(two, rel=1e-6) and two != pytest.approx(all_six, rel=1e-4)
 
 
 def test_latent_weights_are_fp32_under_bf16_autocast(tmp_path: Path) -> None:
@@ -290,7 +334,7 @@ def test_latent_weights_are_fp32_under_bf16_autocast(tmp_path: Path) -> None:
     seen: list[torch.dtype] = []
     model.model.layers[0].mlp.register_forward_hook(lambda _, __, out: seen.append(out.dtype))
     work.fit()
-    assert seen[0] == torch.bfloat16
+    assert {*seen[:6]} == {torch.bfloat16}
     assert all(module.weight.dtype == torch.float32 for _, module in quantized_modules(model))
 
 

@@ -12,7 +12,10 @@ from .shared import config_option, job_options, json_option, options_from, show
 if TYPE_CHECKING:
     from ..estimate.whole import Estimate
 
-NOT_ASKED = ("data", "eval_data", "separator", "joiner", "held_out_share", "seed", "report_to", "log_every", "compile")
+NOT_ASKED = (
+    "data", "eval_data", "separator", "text_column", "joiner", "held_out_share", "seed", "report_to", "log_every",
+    "compile",
+)  # fmt: skip
 
 
 @click.command(name="estimate")

@@ -18,7 +18,7 @@ from ..options import Options, load_config
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-DATA = ("data", "eval_data", "separator", "joiner", "held_out_share", "seq_len", "seed")
+DATA = ("data", "eval_data", "separator", "text_column", "joiner", "held_out_share", "seq_len", "seed")
 MACHINE = ("device", "threads", "trust_remote_code")
 A_RUNS_OWN = ("out", "plan", "plan_sha256")
 """Keys of a run's file that a verb with an output of its own does not follow."""
@@ -53,7 +53,7 @@ def _option(name: str, hint: Any, default: Any, text: str) -> Callable[[F], F]:
     ]
     kind = kinds[0]
     if kind is bool:
-        return click.option(flag, name, is_flag=True, default=None, help=text)
+        return click.option(f"{flag}/--no-{flag[2:]}", name, default=None, help=text)
     shown = "" if default in (None, "", ()) or name == "options" else f"  [default: {_shown(default)}]"
     if typing.get_origin(kind) is not None:
         metavar = "KEY=VALUE" if name == "options" else None

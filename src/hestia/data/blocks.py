@@ -13,7 +13,7 @@ from typing import Any
 from ..errors import ConfigError
 from ..progress import announce, track
 from . import cache as token_cache
-from .documents import AUTO, Document, Extent, documents_of
+from .documents import AUTO, Document, Extent, Reading, documents_of
 from .held_out import SAMPLE_STREAM, Split, split
 from .order import permutation
 from .packing import Blocks, pack, tokenize
@@ -48,6 +48,7 @@ def prepare(
     seq_len: int,
     joiner: JoinerName = "auto",
     separator: str = AUTO,
+    column: str | None = None,
     held_out_share: float = 0.05,
     seed: int = 0,
     cache: Path | None = None,
@@ -67,6 +68,7 @@ def prepare(
         seq_len: T, tokens a block.
         joiner: what stands between documents; ``auto`` is what the tokenizer does itself.
         separator: the line that cuts a .txt into documents; ``auto`` is any ``<|end...|>``.
+        column: what counts of a row; None: ``messages``, else ``text``.
         held_out_share: of the tokens, in (0, 0.5).
         seed: decides which documents are held out and which are sampled.
         cache: a folder to keep the result in; a matching one is loaded instead of tokenizing again.
@@ -103,20 +105,22 @@ def prepare(
         "max_train_tokens": max_train_tokens,
         "tokenizer_sha256": tokenizer_fingerprint(tokenizer),
     }
+    if column is not None:  # absent, keys and records stay those of before there was a choice
+        made_from["text_column"] = column
     key = _key(made_from)
     if cache is not None and (found := token_cache.load(cache, key)) is not None:
         # Names of files are no part of the key; the record tells today's.
         return TokenizedText(found[0], found[1], {**found[2], **made_from})
 
     train = [_pinned(*pair) for pair in zip(train, made_from["data"], strict=True)]
-    separators: set[str] = set()
-    documents, hub_rows = _read(train, separator, separators, "reading", most)
+    how = Reading(separator, column)
+    documents, hub_rows = _read(train, how, "reading", most)
     eval_documents = None
     if evaluation is not None:
         evaluation = [_pinned(*pair) for pair in zip(evaluation, made_from["eval_data"], strict=True)]
-        eval_documents, more = _read(evaluation, separator, separators, "reading held-out text", most_held_out)
+        eval_documents, more = _read(evaluation, how, "reading held-out text", most_held_out)
         hub_rows += more
-    _check_separator(separator, separators, [*train, *(evaluation or [])])
+    _check_reading(how, [*train, *(evaluation or [])])
 
     held_out_documents = None
     dropped = 0
@@ -148,7 +152,7 @@ def prepare(
     record = {
         **made_from,
         "key": key,
-        "separators_found": sorted(separators),
+        "separators_found": sorted(how.separators),
         "held_out_rule": parts.rule,
         "documents": {
             "train": parts.documents[0],
@@ -176,6 +180,7 @@ def pack_all(
     seq_len: int,
     joiner: JoinerName = "auto",
     separator: str = AUTO,
+    column: str | None = None,
     max_tokens: int | None = None,
 ) -> Blocks:
     """Every block of the given text, of hub data sets of the beginning; nothing is held out (``hestia eval``).
@@ -187,9 +192,9 @@ def pack_all(
     """
     _check(sources, None, seq_len, 0.05, None)
     resolved = [resolve(given) for given in sources]
-    separators: set[str] = set()
-    documents, _ = _read(resolved, separator, separators, "reading", _characters(max_tokens, seq_len))
-    _check_separator(separator, separators, resolved)
+    how = Reading(separator, column)
+    documents, _ = _read(resolved, how, "reading", _characters(max_tokens, seq_len))
+    _check_reading(how, resolved)
     pieces = tokenize(documents, tokenizer, find_joiner(tokenizer, joiner))
     return pack(pieces, seq_len, what=f"--data {_names(resolved)}")[0]
 
@@ -214,22 +219,27 @@ def _check(
         raise ConfigError(f"{max_train_tokens} training tokens: fewer than one block of --seq-len {seq_len}")
 
 
-def _check_separator(separator: str, found: set[str], sources: Sequence[Source]) -> None:
-    if separator != AUTO and not found and any(source.kind == "text" for source in sources):
+def _check_reading(how: Reading, sources: Sequence[Source]) -> None:
+    """Refuse what was asked for and met nowhere."""
+    kinds = {source.kind for source in sources}
+    if how.separator != AUTO and not how.separators and "text" in kinds:
         raise ConfigError(
-            f"--separator {separator!r}: no line of the .txt files equals it; leave it out to read each as one document"
+            f"--separator {how.separator!r}: no line of the .txt files equals it; leave it out to read each as one "
+            "document"
         )
+    if how.column is not None and kinds == {"text"}:
+        raise ConfigError(f"--text-column {how.column!r}: a .txt file has no columns; leave it out")
 
 
 def _read(
-    sources: Sequence[Source], separator: str, found: set[str], description: str, most: int | None
+    sources: Sequence[Source], how: Reading, description: str, most: int | None
 ) -> tuple[list[Document], list[dict[str, Any]]]:
     """The documents, ``most`` characters of each hub data set, and how many rows of these were read."""
     extents = [None if source.kind != "hub" or most is None else Extent(most) for source in sources]
     stream = (
         document
         for source, extent in zip(sources, extents, strict=True)
-        for document in documents_of(source, separator=separator, found=found, extent=extent)
+        for document in documents_of(source, how, extent)
     )
     documents = list(track(stream, description))
     hub_rows: list[dict[str, Any]] = []

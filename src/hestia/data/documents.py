@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,21 @@ class Document:
 
 
 @dataclass
+class Reading:
+    """How sources are read.
+
+    Attributes:
+        separator: the line that cuts a .txt into documents; ``auto`` is any end mark.
+        column: what counts of a row; None: ``messages``, else ``text``.
+        separators: the separator lines that were met.
+    """
+
+    separator: str = AUTO
+    column: str | None = None
+    separators: set[str] = field(default_factory=set)
+
+
+@dataclass
 class Extent:
     """How far a source is read.
 
@@ -61,36 +76,36 @@ class Extent:
     whole: bool = False
 
 
-def read_documents(sources: Sequence[str | Path], *, separator: str = AUTO) -> Iterator[Document]:
+def read_documents(
+    sources: Sequence[str | Path], *, separator: str = AUTO, column: str | None = None
+) -> Iterator[Document]:
     """The documents of all ``sources``, in order; documents without any text are left out.
 
     A .txt file is cut at every line that equals ``separator``; with ``auto`` at every line that is exactly an end mark
-    such as ``<|endofdoc|>`` (``<\\|end\\w*\\|>``). Without such a line the file is one document. A row with both
-    ``messages`` and ``text`` is a chat.
+    such as ``<|endofdoc|>`` (``<\\|end\\w*\\|>``). Without such a line the file is one document. Of a row counts
+    ``column``; where none is named, ``messages``, which makes it a chat, before ``text``.
 
     Raises:
         ConfigError: a source is missing, empty, not UTF-8, holds a NUL, a bad JSON line, or a row without
-            ``text`` or ``messages``; file and line are given.
+            what counts; file and line are given.
     """
-    found: set[str] = set()
+    how = Reading(separator, column)
     for source in [resolve(given) for given in sources]:
-        yield from documents_of(source, separator=separator, found=found)
+        yield from documents_of(source, how)
 
 
-def documents_of(
-    source: Source, *, separator: str, found: set[str], extent: Extent | None = None
-) -> Iterator[Document]:
-    """The documents of one source, as far as ``extent`` goes; every separator line met is added to ``found``.
+def documents_of(source: Source, how: Reading, extent: Extent | None = None) -> Iterator[Document]:
+    """The documents of one source, as far as ``extent`` goes.
 
     Raises:
         ConfigError: as ``read_documents``.
     """
-    if "\n" in separator or "\r" in separator:
+    if "\n" in how.separator or "\r" in how.separator:
         raise ConfigError(
-            f"separator {separator!r}: a separator is one whole line, without line breaks ('' cuts at empty lines)"
+            f"separator {how.separator!r}: a separator is one whole line, without line breaks ('' cuts at empty lines)"
         )
     empty, characters = True, 0
-    for document in _read(source, separator, found, extent):
+    for document in _read(source, how, extent):
         if document.messages is not None or (document.text and not document.text.isspace()):
             empty = False
             yield document
@@ -103,37 +118,39 @@ def documents_of(
         extent.whole = True
 
 
-def _read(source: Source, separator: str, found: set[str], extent: Extent | None) -> Iterator[Document]:
+def _read(source: Source, how: Reading, extent: Extent | None) -> Iterator[Document]:
     if source.kind == "text":
         assert source.path is not None
-        yield from _cut(source.path, separator, found)
+        yield from _cut(source.path, how)
         return
     if source.kind == "jsonl":
         assert source.path is not None
-        yield from (_from_row(row, f"{source.path}:{number}") for number, row in _json_rows(source.path))
+        yield from (_from_row(row, how.column, f"{source.path}:{number}") for number, row in _json_rows(source.path))
         return
     from . import tables  # imported late: it brings in `datasets`, which plain text does not need
 
     if source.kind == "hub":
-        rows = tables.hub_rows(source.name, source.split, config=source.config, revision=source.revision)
+        rows = tables.hub_rows(
+            source.name, source.split, config=source.config, revision=source.revision, column=how.column
+        )
     elif source.kind == "parquet":
         assert source.path is not None
-        rows = tables.parquet_rows(source.path)
+        rows = tables.parquet_rows(source.path, how.column)
     else:
         assert source.path is not None
-        rows = tables.saved_rows(source.path, source.split)
+        rows = tables.saved_rows(source.path, source.split, how.column)
     for number, row in rows:
         if extent is not None:
             extent.rows = number
-        yield _from_row(row, f"{source.given}, row {number}")
+        yield _from_row(row, how.column, f"{source.given}, row {number}")
 
 
-def _cut(path: Path, separator: str, found: set[str]) -> Iterator[Document]:
+def _cut(path: Path, how: Reading) -> Iterator[Document]:
     held: list[str] = []
     start = 1
     for number, line in lines(path):
-        if line == separator if separator != AUTO else _is_end_mark(line):
-            found.add(line)
+        if line == how.separator if how.separator != AUTO else _is_end_mark(line):
+            how.separators.add(line)
             yield Document("\n".join(held).strip("\n"), None, f"{path}:{start}")
             held = []
             start = number + 1
@@ -160,18 +177,24 @@ def _json_rows(path: Path) -> Iterator[tuple[int, Any]]:
             raise ConfigError(f"{path}:{number}: JSON that cannot be read ({error})") from None
 
 
-def _from_row(row: Any, where: str) -> Document:
+def _from_row(row: Any, column: str | None, where: str) -> Document:
     if not isinstance(row, Mapping):
-        raise ConfigError(f"{where}: expected an object with 'text' or 'messages', got {type(row).__name__}")
-    messages = row.get("messages")
+        wanted = "'text' or 'messages'" if column is None else repr(column)
+        raise ConfigError(f"{where}: expected an object with {wanted}, got {type(row).__name__}")
+    messages = row.get("messages") if column in (None, "messages") else None
     if messages is not None:
         return Document(None, _checked_messages(messages, where), where)
-    text = row.get("text")
+    key = column or "text"
+    text = row.get(key)
     if isinstance(text, str):
         return Document(checked_text(text, where).strip("\r\n"), None, where)
-    if "text" in row:
-        raise ConfigError(f"{where}: 'text' must be a string, got {'null' if text is None else type(text).__name__}")
-    raise ConfigError(f"{where}: neither 'text' nor 'messages'; the keys are {', '.join(map(repr, row)) or 'none'}")
+    if key in row:
+        raise ConfigError(f"{where}: {key!r} must be a string, got {'null' if text is None else type(text).__name__}")
+    missing = "neither 'text' nor 'messages'" if column is None else f"no {column!r}"
+    raise ConfigError(
+        f"{where}: {missing}; the keys are {', '.join(map(repr, row)) or 'none'}: name the one that is meant with "
+        "--text-column"
+    )
 
 
 def _checked_messages(messages: Any, where: str) -> tuple[Mapping[str, Any], ...]:

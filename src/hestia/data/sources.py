@@ -1,8 +1,9 @@
 """What ``--data`` names: files, saved data sets and hub ids; where they are, what is in them, line by line.
 
     name                                    kind
-    a.txt, a.txt.gz, a.txt.xz               text     cut into documents by separator lines
-    a.jsonl, a.jsonl.gz, a.jsonl.xz         jsonl    one object a line: ``text`` or ``messages``
+    a.txt                                   text     cut into documents by separator lines
+    a.jsonl, a.json                         jsonl    one object a line: ``text`` or ``messages``
+    a.txt.gz, .xz, .zst; a.jsonl.gz, ...             the same, packed
     a.parquet                               parquet  a ``text`` or a ``messages`` column
     folder, folder:split                    saved    written by ``Dataset.save_to_disk``
     owner/name[/CONFIG][@REVISION][:split]  hub      streamed by ``datasets``; split ``train`` unless named
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import difflib
 import gzip
+import io
 import lzma
 import re
 import zlib
@@ -28,13 +30,10 @@ from ..files import sha256
 
 Kind = Literal["text", "jsonl", "parquet", "saved", "hub"]
 
+_PACKED = (".gz", ".xz", ".zst")
+_PLAIN: dict[str, Kind] = {".txt": "text", ".jsonl": "jsonl", ".json": "jsonl"}
 _SUFFIXES: dict[str, Kind] = {
-    ".txt": "text",
-    ".txt.gz": "text",
-    ".txt.xz": "text",
-    ".jsonl": "jsonl",
-    ".jsonl.gz": "jsonl",
-    ".jsonl.xz": "jsonl",
+    **{plain + packed: kind for plain, kind in _PLAIN.items() for packed in ("", *_PACKED)},
     ".parquet": "parquet",
 }
 LONGEST_LINE = 1 << 24
@@ -136,7 +135,7 @@ def lines(path: Path) -> Iterator[tuple[int, str]]:
             unpacks without end; the byte position is given.
     """
     offset = 0
-    packed = path.suffix in {".gz", ".xz"}
+    packed = path.suffix.lower() in _PACKED
     unpacked = " of the unpacked text" if packed else ""
     try:
         most = max(_SMALL, MOST_UNPACKED * path.stat().st_size) if packed else None
@@ -169,17 +168,21 @@ def lines(path: Path) -> Iterator[tuple[int, str]]:
                     ) from None
                 offset += len(raw)
                 yield number, line.removesuffix("\n").removesuffix("\r")
-    except (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error) as error:
-        raise ConfigError(f"{path}: a damaged or truncated archive ({error})") from None
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error})") from None
+    except (EOFError, OSError, lzma.LZMAError, zlib.error) as error:
+        what = "cannot be read" if getattr(error, "errno", None) else "a damaged or truncated archive"
+        raise ConfigError(f"{path}: {what} ({error})") from None
 
 
 def _open(path: Path) -> IO[bytes]:
-    if path.suffix == ".gz":
+    kind = path.suffix.lower()
+    if kind == ".gz":
         return cast("IO[bytes]", gzip.open(path, "rb"))
-    if path.suffix == ".xz":
+    if kind == ".xz":
         return cast("IO[bytes]", lzma.open(path, "rb"))
+    if kind == ".zst":
+        import pyarrow  # imported late: other text does not need it
+
+        return cast("IO[bytes]", io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd")))
     return open(path, "rb")
 
 

@@ -1,4 +1,4 @@
-"""Rows of parquet files, saved data sets and the hub: the one file that imports ``datasets`` and ``pyarrow``."""
+"""Rows of parquet files, saved data sets and the hub: the one file that imports ``datasets``."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ _UNREADABLE = (OSError, ValueError, KeyError, RuntimeError, DatasetsError, pa.Ar
 """What a hub data set may raise."""
 
 
-def parquet_rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    """(1-based row, {"text" or "messages": value}) of a parquet file, a batch in memory at a time.
+def parquet_rows(path: Path, column: str | None = None) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    """(1-based row, {column: value}) of a parquet file, a batch in memory at a time; no column named: ``COLUMNS``.
 
     Raises:
-        ConfigError: damaged, or neither column is there.
+        ConfigError: damaged, or no such column is there.
     """
     try:
         with pq.ParquetFile(path) as table:
-            columns = _columns(str(path), table.schema_arrow.names)
+            columns = _columns(str(path), table.schema_arrow.names, column)
             row = 0
             for batch in table.iter_batches(batch_size=_ROWS, columns=columns):
                 for record in batch.to_pylist():
@@ -45,11 +45,11 @@ def parquet_rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
         raise ConfigError(f"{path}: not a readable parquet file ({error})") from None
 
 
-def saved_rows(path: Path, split: str | None) -> Iterator[tuple[int, Mapping[str, Any]]]:
+def saved_rows(path: Path, split: str | None, column: str | None = None) -> Iterator[tuple[int, Mapping[str, Any]]]:
     """Rows of a folder written by ``save_to_disk``; of a ``DatasetDict``, those of ``split`` (``train`` if None).
 
     Raises:
-        ConfigError: damaged, no such split, or neither column is there.
+        ConfigError: damaged, no such split, or no such column is there.
     """
     try:
         loaded = datasets.load_from_disk(str(path))
@@ -62,16 +62,21 @@ def saved_rows(path: Path, split: str | None) -> Iterator[tuple[int, Mapping[str
         loaded = loaded[name]
     elif split is not None:
         raise ConfigError(f"{path}: this saved data set has no splits; leave out ':{split}'")
-    yield from _rows(str(path), loaded)
+    yield from _rows(str(path), loaded, column)
 
 
 def hub_rows(
-    name: str, split: str | None, *, config: str | None = None, revision: str | None = None
+    name: str,
+    split: str | None,
+    *,
+    config: str | None = None,
+    revision: str | None = None,
+    column: str | None = None,
 ) -> Iterator[tuple[int, Mapping[str, Any]]]:
     """Rows of a hub data set in its own order; only what is read is downloaded.
 
     Raises:
-        ConfigError: not found, offline, no such configuration or split, or neither column is there.
+        ConfigError: not found, offline, no such configuration or split, or no such column is there.
     """
     builder = _builder(name, config, revision)
     wanted = split or _DEFAULT_SPLIT
@@ -86,11 +91,11 @@ def hub_rows(
     number = 0
     try:
         if loaded.column_names:  # else known from the first row alone
-            columns = _columns(name, loaded.column_names)
+            columns = _columns(name, loaded.column_names, column)
             loaded = loaded.select_columns(columns)
         for number, row in enumerate(loaded, start=1):
-            columns = columns or _columns(name, list(row))
-            yield number, {column: row.get(column) for column in columns}
+            columns = columns or _columns(name, list(row), column)
+            yield number, {key: row.get(key) for key in columns}
     except _UNREADABLE as error:
         if isinstance(error, ConfigError):
             raise
@@ -152,19 +157,21 @@ def _check_config(name: str, config: str | None, revision: str | None) -> None:
         raise ConfigError(f"{name}: no configuration {config!r}: {nearest(config, names)}; write {name}/CONFIG")
 
 
-def _rows(where: str, table: Dataset) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    chosen = table.select_columns(_columns(where, table.column_names))
+def _rows(where: str, table: Dataset, column: str | None) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    chosen = table.select_columns(_columns(where, table.column_names, column))
     try:
         yield from enumerate((record for record in chosen if isinstance(record, Mapping)), start=1)
     except (OSError, pa.ArrowException) as error:
         raise ConfigError(f"{where}: damaged data ({error})") from None
 
 
-def _columns(where: str, names: list[str]) -> list[str]:
-    columns = [name for name in COLUMNS if name in names]
-    if not columns:
-        raise ConfigError(
-            f"{where}: needs a column 'text' or 'messages', has {', '.join(names) or 'none'}; "
-            f"rename the one that is meant"
-        )
-    return columns
+def _columns(where: str, names: list[str], wanted: str | None) -> list[str]:
+    columns = [name for name in (COLUMNS if wanted is None else (wanted,)) if name in names]
+    if columns:
+        return columns
+    has = ", ".join(names) or "none"
+    if wanted is not None:
+        raise ConfigError(f"{where}: has no column {wanted!r} (--text-column), only {has}")
+    raise ConfigError(
+        f"{where}: needs a column 'text' or 'messages', has {has}; name the one that is meant with --text-column"
+    )

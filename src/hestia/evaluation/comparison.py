@@ -24,6 +24,9 @@ from .paired import PairedDifference, holm, paired_difference, paired_p_value
 
 _SAME = 1e-3  # nats a block: one model scored twice in fp32, on any two machines, differs by less
 
+SEEDS_TO_CLAIM = 3
+"""Common seeds that a claim about two methods takes, at least: an interval of two has one degree of freedom."""
+
 _FREE = frozenset({"seed", "out", "device", "threads", "report_to", "log_every", "save_every", "plan"})
 """Options that make no other arm; of a plan its digest counts, not its place."""
 
@@ -69,9 +72,9 @@ class Comparison:
 
     @property
     def claimed(self) -> bool:
-        """Whether a difference between the two may be claimed at the interval's level."""
+        """Whether a difference may be claimed at the interval's level: over seeds, of methods, with three or more."""
         if self.adjusted_p is not None:
-            return self.adjusted_p < 1.0 - self.difference.level
+            return self.difference.n >= SEEDS_TO_CLAIM and self.adjusted_p < 1.0 - self.difference.level
         return self.difference.excludes_zero
 
     def to_json(self) -> dict[str, Any]:

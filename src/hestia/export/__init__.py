@@ -1,6 +1,7 @@
 """From a frozen model to files that engines load, and the proof that they hold it.
 
     frozen.py       the frozen model on disk: what everything here reads; digest.py the hash of its codes
+    save.py         puts it there, from a model in memory
     precheck.py     what a file format would refuse at the end of a run, asked before it
     huggingface.py  a compressed-tensors folder for transformers, vLLM and llama.cpp's converter
     packing.py      the block layouts of GGUF

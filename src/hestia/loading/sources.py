@@ -18,9 +18,9 @@ from ..errors import ConfigError
 from ..files import read_json, require_regular
 from ..progress import announce
 
-_CLIENT_ERROR: type[Exception] = HfHubHTTPError.__bases__[
-    0
-]  # of whichever HTTP client this version of the hub library uses
+_CLIENT_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]
+"""Of whichever HTTP client this version of the hub library uses."""
+
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _SHOWN = 3
 """Commits of the cache that a message names, at most."""

@@ -10,8 +10,8 @@ from .. import loading, nn, processes
 from ..errors import ConfigError
 from ..evaluation import model_logits, shared_score
 from ..evaluation.diagnostics import histograms
-from ..export.frozen import CODES_FILE, MODEL_FOLDER, save_codes
-from ..files import read_json, replacing_folder, write_json
+from ..export.save import write_frozen
+from ..files import read_json, write_json
 from ..jobs import TUNING_BLOCKS
 from ..plans import Plan
 from ..progress import announce as say
@@ -40,10 +40,8 @@ def train_and_freeze(work: Workspace, plan: Plan) -> None:
     for path, how in lost.items():
         say(f"{path}: codes collapsed: {how}")
     write_json(work.folder / DIAGNOSTICS_FILE, {**diagnostics, "collapsed": lost})
-    loading.cast_parameters(model, loading.parent_dtype(work.source, work.config))
-    with replacing_folder(work.folder / MODEL_FOLDER) as temporary:
-        loading.save(model, work.source, temporary, work.tokenizer)
-    save_codes(work.folder / CODES_FILE, codes)
+    dtype = loading.parent_dtype(work.source, work.config)
+    write_frozen(model, codes, work.folder, work.source, dtype, work.tokenizer)
 
 
 def trial(work: Workspace, plan: Plan, rate: float, steps: int) -> float:

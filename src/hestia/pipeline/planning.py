@@ -14,6 +14,7 @@ from ..files import sha256, write_bytes
 from ..jobs import calibrate_on, plan_of
 from ..mixed import candidates, is_mixed
 from ..options import Options
+from ..planner import require_curvature
 from ..plans import Plan
 from ..quant import QuantSpec
 from ..recipes import Recipe
@@ -61,7 +62,9 @@ def plan_without_curvature(work: Workspace, given: Plan | None) -> Plan:
 
 
 def _first_plan(work: Workspace, given: Plan | None) -> Plan:
-    curvature.CurvatureEstimator.make(work.options.estimator)  # an unknown name is one even where nothing is measured
+    estimator = curvature.CurvatureEstimator.make(work.options.estimator)  # unknown even where nothing is measured
+    if calibrates(work.options):
+        require_curvature(_recipe(work.options), estimator.primary, estimator.name)
     if given is not None:
         nn.apply(work.empty_model(), given)  # refuses a plan of another model
         return given

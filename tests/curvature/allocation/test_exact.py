@@ -12,7 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hestia.curvature.allocation import KEPT, Problem, closed_form, optimum, positional, random_widths, tie_of, uniform
+from hestia.curvature.allocation.baq import _nearest
 from hestia.curvature.allocation.exact import greedy, supported
+from hestia.curvature.allocation.problem import up
 from hestia.errors import PlanError
 
 
@@ -158,3 +160,22 @@ def test_supported_allocations_are_optimal_at_their_own_size() -> None:
         best = optimum(problem, stored)
         assert (best.stored, best.damage) == (stored, pytest.approx(damage, rel=1e-9))
         assert greedy(problem, stored)[0].damage == pytest.approx(damage, rel=1e-9)
+
+
+def test_what_engines_fuse_is_tied_by_every_family_s_names() -> None:
+    assert tie_of("h.w1") == tie_of("h.w3") != tie_of("h.w2")
+    assert tie_of("a.query") == tie_of("a.key") == tie_of("a.value") != tie_of("a.output")
+
+
+def test_bits_that_are_printed_are_always_enough() -> None:
+    assert [up(bits) for bits in (1.125, 1.12341, 1.12349, 1.1234)] == [1.125, 1.1235, 1.1235, 1.1234]
+    problem = model_like(2, 3)
+    for stored in range(problem.smallest, problem.smallest + 200):
+        assert (
+            problem.bytes_for(problem.bits(stored)) == stored and problem.bytes_for(up(problem.bits(stored))) >= stored
+        )
+
+
+def test_the_closed_form_takes_the_narrower_of_two_widths_as_near() -> None:
+    problem = Problem.of({"a": {1.0: 100, 3.0: 300}}, {"a": 800}, {"a": {1.0: 0.5, 3.0: 0.25}})
+    assert _nearest(problem.groups[0], 2.0).width == 1.0

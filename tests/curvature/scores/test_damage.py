@@ -196,3 +196,30 @@ def test_a_layer_without_tokens_is_refused_by_name() -> None:
     model.spare = nn.Linear(2, 2)
     with pytest.raises(CalibrationError, match=r"^spare: no token reached"):
         input_moments(model, ["first", "spare"], torch.zeros(1, 3, dtype=torch.long))
+
+
+def test_what_noise_alone_would_show_is_taken_off_at_every_size() -> None:
+    generator = torch.Generator().manual_seed(3)
+    wide, small = torch.randn(64, 48, generator=generator), torch.randn(8, 8, generator=generator)
+    assert LieQ()._beyond_chance(wide)[1] == pytest.approx(0.0, abs=0.05)
+    assert LieQ()._beyond_chance(small)[0] == pytest.approx(0.0, abs=1.0)
+    assert LieQ(share=0.01).spectrum(torch.eye(4))[1] == pytest.approx(0.25), "one direction at the least"
+
+
+def test_gptq_damps_in_units_of_the_inputs() -> None:
+    """Ten times larger inputs: a hundred times the loss, whatever the damping."""
+    generator = torch.Generator().manual_seed(4)
+    w, x = torch.randn(4, 6, generator=generator), torch.randn(30, 6, generator=generator)
+    h, spec = x.T @ x / 30, QuantSpec(grid=INT3)
+    assert gptq_loss(w, 100 * h, spec) == pytest.approx(100 * gptq_loss(w, h, spec), rel=1e-6)
+
+
+def test_omega_reads_a_signed_trace_as_the_other_scores_do() -> None:
+    """A mean that is surely not positive has no square root of a meaning: the Gauss-Newton trace stands in."""
+    tensors = {
+        "a": TensorSensitivity.of(
+            "a", 100, [-2.0, -2.1, -1.9], errors={"ternary": 50.0}, signed=True, gauss_newton=[4.0, 5.0, 6.0]
+        )
+    }
+    found = replace(evidence().sensitivity, estimator="hutchinson", sequences=3, tensors=tensors)
+    assert Score.make("omega").damage(Evidence(sensitivity=found), "ternary") == pytest.approx({"a": 5.0 / 100 * 50.0})

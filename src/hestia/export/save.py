@@ -1,0 +1,90 @@
+"""From memory to disk: a model that ``hestia.freeze`` left, where exporters and verification find it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .. import loading
+from ..errors import ConfigError
+from ..files import replacing_folder
+from ..nn import quantized_modules
+from ..nn.shards import is_shared
+from ..plans import Plan
+from ..quant import QuantizedTensor
+from .frozen import CODES_FILE, MODEL_FOLDER, save_codes
+
+
+def save(
+    model: PreTrainedModel,
+    codes: Mapping[str, QuantizedTensor],
+    folder: str | Path,
+    *,
+    parent: str,
+    plan: Plan | None = None,
+) -> Path:
+    """Write what your own training loop froze, so that ``hestia export FOLDER`` and ``hestia verify`` work on it.
+
+    Weights go back to the parent's dtype, which holds codes times scales without rounding; the tokenizer's files are
+    the parent's, byte for byte.
+
+    Args:
+        model: after ``hestia.freeze``, on one process.
+        codes: what ``hestia.freeze`` returned.
+        folder: FOLDER/model and FOLDER/codes.safetensors are written; nothing is there yet, or an empty folder.
+        parent: the folder or hub id of the model that was quantized.
+        plan: kept as FOLDER/plan.json, for ``hestia export FOLDER --list``.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ConfigError: the model is still converted or sharded, a weight is not its codes times its scales any more,
+            something is in the folder, or there is no such parent; nothing was written.
+    """
+    place = Path(folder)
+    if place.exists() and (not place.is_dir() or any(place.iterdir())):
+        raise ConfigError(f"{place}: already exists and is not an empty folder; choose another")
+    source = loading.resolve(parent)
+    dtype = loading.parent_dtype(source, loading.load_config(source))
+    _check_frozen(model, codes, dtype)
+    write_frozen(model, codes, place, source, dtype)
+    if plan is not None:
+        plan.save(place / "plan.json")
+    return place
+
+
+def write_frozen(
+    model: PreTrainedModel,
+    codes: Mapping[str, QuantizedTensor],
+    run: Path,
+    source: loading.Source,
+    dtype: torch.dtype,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> None:
+    """Write RUN/model, cast to ``dtype``, and then RUN/codes.safetensors, each whole or not at all."""
+    loading.cast_parameters(model, dtype)
+    with replacing_folder(run / MODEL_FOLDER) as temporary:
+        loading.save(model, source, temporary, tokenizer)
+    save_codes(run / CODES_FILE, codes)
+
+
+def _check_frozen(model: nn.Module, codes: Mapping[str, QuantizedTensor], dtype: torch.dtype) -> None:
+    converted = next((path for path, _ in quantized_modules(model)), None)
+    if converted is not None:
+        raise ConfigError(f"{converted} is still quantized for training: codes = hestia.freeze(model) comes first")
+    weights = dict(model.named_parameters())
+    shared = next((name for name, weight in weights.items() if is_shared(weight)), None)
+    if shared is not None:
+        raise ConfigError(f"{shared} is shared out between processes: hand over a whole model, gathered on one of them")
+    for path, tensor in codes.items():
+        weight = weights.get(f"{path}.weight")
+        if weight is None or not torch.equal(weight.detach().cpu().to(dtype), tensor.dense(dtype).cpu()):
+            raise ConfigError(
+                f"{path}: the model's weight is not its codes times its scales; hand over the model and the codes of "
+                "one hestia.freeze, unchanged"
+            )

@@ -1,0 +1,69 @@
+"""save.py: from one's own training loop to a file, with the command line's own proof; and what is not handed over."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from toy_runs import Invoke
+from transformers import LlamaForCausalLM
+
+import hestia
+from hestia.errors import ConfigError
+from hestia.export.frozen import FrozenModel
+
+
+def frozen(parent: Path) -> tuple[Any, Any, hestia.Plan]:
+    """A toy model, its codes and its plan, as a loop of one's own ends."""
+    model = LlamaForCausalLM.from_pretrained(parent, dtype=torch.float32)
+    plan = hestia.plan(model, target="gguf:q4_0", fallback=True)
+    hestia.apply(model, plan)
+    return model, hestia.freeze(model), plan
+
+
+def test_what_is_saved_is_exported_and_verified(invoke: Invoke, parent_copy: Path, tmp_path: Path) -> None:
+    record = json.loads((parent_copy / "config.json").read_text())
+    (parent_copy / "config.json").write_text(json.dumps({**record, "dtype": "bfloat16"}))
+    model, codes, plan = frozen(parent_copy)
+    run = hestia.save(model, codes, tmp_path / "run", parent=str(parent_copy), plan=plan)
+    held = FrozenModel(run)
+    assert set(held.quantized) == set(codes)
+    for path, tensor in codes.items():
+        assert torch.equal(held.tensor(f"{path}.weight"), tensor.dense(torch.bfloat16)), path
+    assert (run / "model" / "tokenizer.json").read_bytes() == (parent_copy / "tokenizer.json").read_bytes()
+    file = tmp_path / "a.gguf"
+    status, out, err = invoke("export", run, "--to", "gguf:q4_0", "--fallback", "--out", file)
+    assert status == 0 and "codes equal" in out, err
+    assert invoke("verify", file, "--against", run)[0] == 0
+    status, out, _ = invoke("export", run, "--list")
+    assert status == 0 and "this run:" in out
+
+
+def test_what_is_not_frozen_or_not_whole_is_not_saved(
+    parent_copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, codes, plan = frozen(parent_copy)
+    parent, run = str(parent_copy), tmp_path / "run"
+    path = next(iter(codes))
+    with torch.no_grad():
+        model.get_parameter(f"{path}.weight")[0, 0] += 1.0
+    with pytest.raises(ConfigError, match=f"{path}: the model's weight is not its codes times its scales"):
+        hestia.save(model, codes, run, parent=parent)
+    with monkeypatch.context() as patch:
+        patch.setattr("hestia.export.save.is_shared", lambda tensor: tensor.ndim == 1)
+        with pytest.raises(ConfigError, match=r"layernorm\.weight is shared out between processes"):
+            hestia.save(model, codes, run, parent=parent)
+    hestia.apply(model, plan)
+    with pytest.raises(ConfigError, match=r"is still quantized for training: codes = hestia\.freeze\(model\)"):
+        hestia.save(model, codes, run, parent=parent)
+    with pytest.raises(ConfigError, match="no such"):
+        hestia.save(*frozen(parent_copy)[:2], run, parent=str(tmp_path / "nowhere"))
+    assert not run.exists()
+    run.mkdir()
+    (run / "mine.txt").touch()
+    with pytest.raises(ConfigError, match="already exists and is not an empty folder"):
+        hestia.save(*frozen(parent_copy)[:2], run, parent=parent)
+    assert [p.name for p in run.iterdir()] == ["mine.txt"]
