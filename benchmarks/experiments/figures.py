@@ -76,7 +76,8 @@ def bits_figure(stage: Stage, folder: Path | None = None) -> str | None:
     """NLL against stored bits a weight at the largest budget; None where a stage does not ask what bits are worth.
 
     It does where its arms name a format (``target``), whose files say what a weight costs. Plans that mix widths are
-    hollow; the lines across are the parent as it was, dotted, and the control, dashed.
+    hollow, and squares where curvature has no part in them; the lines across are the parent as it was, dotted, and the
+    control, dashed.
     """
     if stage.arm(stage.baseline).target == "hf":
         return None
@@ -92,10 +93,15 @@ def bits_figure(stage: Stage, folder: Path | None = None) -> str | None:
         return None
     drawing, ((axis,),) = _drawing(6.4, 3.8)
     for bits, mean, half, name, mixed in sorted(points):
-        colour = _colour(stage, stage.arm(name))
-        fill = "none" if mixed else colour
-        axis.errorbar(bits, mean, yerr=half, marker="o", capsize=3, color=colour, markerfacecolor=fill)
-        axis.annotate(name, (bits, mean), textcoords="offset points", xytext=(6, 6), fontsize=8, color=DARK)
+        arm = stage.arm(name)
+        blind = bool(arm.spend)  # lies at the bits of the plan by damage: another colour, and its name below
+        colour = DARK if blind else _colour(stage, arm)
+        marker, fill = "s" if blind else "o", "none" if mixed else colour
+        axis.errorbar(bits, mean, yerr=half, marker=marker, capsize=3, color=colour, markerfacecolor=fill)
+        place, side = ((-6, -12), "right") if blind else ((6, 6), "left")
+        axis.annotate(
+            arm.spend or name, (bits, mean), textcoords="offset points", xytext=place, ha=side, fontsize=8, color=DARK
+        )
     lines = [("parent", ":", read_json((folder or stage.folder) / "parent.json", schema=SCHEMA)["parent"]["nll"], 0.02)]
     if stage.control in everything[-1]:
         control = fmean(r["nll"] for r in everything[-1][stage.control].values())
