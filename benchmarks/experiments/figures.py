@@ -17,10 +17,11 @@ mpl.use("Agg")
 import matplotlib.pyplot as plt
 
 from hestia.evaluation import paired_difference
+from hestia.evaluation.comparison import SEEDS_TO_CLAIM
 from hestia.files import read_json
 
 from .stages import SCHEMA, Arm, Stage
-from .tables import SEEDS_TO_CLAIM, Records, final_records, rows
+from .tables import Records, final_records, rows
 
 GREY, DARK, EMBER, BROWN, SLATE, SAND = "#b8becb", "#6b7280", "#c2410c", "#8f5a3c", "#475569", "#c98a4b"
 OTHERS = (SLATE, "#3b82a0", "#7a8f3c", "#8b6fa8", "#4f7f6a")

@@ -19,12 +19,12 @@ from typing import Any
 
 from hestia.errors import ConfigError
 from hestia.evaluation import PairedDifference, gap_closed, holm, paired_difference, paired_p_value
+from hestia.evaluation.comparison import SEEDS_TO_CLAIM
 from hestia.files import read_json
 
 from . import stages
 from .stages import Question, Stage
 
-SEEDS_TO_CLAIM = 3
 Records = dict[str, dict[int, dict[str, Any]]]
 """Arm -> seed -> result, at one token budget."""
 

@@ -12,7 +12,7 @@ from toy_runs import Invoke
 from transformers import LlamaForCausalLM
 
 import hestia
-from hestia.errors import ConfigError
+from hestia.errors import ConfigError, ExportError
 from hestia.export.frozen import FrozenModel
 
 
@@ -64,6 +64,6 @@ def test_what_is_not_frozen_or_not_whole_is_not_saved(
     assert not run.exists()
     run.mkdir()
     (run / "mine.txt").touch()
-    with pytest.raises(ConfigError, match="already exists and is not an empty folder"):
+    with pytest.raises(ExportError, match="already exists and is not an empty folder"):
         hestia.save(*frozen(parent_copy)[:2], run, parent=parent)
     assert [p.name for p in run.iterdir()] == ["mine.txt"]

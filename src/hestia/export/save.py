@@ -16,6 +16,7 @@ from ..nn import quantized_modules
 from ..nn.shards import is_shared
 from ..plans import Plan
 from ..quant import QuantizedTensor
+from . import require_free
 from .frozen import CODES_FILE, MODEL_FOLDER, save_codes
 
 
@@ -33,7 +34,7 @@ def save(
     the parent's, byte for byte.
 
     Args:
-        model: after ``hestia.freeze``, on one process.
+        model: after ``hestia.freeze``, on one process; its parameters are cast to the parent's dtype in place.
         codes: what ``hestia.freeze`` returned.
         folder: FOLDER/model and FOLDER/codes.safetensors are written; nothing is there yet, or an empty folder.
         parent: the folder or hub id of the model that was quantized.
@@ -43,12 +44,12 @@ def save(
         The folder.
 
     Raises:
-        ConfigError: the model is still converted or sharded, a weight is not its codes times its scales any more,
-            something is in the folder, or there is no such parent; nothing was written.
+        ConfigError: the model is still converted or sharded, a weight is not its codes times its scales any more, or
+            there is no such parent; nothing was written.
+        ExportError: something is in the folder.
     """
     place = Path(folder)
-    if place.exists() and (not place.is_dir() or any(place.iterdir())):
-        raise ConfigError(f"{place}: already exists and is not an empty folder; choose another")
+    require_free(place)
     source = loading.resolve(parent)
     dtype = loading.parent_dtype(source, loading.load_config(source))
     _check_frozen(model, codes, dtype)
