@@ -51,4 +51,4 @@ bench-smoke: setup
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/experiments/smoke.py
 
 clean:
-	rm -rf .venv demo runs
+	rm -rf .venv demo

@@ -130,7 +130,9 @@ def run(folder: Path, stage: str, scratch: Path) -> None:
     from hestia.export.verify import require_ok, verify
     from hestia.options import Options
     from hestia.pipeline.delivery import probe_shape
+    from hestia.resources import release
     from hestia.training import Distillation, HestiaTrainer, TrainConfig
+    from hestia.training.teacher import hold_in_bf16
 
     scratch.mkdir(exist_ok=True)
     source = loading.resolve(str(folder))
@@ -169,7 +171,8 @@ def run(folder: Path, stage: str, scratch: Path) -> None:
         eval_blocks=8,
         save_every=0,
     )
-    teacher: Any = loading.load_model(source) if taught else None
+    teacher: Any = hold_in_bf16(loading.load_model(source)) if taught else None
+    release()
     HestiaTrainer(
         model, plan=plan, config=settings, train=blocks, held_out=blocks, folder=scratch, teacher=teacher
     ).fit()
@@ -204,14 +207,15 @@ def predict(model: Path) -> dict[str, int]:
     from hestia.estimate.whole import memory
     from hestia.options import Options
 
-    def of(batch: int, teacher: str) -> dict[str, int]:
+    def of(batch: int, teacher: str, **more: Any) -> dict[str, int]:
         options = Options(
-            model=str(model), recipe="hestia", teacher=teacher, batch_size=batch, seq_len=TOKENS, target=("hf",),
-            precision="bf16", device="cpu",
+            model=str(model), recipe="hestia", teacher=teacher, batch_size=batch, seq_len=TOKENS, steps=2,
+            eval_tokens=str(8 * TOKENS), target=("hf",), precision="bf16", device="cpu", **more,
         )  # fmt: skip
         return {stage.name: stage.peak for stage in memory(options)}
 
-    return {**of(BATCH, "none"), "taught": of(TAUGHT_BATCH, "parent")["train"]}
+    calibrating = of(BATCH, "none", widths=("1", "1.58", "2", "3", "4"))["calibrate"]
+    return {**of(BATCH, "none"), "calibrate": calibrating, "taught": of(TAUGHT_BATCH, "parent")["train"]}
 
 
 def main() -> int:

@@ -80,7 +80,8 @@ def _worth_trying(rates: list[float], rows: list[dict[str, Any]], steps: int) ->
     if not shorter:
         return rates
     longest = max(row["steps"] for row in shorter)
-    losses = {row["learning_rate"]: row["hard_loss"] for row in shorter if row["steps"] == longest}
+    found = ((row["learning_rate"], row["hard_loss"]) for row in shorter if row["steps"] == longest)
+    losses = {rate: math.inf if loss is None else loss for rate, loss in found}  # a run that diverged is kept as null
     return [rate for rate in losses if losses[rate] <= min(losses.values()) + HOPELESS]
 
 

@@ -1,4 +1,4 @@
-"""Pieces of the main job by themselves: its clock, round-to-nearest's plan, and the entries of report.json."""
+"""Pieces of the main job by themselves: its stopwatch, round-to-nearest's plan, and the entries of report.json."""
 
 from __future__ import annotations
 
@@ -7,28 +7,43 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import toy_models
 
 import hestia
 from hestia import recipes
 from hestia.files import write_json
+from hestia.options import Options
 from hestia.pipeline import delivery, digest
-from hestia.pipeline.clock import Clock
+from hestia.pipeline.fitting import _teacher
 from hestia.pipeline.run import _made_later
 from hestia.pipeline.scoring import round_to_nearest_twin
+from hestia.pipeline.stopwatch import Stopwatch
+from hestia.pipeline.workspace import Workspace
+from hestia.tiny import model_path
 
 
-def test_the_clock_forgets_no_second_and_counts_none_twice(tmp_path: Path) -> None:
-    clock = Clock(tmp_path / "seconds.json", resume=False)
-    clock.seconds = {"train": 50.0, "total": 10.0}  # of a process that was killed while it trained
-    clock.at_least("train", 20.0)
-    assert clock.seconds["train"] == 50.0
-    clock.at_least("train", 55.0)
-    assert clock.seconds["train"] == 55.0
-    assert clock.total(5.0) == 55.0, "its stages are all that is known of it"
-    assert clock.total(60.0) == 70.0
-    clock.seconds = {"train": 3.0, "total": 40.0}
-    assert clock.total(1.0) == 41.0
+def test_the_stopwatch_forgets_no_second_and_counts_none_twice(tmp_path: Path) -> None:
+    watch = Stopwatch(tmp_path / "seconds.json", resume=False)
+    watch.seconds = {"train": 50.0, "total": 10.0}  # of a process that was killed while it trained
+    watch.at_least("train", 20.0)
+    assert watch.seconds["train"] == 50.0
+    watch.at_least("train", 55.0)
+    assert watch.seconds["train"] == 55.0
+    assert watch.total(5.0) == 55.0, "its stages are all that is known of it"
+    assert watch.total(60.0) == 70.0
+    watch.seconds = {"train": 3.0, "total": 40.0}
+    assert watch.total(1.0) == 41.0
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("bf16", torch.bfloat16), ("fp32", torch.float32)])
+def test_the_teacher_takes_half_the_bytes_where_training_rounds_it_anyway(
+    tmp_path: Path, precision: str, dtype: torch.dtype
+) -> None:
+    options = Options(model=str(model_path()), data=("text.txt",), out=str(tmp_path / "run"), precision=precision)
+    model = _teacher(Workspace(options))
+    assert model.model.layers[0].mlp.up_proj.weight.dtype == dtype
+    assert model.get_input_embeddings().weight.dtype == torch.float32
 
 
 def test_the_twin_rounds_without_constraint_shift_or_training() -> None:

@@ -22,9 +22,10 @@ if TYPE_CHECKING:
     from .plans import Plan
     from .quant import QuantizedTensor, QuantSpec, fake_quantize
     from .recipes import Recipe
-    from .training import HestiaTrainer, QATCallback, TrainConfig
+    from .training import Clock, HestiaTrainer, QATCallback, TrainConfig, load_latents
 
 _HOMES = {
+    "Clock": "training",
     "HestiaTrainer": "training",
     "Options": "options",
     "Plan": "plans",
@@ -39,6 +40,7 @@ _HOMES = {
     "calibrate": "curvature",
     "fake_quantize": "quant",
     "freeze": "nn",
+    "load_latents": "training",
     "plan": "planner",
     "quantize": "pipeline",
     "restore": "nn",
@@ -47,6 +49,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "Clock",
     "HestiaTrainer",
     "Options",
     "Plan",
@@ -61,6 +64,7 @@ __all__ = [
     "calibrate",
     "fake_quantize",
     "freeze",
+    "load_latents",
     "plan",
     "quantize",
     "restore",

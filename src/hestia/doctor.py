@@ -29,7 +29,7 @@ Status = Literal["ok", "note", "problem"]
 SMALL_MEMORY, SMALL_DISK = 4e9, 5e9
 """Bytes under which a run of a model of a few hundred million parameters is likely to fail."""
 
-OLDEST = {"torch": (2, 11), "transformers": (5, 2), "compressed-tensors": (0, 15), "gguf": (0, 17)}
+OLDEST = {"torch": (2, 11), "transformers": (5, 5), "compressed-tensors": (0, 15), "gguf": (0, 17)}
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from .curvature.allocation import KEPT, Damage, Interactions
 from .errors import ConfigError, PlanError
 from .mixed import KEPT_REASON, allocate, is_mixed, layers_of, measured_damage, offer, quantizers, spending, stored_bits
 from .nn.biases import OPTIONS, biased_layers, options_for
-from .nn.select import Selection, select
+from .nn.select import Selection, select, unwrapped
 from .plans import Kept, LayerPlan, Plan, Spending
 from .quant import GroupSize, QuantSpec
 from .recipes import Recipe
@@ -68,6 +68,7 @@ def plan(
             another model, or of no curvature where the recipe reads one, too few quantizable weights, or a budget that
             nothing fits (the smallest is named).
     """
+    model = unwrapped(model)
     chosen = _chosen(recipe, options)
     if isinstance(sensitivity, (str, Path)):
         sensitivity = Sensitivity.load(Path(sensitivity))
@@ -205,10 +206,12 @@ def _damages(
         return damages, "the caller's numbers"
     if not isinstance(sensitivity, Sensitivity):
         listed = ", ".join(f"{width:g}" for width in recipe.widths)
+        why = f"recipe {recipe.name!r} does not do {bits:g} bits for all tensors alike (it does {listed})"
+        if bits in recipe.widths:
+            why = "--max-kl and --widths spend bits tensor by tensor"
         raise PlanError(
-            f"recipe {recipe.name!r} does not do {bits:g} bits for all tensors alike (it does {listed}); a plan of "
-            "several widths needs a sensitivity: run `hestia calibrate MODEL --data TEXT --out sensitivity.json` and "
-            "give --sensitivity sensitivity.json"
+            f"{why}; a plan of several widths needs a sensitivity: run `hestia calibrate MODEL --data TEXT --out "
+            "sensitivity.json` and give --sensitivity sensitivity.json"
         )
     return measured_damage(sensitivity, specs)
 

@@ -153,19 +153,19 @@ class Plan:
         own = kind.types[0].name
         return not kind.cheapest and any(layer.stored[target_name] != own for layer in self.layers.values())
 
-    def save(self, path: Path) -> None:
+    def save(self, path: str | Path) -> None:
         """Write plan.json atomically."""
-        write_json(path, self.to_json())
+        write_json(Path(path), self.to_json())
 
     @classmethod
-    def load(cls, path: Path) -> Plan:
+    def load(cls, path: str | Path) -> Plan:
         """Read plan.json.
 
         Raises:
             ConfigError: not a plan, or one of another schema.
             PlanError: a plan with a bad value; the layer is named.
         """
-        return cls.from_json(read_json(path, schema=SCHEMA), where=str(path))
+        return cls.from_json(read_json(Path(path), schema=SCHEMA), where=str(path))
 
     def to_json(self) -> dict[str, Any]:
         """The JSON object of plan.json."""
@@ -220,6 +220,8 @@ class Plan:
                     spec=spec, shape=shape, temperature_factor=factor, stored=stored, damage=damage
                 )
             place = where
+            if not layers:
+                raise PlanError("a plan quantizes at least one tensor, this one names none")
             itemsize = int(record.get("itemsize", 2))
             if itemsize < 1:
                 raise PlanError(f"itemsize must be the bytes of a number, such as 2 for bf16, got {itemsize}")

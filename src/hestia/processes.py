@@ -24,9 +24,9 @@ def joined() -> Iterator[bool]:
     the first shall write and print.
 
     Raises:
-        ConfigError: the processes cannot reach each other.
+        ConfigError: the processes cannot reach each other, or WORLD_SIZE is no number.
     """
-    wanted = int(os.environ.get("WORLD_SIZE", "1")) > 1 and dist.is_available() and not dist.is_initialized()
+    wanted = _started() > 1 and dist.is_available() and not dist.is_initialized()
     if not wanted:
         yield rank() == 0
         return
@@ -51,11 +51,20 @@ def require_joined() -> None:
     Raises:
         ConfigError: they have not.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not running():
+    if _started() > 1 and not running():
         raise ConfigError(
             f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but the processes have not joined; do this within "
             "`with hestia.processes.joined():`, or unset WORLD_SIZE"
         )
+
+
+def _started() -> int:
+    """How many processes torchrun says that it started."""
+    text = os.environ.get("WORLD_SIZE", "1")
+    try:
+        return int(text)
+    except ValueError:
+        raise ConfigError(f"WORLD_SIZE is {text!r}, which is no number of processes; unset it") from None
 
 
 def leave() -> None:

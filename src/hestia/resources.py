@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import gc
 import shutil
 import sys
@@ -18,11 +20,13 @@ def available_memory() -> int | None:
 
 
 def release() -> None:
-    """Free what only reference cycles hold, and give a GPU's share of it back.
+    """Free what only reference cycles hold, and give back what allocators keep of it, a GPU's and the C library's.
 
     A finished trainer is such a cycle, with its optimizer and teacher; the collector does not look at a GPU's memory.
     """
     gc.collect()
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # only glibc has it
+        ctypes.CDLL(None).malloc_trim(0)
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():
         torch.cuda.empty_cache()

@@ -16,6 +16,7 @@ from toy_runs import QUICK, Invoke
 from hestia import loading
 from hestia.cli.export import summary
 from hestia.cli.main import main
+from hestia.cli.shared import options_from
 from hestia.files import sha256
 from hestia.options import PLANNING
 from hestia.plans import Plan
@@ -476,3 +477,59 @@ def test_a_plan_of_the_cheapest_types_falls_back_on_none(invoke: Invoke, toy_par
     status, _, err = invoke("plan", toy_parent, "--target", "gguf:mixed", "--out", tmp_path / "plan.json")
     assert status == 0, err
     assert not Plan.load(tmp_path / "plan.json").falls_back("gguf:mixed")
+
+
+def test_what_lies_beside_the_json_is_not_overwritten(
+    invoke: Invoke, toy_parent: Path, toy_text: Path, parent_copy: Path, tmp_path: Path
+) -> None:
+    """``--out MODEL/model.json`` would put the diagonals in the place of the weights."""
+    weights = sha256(parent_copy / "model.safetensors")
+    words = ("calibrate", parent_copy, "--data", toy_text, "--calibrate", "2", "--seq-len", "32", "--out")
+    status, _, err = invoke(*words, parent_copy / "model.json")
+    assert status == 2 and "model.safetensors, which would be written beside it, is there already" in err
+    assert sha256(parent_copy / "model.safetensors") == weights and not (parent_copy / "model.json").exists()
+    (tmp_path / "plan.png").write_bytes(b"a drawing")
+    status, _, err = invoke("plan", toy_parent, "--out", tmp_path / "plan.json")
+    assert status == 2 and "plan.png, which would be written beside it" in err
+    status, _, err = invoke("plan", toy_parent, "--out", tmp_path / "plan.svg")
+    assert status == 2 and "the file is JSON; name it" in err
+    assert invoke("plan", toy_parent, "--out", tmp_path / "other.json")[0] == 0
+    (tmp_path / "other.svg").write_bytes(b"of an earlier plan of this name")
+    assert invoke("plan", toy_parent, "--out", tmp_path / "other.json")[0] == 0
+
+
+def test_recipe_options_are_taken_one_by_one(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump({"model": "m", "recipe": "hearth", "options": {"temperature": 0.2, "rho": 0.3}}))
+    typed = {"options": ("rho=0.4", "hard_from=0.9")}
+    merged = {"temperature": 0.2, "rho": 0.4, "hard_from": 0.9}
+    assert options_from(str(file), typed).options == merged
+    assert options_from(str(file), {"recipe": "hearth", **typed}).options == merged
+    assert options_from(str(file), {"recipe": "hestia", **typed}).options == {"rho": 0.4, "hard_from": 0.9}
+
+
+def test_a_plan_of_nothing_is_refused_before_anything_is_written(
+    invoke: Invoke, toy_parent: Path, toy_text: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "plan.json"
+    assert invoke("plan", toy_parent, "--out", path)[0] == 0
+    path.write_text(json.dumps({**json.loads(path.read_text()), "layers": {}}))
+    status, _, err = invoke("train", toy_parent, "--plan", path, "--data", toy_text, "--out", tmp_path / "run")
+    assert status == 2 and "this one names none" in err and not (tmp_path / "run").exists()
+
+
+def test_a_bound_without_a_sensitivity_says_what_it_needs(invoke: Invoke, toy_parent: Path, tmp_path: Path) -> None:
+    status, _, err = invoke("plan", toy_parent, "--max-kl", "0.3", "--out", tmp_path / "plan.json")
+    assert status == 2 and "spend bits tensor by tensor" in err and "does not do" not in err
+
+
+def test_an_odd_list_of_exports_is_no_traceback(invoke: Invoke, toy_run: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(toy_run, run, ignore=shutil.ignore_patterns("checkpoints", "cache"))
+    record = json.loads((run / "report.json").read_text())
+    for odd in (["x"], 5, None):
+        (run / "report.json").write_text(json.dumps({**record, "exports": odd}))
+        status, _, err = invoke(
+            "verify", next((run / "exports").glob("*/*.gguf"), run / "exports" / "hf"), "--against", run
+        )
+        assert status == 0, err

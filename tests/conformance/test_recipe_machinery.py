@@ -18,7 +18,7 @@ from toy_models import qwen2, snapshot, tied_llama
 
 import hestia
 from hestia.nn import knobs_of, quantized_modules
-from hestia.training.callback import correct, hand_over_importance
+from hestia.training.clock import correct, hand_over_importance
 
 # --- autocast and checkpointing ------------------------------------------------------------------------------------
 

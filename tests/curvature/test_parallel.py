@@ -196,3 +196,11 @@ def test_diagonals_are_added_up_with_the_sequences_behind_them(monkeypatch: pyte
     both = parallel.summed(sums)
     assert both.sequences == 6
     assert all(bool((tensor == 5.0).all()) for tensor in both.state().values())
+
+
+def test_a_number_of_processes_that_is_none_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "two")
+    with pytest.raises(ConfigError, match="WORLD_SIZE is 'two', which is no number"), processes.joined():
+        pass
+    with pytest.raises(ConfigError, match="WORLD_SIZE is 'two'"):
+        processes.require_joined()

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 import hestia
 from hestia import processes
 from hestia.nn import knobs_of, quantized_modules
-from hestia.training.callback import correct, hand_over_importance
+from hestia.training.clock import correct, hand_over_importance
 
 CASES = {
     "tensor": ("hestia", "tensor", {}),

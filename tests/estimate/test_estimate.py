@@ -21,7 +21,7 @@ from hestia.estimate.files import _quantized
 from hestia.estimate.live import LiveBytes
 from hestia.estimate.machine import memory_of, probe, quantity
 from hestia.estimate.pretend import Step, pretend
-from hestia.estimate.whole import Layout, estimate
+from hestia.estimate.whole import Layout, estimate, memory
 from hestia.options import Options
 from hestia.plans import Plan
 from hestia.targets import target
@@ -305,3 +305,38 @@ def test_the_probe_measures_something(bf16: bool) -> None:
     assert (flops == exact) != bf16
     there = memory_of(torch.device("cpu"))
     assert there is None or there > 1 << 20
+
+
+def test_a_step_is_reckoned_the_same_every_time(toy_parent: Path) -> None:
+    """Whatever was pretended before, and whenever Python collects its garbage."""
+    options = Options(model=str(toy_parent), teacher="parent", precision="bf16", batch_size=2, seq_len=32, device="cpu")
+    first = [stage.to_json() for stage in memory(options)]
+    assert all([stage.to_json() for stage in memory(options)] == first for _ in range(2))
+
+
+def test_text_importance_and_candidates_are_counted(toy_parent: Path) -> None:
+    given = {"memory": "1G", "disk": "1G", "flops": "1T", "bandwidth": "10G"}
+
+    def of(**options: Any) -> Any:
+        shape = {"seq_len": 32, "batch_size": 4, "device": "cpu", "teacher": "none"}
+        return estimate(Options(model=str(toy_parent), **shape, **options), **given)
+
+    short, long = of(tokens="100k", recipe="bitnet_ste"), of(tokens="10M", recipe="bitnet_ste")
+    grown = long.folder["text"] - short.folder["text"]
+    assert grown == pytest.approx(5 * 1.1 * 9.9e6, rel=0.01)
+    for before, after in zip(short.stages, long.stages, strict=True):
+        assert after.peak - before.peak == pytest.approx(grown, rel=0.01), before.name
+    weighted, free = of(recipe="quasar"), of(recipe="bitnet_ste")
+    held = 4 * weighted.quantized
+    assert weighted.folder["checkpoints"] - free.folder["checkpoints"] == 3 * held
+    train = {name: next(s for s in e.stages if s.name == "train") for name, e in (("w", weighted), ("f", free))}
+    assert train["w"].parts["importance"] == held and train["w"].peak - train["f"].peak > held
+    one, five = of(recipe="hestia"), of(recipe="hestia", widths=("1", "1.58", "2", "3", "4"))
+    parts = [next(s for s in e.stages if s.name == "calibrate").parts["candidates"] for e in (one, five)]
+    assert parts == [one.quantized, 5 * five.quantized]
+    groups = of(recipe="bitnet_ste", group_size="32").folder["codes"] - of(recipe="bitnet_ste").folder["codes"]
+    rows = hestia.plan(LlamaForCausalLM.from_pretrained(toy_parent), "bitnet_ste").layers.values()
+    assert groups == 4 * sum(layer.shape[0] * (layer.shape[1] // 32 - 1) for layer in rows)
+    with pytest.raises(ConfigError, match="--estimator hutchpp: its cost is not reckoned; that of gnb and fisher is"):
+        of(recipe="hestia", estimator="hutchpp")
+    of(recipe="bitnet_ste", estimator="hutchpp")  # which measures nothing

@@ -80,7 +80,7 @@ def test_neither_batch_size_nor_chunks_change_a_bit(monkeypatch):
     model, parent, blocks = Bigram(2), Bigram(3), random_blocks(4, blocks=7)
     whole = score(model, blocks, parent=parent, batch_size=7)
     for batch_size, elements in ((1, 1 << 22), (2, 1), (3, 5 * V), (8, 4 * V)):
-        monkeypatch.setattr(scoring, "_CHUNK_ELEMENTS", elements)
+        monkeypatch.setattr(scoring, "CHUNK_ELEMENTS", elements)
         part = score(model, blocks, parent=parent, batch_size=batch_size)
         assert part.to_json() == whole.to_json()
         assert torch.equal(part.block_nll, whole.block_nll)

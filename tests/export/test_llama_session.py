@@ -13,6 +13,7 @@ import pytest
 from toy_runs import Invoke
 
 from hestia.cli.bench import table
+from hestia.errors import ExportError
 from hestia.export import llama_session, speed
 from hestia.export.llama_session import Speed, usable_cpus
 
@@ -102,3 +103,21 @@ def test_the_child_opens_the_model_as_asked_or_says_that_it_has_no_gpu(
         assert (settings[0]["n_gpu_layers"], settings[0]["n_threads"], settings[0]["n_threads_batch"]) == (layers, 4, 4)
     else:
         assert answer["error"].startswith("--gpu-layers 5: this llama-cpp-python was built without a GPU")
+
+
+@pytest.mark.parametrize("dies", ["at once", "later"])
+def test_a_child_that_died_leaves_its_last_words(
+    toy_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dies: str
+) -> None:
+    """Closing the pipe to it sends what it did not read again: that must not be what the user hears of."""
+    file = next((toy_run / "exports" / "gguf-q4_0").iterdir())
+    opened = '{"done": {"prompt_tokens": 0, "prompt_seconds": 0, "tokens": 0, "seconds": 0}}'
+    child = tmp_path / "child"
+    answer = "" if dies == "at once" else f"echo '{opened}'"
+    child.write_text(f"#!/bin/sh\n{answer}\necho out of memory >&2\nexit 7\n")
+    child.chmod(0o755)
+    monkeypatch.setattr(llama_session.llama_cpp, "available", lambda: True)
+    monkeypatch.setattr(sys, "executable", str(child))
+    with pytest.raises(ExportError, match=r"exit status 7\): out of memory"), llama_session.Session(file) as session:
+        session._child.wait()
+        list(session.complete("a" * 100_000, 1))

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from toy_runs import Invoke
-from transformers import LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaForCausalLM
 
 import hestia
 from hestia.errors import ConfigError, ExportError
@@ -67,3 +67,31 @@ def test_what_is_not_frozen_or_not_whole_is_not_saved(
     with pytest.raises(ExportError, match="already exists and is not an empty folder"):
         hestia.save(*frozen(parent_copy)[:2], run, parent=parent)
     assert [p.name for p in run.iterdir()] == ["mine.txt"]
+
+
+def test_added_words_go_along_with_their_tokenizer(parent_copy: Path, tmp_path: Path) -> None:
+    """Chat training often adds some; the parent's tokenizer does not know them."""
+    tokenizer = AutoTokenizer.from_pretrained(parent_copy)
+    tokenizer.add_tokens(["<|im_start|>", "<|im_end|>"])
+    model = LlamaForCausalLM.from_pretrained(parent_copy, dtype=torch.float32)
+    model.resize_token_embeddings(len(tokenizer))
+    hestia.apply(model, hestia.plan(model))
+    codes = hestia.freeze(model)
+    with pytest.raises(ConfigError, match=r"the model has [\d,]+ words, its parent [\d,]+: give save the tokenizer"):
+        hestia.save(model, codes, tmp_path / "run", parent=str(parent_copy))
+    assert not (tmp_path / "run").exists()
+    run = hestia.save(model, codes, tmp_path / "run", parent=str(parent_copy), tokenizer=tokenizer)
+    again = AutoTokenizer.from_pretrained(run / "model")
+    ids = again("<|im_start|>a story<|im_end|>", add_special_tokens=False)["input_ids"]
+    assert len(again) == len(tokenizer) == model.config.vocab_size
+    assert ids[0] == len(tokenizer) - 2 and ids[-1] == len(tokenizer) - 1
+    assert LlamaForCausalLM.from_pretrained(run / "model").config.vocab_size == len(tokenizer)
+
+
+def test_what_a_trainer_switched_off_and_what_the_user_set_is_told_apart(parent_copy: Path, tmp_path: Path) -> None:
+    model, codes, _ = frozen(parent_copy)
+    model.config.use_cache = False  # by the Trainer
+    model.generation_config.eos_token_id = [2, 7]  # by the user
+    run = hestia.save(torch.compile(model, backend="eager"), codes, tmp_path / "run", parent=str(parent_copy))  # type: ignore[arg-type]
+    assert json.loads((run / "model" / "config.json").read_text())["use_cache"] is True
+    assert json.loads((run / "model" / "generation_config.json").read_text())["eos_token_id"] == [2, 7]

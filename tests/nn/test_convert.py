@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from torch import Tensor, nn
 from toy_models import IDS, LINEAR, llama, qwen2, qwen2_moe, same_bits, snapshot, tied_llama
 
@@ -315,3 +316,75 @@ def test_a_folded_shift_of_a_frozen_layer_stays_frozen() -> None:
     assert layer.bias is None
     layer.fold_shift()
     assert layer.bias is not None and not layer.bias.requires_grad
+
+
+@pytest.mark.parametrize("recipe", ["hearth", "lsq", "quasar"])
+@pytest.mark.parametrize(
+    ("parent", "cast"),
+    [(torch.float32, torch.bfloat16), (torch.float32, torch.float16), (torch.bfloat16, torch.float32)],
+)
+def test_a_cast_reaches_everything_but_the_latent_weights(recipe: str, parent: torch.dtype, cast: torch.dtype) -> None:
+    """What is trained stays fp32 whatever the rest of the model is, and freezes to the rest's dtype of then."""
+    model = qwen2().to(parent)
+    hestia.apply(model, hestia.plan(model, recipe))
+    before = {path: (layer.weight.clone(), layer.held) for path, layer in quantized_modules(model)}
+    codes = {path: layer.codes().codes.clone() for path, layer in quantized_modules(model)}
+    model.to(cast).eval()
+    for path, layer in quantized_modules(model):
+        weight, held = before[path]
+        assert torch.equal(layer.weight, weight) and layer.weight.dtype == torch.float32
+        assert held is None or (layer.held is not None and torch.equal(layer.held, held))
+        assert layer.bias is None or layer.bias.dtype == cast
+    hard = answer(model)
+    frozen = hestia.freeze(model)
+    assert all(torch.equal(frozen[path].codes, codes[path]) for path in codes)
+    assert {p.dtype for p in model.parameters()} == {cast}
+    torch.testing.assert_close(answer(model), hard, rtol=0, atol=0)
+    assert model.double().get_parameter("model.layers.0.mlp.up_proj.weight").dtype == torch.float64
+
+
+def test_a_wrapper_is_looked_through() -> None:
+    """Paths, codes and biases are the model's, whatever compiles or copies it."""
+    for wrap in (lambda m: torch.compile(m, backend="eager"), nn.DataParallel):
+        for recipe in ("hearth", "tequila"):
+            plain, inner = llama(), llama()
+            plan = hestia.plan(plain, recipe)
+            wrapped = wrap(inner)
+            assert hestia.plan(wrapped, recipe).layers == plan.layers
+            assert hestia.apply(wrapped, plan) is wrapped
+            assert [path for path, _ in quantized_modules(wrapped)] == list(plan.layers)
+            with pytest.raises(PlanError, match="already converted"):
+                hestia.apply(wrapped, plan)
+            assert hestia.restore(wrapped) is wrapped and not list(quantized_modules(inner))
+            codes = hestia.freeze(hestia.apply(wrapped, plan))
+            hestia.apply(plain, plan)
+            assert list(codes) == list(hestia.freeze(plain))
+            assert same_bits(snapshot(inner), snapshot(plain))
+            assert inner.config.to_dict() == plain.config.to_dict()
+
+
+def test_layers_that_are_more_than_linear_are_not_replaced() -> None:
+    """A forward of their own, in the instance; a parameter of their own; hooks that fetch the weight."""
+
+    class Gated(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(8, 8)
+            self.gate = nn.Parameter(torch.ones(8))
+
+    plain = nn.ModuleDict({"a": nn.Linear(8, 8), "b": nn.Linear(8, 8)})
+    plan = hestia.plan(plain, group_size="row", target="hf")
+    for strange in (Gated(), nn.Linear(8, 8)):
+        if not isinstance(strange, Gated):
+            strange.forward = lambda x: x  # type: ignore[method-assign]
+        model = nn.ModuleDict({"a": nn.Linear(8, 8), "b": strange})
+        found = hestia.plan(model, target="hf", allow_partial=True)
+        assert list(found.layers) == ["a"] and "not an nn.Linear" in found.warnings[0]
+        with pytest.raises(PlanError, match=r"b: more than an nn\.Linear"):
+            hestia.apply(model, plan)
+    offloaded = cpu_offload(llama().eval(), execution_device=torch.device("cpu"))
+    with pytest.raises(PlanError, match=r"q_proj: offloaded or spread over devices by accelerate"):
+        hestia.plan(offloaded)
+    adapted = llama()
+    adapted.peft_config = {"default": object()}
+    with pytest.raises(PlanError, match="merge them first"):
+        hestia.plan(adapted)

@@ -11,6 +11,7 @@ import hestia
 from hestia.errors import PlanError
 from hestia.nn import Selection, select
 from hestia.nn.select import ROUTER
+from hestia.plans import Kept
 
 EVERY = {**LINEAR, **OTHER}
 
@@ -190,3 +191,14 @@ def test_a_linear_router_is_kept_as_one() -> None:
     mlp: nn.Module = model.model.layers[0].mlp
     mlp.gate = nn.Linear(64, 4, bias=False)
     assert reason(select(model), "mlp.gate.weight") == {ROUTER}
+
+
+def test_the_head_of_a_model_within_a_module_is_kept_all_the_same() -> None:
+    """As where a LightningModule or a value head holds it."""
+    for make in (llama, tied_llama):
+        inner = make()
+        whole, part = select(nn.ModuleDict({"model": inner, "value": nn.Linear(4, 4)})), select(inner)
+        assert list(whole.candidates) == [*(f"model.{path}" for path in part.candidates), "value"]
+        assert whole.kept == {f"model.{name}": kept for name, kept in part.kept.items()} | {
+            "value.bias": Kept(reason="bias", weights=4)
+        }

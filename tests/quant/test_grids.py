@@ -3,8 +3,10 @@ import math
 import pytest
 import torch
 
+from hestia import recipes
 from hestia.errors import ConfigError
 from hestia.quant import BINARY, INT2, TERNARY, Grid, GroupSize, QuantSpec, Softmax
+from hestia.quant.family import Member
 
 SPARSE = Grid((-1, 0, 1), block=4)
 
@@ -92,3 +94,15 @@ def test_a_soft_value_cannot_keep_a_zero_in_every_block() -> None:
 def test_blocks_with_a_zero_straddle_neither_rows_nor_groups(columns: int, group: GroupSize) -> None:
     with pytest.raises(ConfigError, match="counts its zeros in blocks of 4"):
         QuantSpec(grid=SPARSE, group_size=group).check_shape((2, columns))
+
+
+def test_another_package_s_class_does_not_take_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the same name as hestia's; one that is defined again where it was takes its own place."""
+    monkeypatch.setitem(Member._registry, "recipe", dict(Member._registry["recipe"]))
+    known = type(recipes.get("twn"))
+    with pytest.raises(ConfigError, match=r"two recipes are called 'twn'"):
+        type(known.__name__, (known,), {"name": "twn", "__module__": "elsewhere", "__qualname__": known.__qualname__})
+    assert Member._registry["recipe"]["twn"] is known
+    own = {"name": "twn", "__module__": known.__module__, "__qualname__": known.__qualname__}
+    again = type(known.__name__, (known,), own)
+    assert Member._registry["recipe"]["twn"] is again

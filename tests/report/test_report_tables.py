@@ -9,10 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import toy_models
 from hypothesis import given
 from hypothesis import strategies as st
 from report_runs import make_run, report
 
+import hestia
+from hestia.report import wording
 from hestia.report.heatmap import heat_map
 from hestia.report.records import RunRecord
 from hestia.report.sensitivity import Trace
@@ -185,3 +188,10 @@ def test_projections_of_one_name_keep_what_tells_them_apart() -> None:
 def test_the_terminal_tables_cost_no_matplotlib() -> None:
     check = "import sys, hestia.report.tables; sys.exit('matplotlib' in sys.modules or 'torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", check], check=False).returncode == 0
+
+
+def test_a_plan_of_one_width_is_called_by_it(tmp_path: Path) -> None:
+    for bits, name in ((1.0, "binary"), (1.58, "ternary"), (2.0, "2-bit"), (3.0, "3-bit"), (4.0, "4-bit")):
+        plan = hestia.plan(toy_models.llama(), "round_to_nearest", "gguf:mixed", bits=bits).to_json()
+        run = make_run(tmp_path / name, plan=plan)
+        assert wording.grid_name(RunRecord.load(run)) == name

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import toy_models
-from torch import Tensor
+from torch import Tensor, nn
 from toy_training import blocks, converted, log_rows, trainer
 
 from hestia.data.noise import noisy
@@ -17,7 +17,7 @@ from hestia.errors import ConfigError
 from hestia.training import distillation
 from hestia.training.distillation import DIVERGENCES, Distillation, head_share
 from hestia.training.stream import BlockStream
-from hestia.training.teacher import Teacher
+from hestia.training.teacher import Teacher, hold_in_bf16
 
 
 def distributions(rows: int = 7, words: int = 11, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -129,6 +129,24 @@ def test_the_head_that_is_spared_gets_its_gradient_all_the_same(tmp_path: Path) 
             assert losses[0] == pytest.approx(losses[1], rel=2e-3 if bf16 else 1e-5)
             gap = (weights[0] - weights[1]).abs()  # in bf16 AdamW may step either way where a gradient is all rounding
             assert float(gap.mean() if bf16 else gap.max()) < (1e-3 if bf16 else 1e-5)
+
+
+@pytest.mark.parametrize(
+    "make", [toy_models.llama, toy_models.tied_llama, toy_models.gemma2, toy_models.qwen2_moe, toy_models.gpt2]
+)
+def test_a_teacher_held_in_bf16_answers_bit_for_bit_the_same(make: Any) -> None:
+    """What autocast would round at every use is rounded once; embeddings, tied heads and norms stay as they were."""
+    ids = blocks(2, 9).input_ids.long()
+    model = make()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    expected = Teacher(model, bf16=True).answer(ids)(slice(0, 18))
+    held = hold_in_bf16(make())
+    torch.testing.assert_close(Teacher(held, bf16=True).answer(ids)(slice(0, 18)), expected, rtol=0, atol=0)
+    halved = {name for name, p in held.named_parameters() if p.dtype == torch.bfloat16}
+    linears = {f"{path}.weight" for path, m in held.named_modules() if type(m) is nn.Linear and path != "lm_head"}
+    tied = held.get_output_embeddings().weight is held.get_input_embeddings().weight
+    assert halved - {n for n in halved if n.endswith(".bias")} == linears | (set() if tied else {"lm_head.weight"})
+    assert all(torch.equal(p, before[name]) for name, p in held.named_parameters() if name not in halved)
 
 
 def test_a_head_that_is_more_than_a_product_is_not_spared(tmp_path: Path) -> None:
@@ -302,3 +320,49 @@ def test_a_stream_s_noise_is_keyed_by_the_example_and_not_by_its_row() -> None:
     stream, clean = BlockStream(made, 72, 0, noise=0.5, vocabulary=64), BlockStream(made, 72, 0)
     for index in (0, 30, 70):
         assert torch.equal(stream[index]["input_ids"], noisy(clean[index]["input_ids"], 0.5, 64, 0, index))
+
+
+def test_fp16_logits_lose_no_gradient() -> None:
+    """Divided by the labels of a step, in fp16, most of it would be zero before a loss scale reaches it."""
+    teacher, _, _ = distributions(64, 500)
+    student = teacher + 0.3 * torch.randn(teacher.shape, generator=torch.Generator().manual_seed(1))
+    labels = torch.zeros(64, dtype=torch.long)
+    found = []
+    for dtype in (torch.float32, torch.float16):
+        x = student.to(dtype).requires_grad_()
+        loss = Distillation(weight=1.0).loss(x, labels, lambda part: teacher[part].float(), 1 << 16)
+        (loss * (1 << 16)).backward()
+        assert x.grad is not None
+        found.append(x.grad.float())
+    assert float((found[1] - found[0]).norm() / found[0].norm()) < 0.02
+    hidden = torch.randn(64, 8, dtype=torch.float16).requires_grad_()
+    head = torch.randn(500, 8).requires_grad_()
+    loss = Distillation(weight=1.0).loss_through_head(hidden, head, labels, lambda part: teacher[part].float(), 1 << 16)
+    (loss * (1 << 16)).backward()
+    assert hidden.grad is not None and float((hidden.grad == 0).float().mean()) < 0.01
+
+
+@pytest.mark.parametrize("make", [toy_models.llama, toy_models.gemma2])
+def test_a_teacher_does_not_look_at_what_is_masked(make: Any) -> None:
+    """Padding on the left: the answer is that of the model with the same mask."""
+    model, ids = make().eval(), torch.tensor([[0, 0, 0, 3, 1, 4, 1, 5], [3, 1, 4, 1, 5, 9, 2, 6]])
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    with torch.no_grad():
+        expected = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+    found = Teacher(model).answer(ids, mask)(slice(0, 16)).view(2, 8, -1)
+    torch.testing.assert_close(found[mask.bool()], expected[mask.bool()], rtol=1e-5, atol=1e-5)
+    unmasked = Teacher(model).answer(ids)(slice(0, 16)).view(2, 8, -1)
+    assert float((unmasked - expected)[mask.bool()].abs().max()) > 1e-3
+
+
+def test_a_teacher_that_answers_by_whole_sequences_runs_each_once() -> None:
+    model, ids = toy_models.gemma2(), blocks(3, 16).input_ids.long()
+    teacher = Teacher(model)
+    expected = teacher.answer(ids)(slice(0, 48))
+    rows: list[int] = []
+    model.register_forward_pre_hook(lambda m, args, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True)
+    answer = teacher.answer(ids)
+    pieces = [answer(slice(start, min(48, start + 7))) for start in range(0, 48, 7)]
+    torch.testing.assert_close(torch.cat(pieces), expected)
+    assert rows == [1, 1, 1]

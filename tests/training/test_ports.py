@@ -21,7 +21,7 @@ from hestia.quant import Grid, WeightedRule
 from hestia.quant.family import Member
 from hestia.quant.scales import Scales
 from hestia.training import TrainConfig
-from hestia.training.callback import correct, hand_over_importance
+from hestia.training.clock import correct, hand_over_importance
 from hestia.training.optimizer import parameter_groups
 
 
@@ -178,11 +178,13 @@ def test_a_step_that_was_skipped_hands_nothing_over() -> None:
     state = TrainerState(max_steps=10, global_step=3)
     arguments: Any = (None, state, None)
     wrapped = SimpleNamespace(optimizer=optimizer, step_was_skipped=True)
-    hestia.QATCallback(plan).on_optimizer_step(*arguments, model=model, optimizer=wrapped)
+    callback = hestia.QATCallback(plan)
+    callback.on_train_begin(*arguments, model=model)
+    callback.on_optimizer_step(*arguments, model=model, optimizer=wrapped)
     assert all(bool((layer.held == 1).all()) for _, layer in quantized_modules(model))
     wrapped.step_was_skipped = False
     with pytest.raises(ConfigError, match="AdamW keeps no exp_avg_sq"):
-        hestia.QATCallback(plan).on_optimizer_step(*arguments, model=model, optimizer=wrapped)
+        callback.on_optimizer_step(*arguments, model=model, optimizer=wrapped)
 
 
 def test_a_correction_that_would_move_nothing_is_refused() -> None:

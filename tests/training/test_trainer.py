@@ -127,6 +127,12 @@ def test_processes_that_have_not_joined_are_refused(tmp_path: Path, monkeypatch:
         trainer(tmp_path, model, plan)
 
 
+def test_the_first_token_is_no_label() -> None:
+    """Nothing predicts it; a Trainer that divided by all labels would take too small a step."""
+    example = BlockStream(blocks(2), 2, seed=0)[0]
+    assert example["labels"].tolist() == [-100, *example["input_ids"][1:].tolist()]
+
+
 def test_three_lines_on_a_plain_trainer(tmp_path: Path) -> None:
     """The use that DESIGN promises: any Trainer, one callback."""
     model = toy_models.llama()

@@ -42,7 +42,7 @@ def command(model: str | None, config: str | None, as_json: bool, **typed: Any) 
 
     options = options_from(config, {"model": model, **typed}, A_RUNS_OWN)
     require_model(options)
-    path = output_file(options.out or "plan.json")
+    path = output_file(options.out or "plan.json", (".svg", ".png"))
     plan = plan_model(options)
     plan.save(path)
     text = f"{plan.table()}\n\nwritten to {path}"

@@ -82,6 +82,8 @@ def _shown(default: Any) -> str:
 def options_from(config: str | None, typed: dict[str, Any], leave_out: Iterable[str] = ()) -> Options:
     """The options: what was typed, over the configuration file, over the defaults.
 
+    Recipe options are taken one by one; those of a file that names another recipe than was typed are left out.
+
     Args:
         config: the file, if there is one.
         typed: option -> value; None and () were not typed.
@@ -92,10 +94,13 @@ def options_from(config: str | None, typed: dict[str, Any], leave_out: Iterable[
     """
     values = load_config(Path(config)) if config else {}
     values = {key: value for key, value in values.items() if key not in leave_out}
+    same_recipe = typed.get("recipe") in (None, values.get("recipe"))
     for key, value in typed.items():
         if value is None or value == ():
             continue
-        values[key] = recipe_options(value) if key == "options" else value
+        if key == "options":
+            value = {**(values.get(key) or {} if same_recipe else {}), **recipe_options(value)}
+        values[key] = value
     return Options(**values)
 
 
@@ -132,15 +137,26 @@ def require_model(options: Options) -> None:
         raise ConfigError("MODEL is missing: a folder or a hub id, here or in --config")
 
 
-def output_file(name: str) -> Path:
+def output_file(name: str, beside: Iterable[str] = ()) -> Path:
     """The JSON file that a verb writes when its work is done; refused now rather than then.
 
+    Args:
+        name: what --out says.
+        beside: endings of further files that the verb writes; those of an earlier NAME.json are replaced, others not.
+
     Raises:
-        ConfigError: it is a folder, or cannot be created.
+        ConfigError: it is a folder or no .json, cannot be created, or something else's file would be overwritten.
     """
     path = Path(name)
     if path.is_dir():
         raise ConfigError(f"--out {path} is a folder; name a file in it")
+    if path.suffix != ".json":
+        raise ConfigError(f"--out {path}: the file is JSON; name it {path.with_suffix('.json')}")
+    taken = next((other for ending in beside if (other := path.with_suffix(ending)).exists()), None)
+    if taken is not None and not path.exists():
+        raise ConfigError(
+            f"--out {path}: {taken}, which would be written beside it, is there already; choose another name"
+        )
     require_writable(path)
     return path
 

@@ -223,22 +223,23 @@ class Sensitivity:
         """
         return {path: statistics.fmean(samples) for path, samples in self.column(quantity).items()}
 
-    def save(self, path: Path) -> None:
+    def save(self, path: str | Path) -> None:
         """Write sensitivity.json, and the diagonals beside it as .safetensors; each atomically."""
+        path = Path(path)
         if self.diagonals:
             with replacing(path.with_suffix(".safetensors")) as temporary:
                 save_file({name: tensor.contiguous() for name, tensor in self.diagonals.items()}, temporary)
         write_json(path, self.to_json())
 
     @classmethod
-    def load(cls, path: Path) -> Sensitivity:
+    def load(cls, path: str | Path) -> Sensitivity:
         """Read sensitivity.json (without the diagonals).
 
         Raises:
             ConfigError: no such file, not JSON, or another schema.
             CalibrationError: a missing or bad value; the place is named.
         """
-        return cls.from_json(read_json(path, schema=SCHEMA), where=str(path))
+        return cls.from_json(read_json(Path(path), schema=SCHEMA), where=str(path))
 
     def to_json(self) -> dict[str, Any]:
         """The JSON object of sensitivity.json."""

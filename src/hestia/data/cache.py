@@ -46,9 +46,7 @@ def load(folder: Path, key: str) -> tuple[Blocks, Blocks, dict[str, Any]] | None
         if found.get("key") != key or found.get("sha256") != sha256(folder / _TOKENS):
             return None
         arrays = load_file(folder / _TOKENS)
-        train, held_out = (
-            Blocks(arrays[f"{name}.ids"].long(), arrays[f"{name}.mask"]) for name in ("train", "held_out")
-        )
+        train, held_out = (Blocks(arrays[f"{name}.ids"], arrays[f"{name}.mask"]) for name in ("train", "held_out"))
         return (train, held_out, found["record"]) if all(bool(b.with_target.all()) for b in (train, held_out)) else None
     except (ConfigError, OSError, SafetensorError, KeyError):
         return None

@@ -132,7 +132,7 @@ def pack(pieces: Sequence[Piece], seq_len: int, *, what: str, limit: int | None 
     if not len(taught):
         raise ConfigError(f"{what}: no token to learn from; chats need at least one turn with the role 'assistant'")
     kept = taught if limit is None else taught[: max(1, limit // seq_len)]
-    return Blocks(blocks.input_ids[kept].long(), blocks.loss_mask[kept]), rows - len(taught)
+    return Blocks(blocks.input_ids[kept], blocks.loss_mask[kept]), rows - len(taught)
 
 
 def too_short(what: str, tokens: int, needed: int, seq_len: int) -> ConfigError:

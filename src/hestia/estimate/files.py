@@ -17,7 +17,9 @@ import torch
 from .. import loading
 from ..errors import PlanError
 from ..plans import LayerPlan, Plan
+from ..quant.grouping import group_shape
 from ..targets import TARGETS, Stored, Target, file_bytes, head_type
+from .memory import Sizes
 
 TEXT_BYTES = {"hf": 60, "mlx": 60, "gguf": 40}
 """Bytes of tokenizer a vocabulary entry."""
@@ -85,6 +87,11 @@ def _quantized(target: Target, layers: Mapping[str, LayerPlan], dtype: torch.dty
     return sum(file_bytes(tensors, dtype.itemsize))
 
 
+def _groups(layer: LayerPlan) -> int:
+    rows, groups, _ = group_shape(layer.shape, layer.spec.group_size)
+    return rows * groups
+
+
 def _kept(target: Target, kept: Kept, dtype: torch.dtype, head: str) -> int:
     if target.container != "gguf":
         return (kept.matrices + kept.head + kept.vectors) * dtype.itemsize
@@ -100,12 +107,13 @@ def _text(target: Target, vocabulary: int, folder: Path | None) -> int:
     return beside
 
 
-def run_folder(plan: Plan, kept: Kept, dtype: torch.dtype, trained: int, exports: Mapping[str, int]) -> dict[str, int]:
+def run_folder(plan: Plan, kept: Kept, dtype: torch.dtype, sizes: Sizes, exports: Mapping[str, int]) -> dict[str, int]:
     """What a run's folder holds at most, while it trains and after."""
     total = plan.quantized_weights + kept.matrices + kept.head + kept.vectors
     return {
-        "checkpoints": CHECKPOINTS * (4 * total + 8 * trained) if plan.trains else 0,
+        "text": sizes.text,
+        "checkpoints": CHECKPOINTS * (4 * total + 8 * sizes.trained + 4 * sizes.importance) if plan.trains else 0,
         "frozen model": total * dtype.itemsize,
-        "codes": plan.quantized_weights + 4 * sum(layer.shape[0] for layer in plan.layers.values()),
+        "codes": plan.quantized_weights + 4 * sum(map(_groups, plan.layers.values())),
         **{f"export {name}": size for name, size in exports.items()},
     }

@@ -2,12 +2,14 @@
 
     calibrate   4 P + candidates + forward and backward of one sequence, one gradient at a time; only where the plan
                 needs a sensitivity that is not given
-    train       4 P weights + 8 P_t AdamW + gradients and activations of a micro-batch (with a teacher 4 P more, and its
-                forward pass beside what the student's has left), or, where that is more, an evaluation in the middle
-                of the run: 12 P and the logits of a few blocks
+    train       4 P weights + 8 P_t AdamW + gradients and activations of a micro-batch (with a teacher its weights, and
+                its forward pass beside what the student's has left), or, where that is more, an evaluation in the
+                middle of the run: 12 P and the logits of a few blocks; and what a weighted scale rule holds
     score       two models, and the logits of both for as many blocks as are scored at once
     export      4 P + Q: the packed file loaded and unpacked, and the logits of the frozen model, to which its own are
                 compared (measured for hf; what llama.cpp itself takes to run a .gguf file is not counted)
+
+Every stage holds the text: 5 bytes a token (``text_bytes``).
 
 P parameters, P_t trainable ones, Q quantized ones. What a step holds beside weights and moments is pretended
 (``pretend``), and so is exact up to what kernels allocate inside. ``ALLOCATOR`` is measured: the C library keeps freed
@@ -22,7 +24,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..curvature.estimators.base import CHUNK
-from ..evaluation.scoring import blocks_at_once
+from ..evaluation.scoring import CHUNK_ELEMENTS, blocks_at_once
 from ..options import Options
 from ..pipeline.planning import calibrates
 from ..plans import Plan
@@ -32,13 +34,11 @@ ALLOCATOR = {"calibrate": 1.12, "train": 1.2, "score": 1.0, "export": 1.05}
 """Resident memory over live bytes on a CPU, by stage, measured."""
 
 TIGHT = {"train": ("activations",)}
-"""Parts without that share, by stage, measured: every training step asks for the same sizes as the one before."""
+"""Parts without that share, by stage, measured: every training step asks for the same sizes as the one before. Text has
+it nowhere: it is a few large pieces."""
 
 CONSTANT = {"calibrate": 12 << 20, "train": 40 << 20, "score": 0, "export": 14 << 20}
 """Bytes of kernels, their workspaces and Python objects, whatever the model, by stage, measured."""
-
-SCORED_ELEMENTS = 1 << 22
-"""Log-probabilities that ``evaluation.score`` holds at once, at most."""
 
 SCORE_BUFFERS = 26
 """Bytes an element of such a piece, measured: of model and parent, their difference, probability, product, copies."""
@@ -86,7 +86,9 @@ class Sizes:
         vocabulary: of the head.
         logits: numbers of the logits of the blocks that are scored at once.
         compared: numbers of the logits on which an exported file is compared.
-        teacher: parameters of the teacher; 0: none.
+        text: bytes of the tokenized text.
+        importance: weights beside which their scale rule holds a number.
+        teacher: bytes of the teacher's weights; 0: none.
     """
 
     parameters: int
@@ -98,6 +100,8 @@ class Sizes:
     vocabulary: int
     logits: int
     compared: int
+    text: int
+    importance: int = 0
     teacher: int = 0
 
 
@@ -179,9 +183,14 @@ def stages(sizes: Sizes, done: Passes, *, processes: int = 1, sharded: bool = Fa
     return out
 
 
-def _stage(name: str, parts: Mapping[str, int], note: str = "") -> Stage:
-    live = {k: round(v) for k, v in parts.items() if v > 0}
-    loose = sum(size for part, size in live.items() if part not in TIGHT.get(name, ()))
+def text_bytes(tokens: int) -> int:
+    """Bytes of so many tokens in blocks, in memory and in a run's cache: an int32 id and whether it is learned."""
+    return 5 * tokens
+
+
+def _stage(name: str, sizes: Sizes, parts: Mapping[str, int], note: str = "") -> Stage:
+    live = {k: round(v) for k, v in {**parts, "text": sizes.text}.items() if v > 0}
+    loose = sum(size for part, size in live.items() if part not in (*TIGHT.get(name, ()), "text"))
     kept = round((ALLOCATOR[name] - 1.0) * loose) + CONSTANT[name]
     return Stage(name, {**live, "allocator": kept} if kept else live, note)
 
@@ -189,6 +198,7 @@ def _stage(name: str, parts: Mapping[str, int], note: str = "") -> Stage:
 def _calibration(sizes: Sizes, work: Work) -> Stage:
     return _stage(
         "calibrate",
+        sizes,
         {
             "weights": 4 * sizes.parameters,
             "candidates": sizes.candidates * sizes.quantized,
@@ -204,10 +214,11 @@ def _training(sizes: Sizes, work: Work, teacher: Work | None, processes: int, sh
     parts = {
         "weights": 4 * sizes.parameters / share,
         "optimizer": 8 * sizes.trained / share,
+        "importance": 4 * sizes.importance / share,
         "gradients": gradients / share,
         # whole gradients come while activations go; sharded ones are small beside what the forward pass leaves
         "activations": max(work.forward, work.head, answering) if sharded else max(work.peak, answering) - gradients,
-        "teacher": 4 * sizes.teacher,
+        "teacher": sizes.teacher,
     }
     note = ""
     if sharded:
@@ -216,24 +227,26 @@ def _training(sizes: Sizes, work: Work, teacher: Work | None, processes: int, sh
     elif processes > 1:
         parts["buckets"] = 4 * sizes.trained
         note = "buckets: gradients a second time, in the reducer of DDP"
-    return _stage("train", {k: round(v) for k, v in parts.items()}, note)
+    return _stage("train", sizes, {k: round(v) for k, v in parts.items()}, note)
 
 
 def _halfway(sizes: Sizes, work: Work) -> Stage:
     parts = {
         "weights": 4 * sizes.parameters,
         "optimizer": 8 * sizes.trained,
-        "activations": work.peak + 8 * min(SCORED_ELEMENTS, sizes.logits),
-        "teacher": 4 * sizes.teacher,
+        "importance": 4 * sizes.importance,
+        "activations": work.peak + 8 * min(CHUNK_ELEMENTS, sizes.logits),
+        "teacher": sizes.teacher,
     }
-    return _stage("train", parts, "decided by the hard loss on held-out blocks, logged ten times a run")
+    return _stage("train", sizes, parts, "decided by the hard loss on held-out blocks, logged ten times a run")
 
 
 def _scoring(sizes: Sizes, work: Work) -> Stage:
-    logits = work.peak + 4 * sizes.logits + SCORE_BUFFERS * min(SCORED_ELEMENTS, sizes.logits)
-    return _stage("score", {"weights": 8 * sizes.parameters, "logits": logits})
+    logits = work.peak + 4 * sizes.logits + SCORE_BUFFERS * min(CHUNK_ELEMENTS, sizes.logits)
+    return _stage("score", sizes, {"weights": 8 * sizes.parameters, "logits": logits})
 
 
 def _export(sizes: Sizes) -> Stage:
     unpacking = UNPACKED_BYTES * sizes.quantized
-    return _stage("export", {"weights": 4 * sizes.parameters, "unpacking": unpacking, "logits": 8 * sizes.compared})
+    held = {"weights": 4 * sizes.parameters, "unpacking": unpacking, "logits": 8 * sizes.compared}
+    return _stage("export", sizes, held)

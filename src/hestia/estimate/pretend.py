@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM
 from ..nn import apply
 from ..plans import Plan
 from ..training.distillation import Distillation, piece
-from ..training.teacher import HeadInput
+from ..training.teacher import HeadInput, hold_in_bf16
 from .live import LiveBytes
 
 FEW, MORE = 3, 6
@@ -117,6 +117,8 @@ def _run(config: Any, step: Step, trust_remote_code: bool) -> Work:
             there = dict(model.named_modules())
             layers = {path: layer for path, layer in step.plan.layers.items() if path in there}
             apply(model, dataclasses.replace(step.plan, layers=layers))
+        if step.teaching and step.bf16:
+            hold_in_bf16(model)
         model.train(step.training)
         if step.checkpointing:
             enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
@@ -153,11 +155,12 @@ def _score(model: Any, ids: Tensor, step: Step, live: LiveBytes) -> tuple[int, i
 def _train(model: Any, ids: Tensor, step: Step, live: LiveBytes, student: _Student | None) -> tuple[int, int, int, int]:
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=step.bf16):
         out = model(input_ids=ids, labels=ids, use_cache=False)[0] if student is None else student.forward(ids)
-    forward, held = live.restart(), live.now
+    forward = live.restart()
+    gc.collect()  # whether what the forward pass left in cycles is gone must not be chance
+    held = live.restart()
     head = _head_peak(model, live)
     loss = out if student is None else student.loss(out, ids)
     del out
-    gc.collect()  # whether what the forward pass left in cycles is gone must not be chance
     # the ones that it would take by itself have no value; a teacher's loss asks for it
     loss.backward(torch.tensor(1.0))
     blocks = live.restart()
@@ -173,6 +176,8 @@ class _Student:
         self.spared = spares_head(model) and type(self.head) is nn.Linear and self.head.bias is None
         text = step.teacher.get_text_config()
         self.answers = nn.Linear(int(text.hidden_size), int(text.vocab_size), bias=False)
+        if step.bf16 and not text.tie_word_embeddings:
+            hold_in_bf16(self.answers)
         self.distill = _OnePiece(device=torch.device(step.device), live=live)
 
     def forward(self, ids: Tensor) -> Tensor:

@@ -14,17 +14,19 @@ import torch
 from .. import loading, recipes
 from ..errors import ConfigError
 from ..evaluation.scoring import blocks_at_once
-from ..jobs import batch_and_steps, choose_device, in_bf16, longest_block, plan_of
-from ..mixed import is_mixed
+from ..jobs import TUNING_BLOCKS, batch_and_steps, choose_device, in_bf16, longest_block, plan_of
+from ..mixed import candidates, is_mixed
 from ..nn.select import EMBEDDING, HEAD
-from ..options import Options
+from ..options import Options, count
 from ..pipeline.delivery import probe_shape
-from ..pipeline.planning import given_plan
+from ..pipeline.planning import calibrates, given_plan
 from ..plans import Plan
+from ..quant import WeightedRule
 from ..resources import free_disk
+from ..training.teacher import rounded_anyway
 from .files import FileSize, Kept, file_sizes, run_folder
 from .machine import FP32_SHARE, Machine, memory_of, probe, quantity
-from .memory import Passes, Sizes, Stage, passes, stages
+from .memory import Passes, Sizes, Stage, passes, stages, text_bytes
 from .time import Job, job, seconds
 
 
@@ -110,10 +112,17 @@ class Estimate:
         }
 
 
+RECKONED = ("gnb", "fisher")
+"""Estimators that take one backward pass a sequence, which is what is pretended."""
+
+
 class _Model:
     """What the options say of the model: its configuration, plan, sizes and the shape of a step."""
 
     def __init__(self, options: Options, layout: Layout) -> None:
+        if calibrates(options) and options.estimator not in RECKONED:
+            known = " and ".join(RECKONED)
+            raise ConfigError(f"--estimator {options.estimator}: its cost is not reckoned; that of {known} is")
         self.device = choose_device(options)
         remote = options.trust_remote_code
         self.source = loading.config_source(options.model)
@@ -128,7 +137,10 @@ class _Model:
         text = self.config.get_text_config()
         self.bf16 = in_bf16(options, self.config, self.device)
         teacher = _teacher(options, self.config)
-        self.sizes = _sizes(self.empty, self.plan, options, int(text.vocab_size), self.tokens, teacher)
+        held = 0 if teacher is None else _held(_empty(teacher, options), self.bf16)
+        self.sizes = _sizes(self.empty, self.plan, options, int(text.vocab_size), self.tokens, held)
+        read = self.steps * self.batch * self.tokens * 11 // 10 + TUNING_BLOCKS * self.tokens
+        self.sizes = dataclasses.replace(self.sizes, text=text_bytes(read + count(options.eval_tokens, "eval_tokens")))
         self.passes = passes(
             self.config,
             self.plan,
@@ -217,7 +229,7 @@ def estimate(
         alternatives=others,
         seconds=seconds(run, model.passes, model.sizes, machine),
         files=files,
-        folder=run_folder(model.plan, model.kept, model.dtype, model.sizes.trained, exported),
+        folder=run_folder(model.plan, model.kept, model.dtype, model.sizes, exported),
         machine=machine,
     )
 
@@ -273,7 +285,7 @@ def _plan(empty: Any, options: Options, alike: float | None) -> Plan:
     return plan_of(empty, options, **instead)
 
 
-def _sizes(empty: Any, plan: Plan, options: Options, vocabulary: int, tokens: int, teacher: Any) -> Sizes:
+def _sizes(empty: Any, plan: Plan, options: Options, vocabulary: int, tokens: int, teacher: int) -> Sizes:
     counts = {name: parameter.numel() for name, parameter in empty.named_parameters()}
     blocks: dict[str, int] = {}
     for name, n in counts.items():
@@ -290,14 +302,30 @@ def _sizes(empty: Any, plan: Plan, options: Options, vocabulary: int, tokens: in
         parameters=total,
         trained=total - frozen if plan.trains else 0,
         quantized=plan.quantized_weights,
-        candidates=len(recipes.GRIDS),
+        candidates=_candidates(plan, options),
         largest_block=max(blocks.values(), default=total),
         outside=total - sum(blocks.values()),
         vocabulary=vocabulary,
         logits=blocks_at_once(tokens, vocabulary) * tokens * vocabulary,
         compared=math.prod(probe_shape(tokens, vocabulary)) * vocabulary,
-        teacher=0 if teacher is None else sum(p.numel() for p in _empty(teacher, options).parameters()),
+        text=0,
+        importance=sum(v.weights for v in plan.layers.values() if isinstance(v.spec.scale, WeightedRule)),
+        teacher=teacher,
     )
+
+
+def _candidates(plan: Plan, options: Options) -> int:
+    """How many quantizers calibration looks at in one pass, as the main job gives them to it."""
+    recipe = recipes.get(options.recipe, **options.options)
+    if is_mixed(recipe, options.bits, options.mix(), options.max_kl):
+        return len(candidates(recipe, options.group(), options.mix()))
+    return len({layer.spec.grid.name for layer in plan.layers.values()})
+
+
+def _held(teacher: Any, bf16: bool) -> int:
+    """Bytes of the teacher's weights, as ``training.teacher`` holds them."""
+    halved = rounded_anyway(teacher) if bf16 else []
+    return 4 * sum(p.numel() for p in teacher.parameters()) - 2 * sum(p.numel() for p in halved)
 
 
 def _empty(config: Any, options: Options) -> Any:

@@ -8,7 +8,7 @@ For every counted target x_{t+1} with the model's next-token distribution q_t an
 
 Any callable from token ids to logits can be scored: a transformers model through ``model_logits``, a GGUF file in
 llama.cpp, a table in a test. Softmaxes are taken in fp32 a few rows at a time, so that beside the logits themselves
-only a chunk of ``_CHUNK_ELEMENTS`` numbers is alive; sums are kept in fp64.
+only a chunk of ``CHUNK_ELEMENTS`` numbers is alive; sums are kept in fp64.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from ..progress import track
 Logits = Callable[[Tensor], Tensor]
 """Token ids ``[B, T]`` to logits ``[B, T, V]``; position t predicts token t + 1."""
 
-_CHUNK_ELEMENTS = 1 << 22  # 16 MB in fp32: larger is not faster, smaller pays for Python
+CHUNK_ELEMENTS = 1 << 22  # 16 MB in fp32: larger is not faster, smaller pays for Python
 
 MOST_BLOCKS = 8
 """Blocks of a forward pass, where their logits are no more than ``MOST_LOGITS`` numbers."""
@@ -130,7 +130,7 @@ def score(
         p_NV = None if parent is None else _TargetRows(parent, batch, counted, "the parent")
         token_N = batch[counted[:, 0], counted[:, 1]].long()
         where = counted[:, 0] + start
-        for rows in torch.arange(len(counted)).split(max(1, _CHUNK_ELEMENTS // q_NV.vocabulary)):
+        for rows in torch.arange(len(counted)).split(max(1, CHUNK_ELEMENTS // q_NV.vocabulary)):
             log_q = q_NV.log_softmax(rows)
             lost = -log_q.gather(1, token_N[rows, None].to(log_q.device)).squeeze(1)
             nll.index_add_(0, where[rows], _finite(lost, "NLL", where[rows], counted[rows, 1]))

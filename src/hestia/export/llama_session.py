@@ -7,6 +7,7 @@ answers with lines of JSON: ``{"text": ...}`` while it writes, then ``{"done": {
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -77,9 +78,13 @@ class Session:
             [sys.executable, "-m", __name__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True
         )
         settings = {"threads": threads or usable_cpus(), "gpu_layers": gpu_layers}
-        self._send({"path": str(path), "context": min(longest, context or 4096), **settings})
-        for _ in self._pieces():
-            pass
+        try:
+            self._send({"path": str(path), "context": min(longest, context or 4096), **settings})
+            for _ in self._pieces():
+                pass
+        except BaseException:
+            self.close()
+            raise
 
     def __enter__(self) -> Self:
         return self
@@ -90,7 +95,8 @@ class Session:
     def close(self) -> None:
         """End the child."""
         if self._child.stdin is not None:
-            self._child.stdin.close()
+            with contextlib.suppress(BrokenPipeError):  # a child that died did not read what was sent
+                self._child.stdin.close()
         try:
             self._child.wait(timeout=10)
         except subprocess.TimeoutExpired:

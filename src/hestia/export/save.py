@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .. import loading
 from ..errors import ConfigError
 from ..files import replacing_folder
-from ..nn import quantized_modules
+from ..nn import quantized_modules, unwrapped
 from ..nn.shards import is_shared
 from ..plans import Plan
 from ..quant import QuantizedTensor
@@ -27,11 +28,12 @@ def save(
     *,
     parent: str,
     plan: Plan | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> Path:
     """Write what your own training loop froze, so that ``hestia export FOLDER`` and ``hestia verify`` work on it.
 
     Weights go back to the parent's dtype, which holds codes times scales without rounding; the tokenizer's files are
-    the parent's, byte for byte.
+    the parent's, byte for byte, unless you give one. The generation configuration is the model's own.
 
     Args:
         model: after ``hestia.freeze``, on one process; its parameters are cast to the parent's dtype in place.
@@ -39,21 +41,33 @@ def save(
         folder: FOLDER/model and FOLDER/codes.safetensors are written; nothing is there yet, or an empty folder.
         parent: the folder or hub id of the model that was quantized.
         plan: kept as FOLDER/plan.json, for ``hestia export FOLDER --list``.
+        tokenizer: in place of the parent's, where training added tokens.
 
     Returns:
         The folder.
 
     Raises:
-        ConfigError: the model is still converted or sharded, a weight is not its codes times its scales any more, or
-            there is no such parent; nothing was written.
+        ConfigError: the model is still converted or sharded, a weight is not its codes times its scales any more, the
+            vocabulary has grown and no tokenizer is given, or there is no such parent; nothing was written.
         ExportError: something is in the folder.
     """
     place = Path(folder)
     require_free(place)
     source = loading.resolve(parent)
-    dtype = loading.parent_dtype(source, loading.load_config(source))
-    _check_frozen(model, codes, dtype)
-    write_frozen(model, codes, place, source, dtype)
+    config = loading.load_config(source)
+    dtype = loading.parent_dtype(source, config)
+    inner: Any = unwrapped(model)
+    _check_frozen(inner, codes, dtype)
+    words, before = (int(c.get_text_config().vocab_size) for c in (inner.config, config))
+    if words != before and tokenizer is None:
+        raise ConfigError(
+            f"the model has {words:,} words, its parent {before:,}: give save the tokenizer that knows the new ones "
+            "(tokenizer=...)"
+        )
+    if hasattr(config, "use_cache"):
+        inner.config.use_cache = config.use_cache  # a Trainer switches it off while it trains
+    carried = [p for p in loading.COPIED if p != "generation_config.json"] if tokenizer is None else loading.TERMS
+    write_frozen(inner, codes, place, source, dtype, copied=carried, own=tokenizer)
     if plan is not None:
         plan.save(place / "plan.json")
     return place
@@ -66,11 +80,23 @@ def write_frozen(
     source: loading.Source,
     dtype: torch.dtype,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    copied: Sequence[str] = loading.COPIED,
+    own: PreTrainedTokenizerBase | None = None,
 ) -> None:
-    """Write RUN/model, cast to ``dtype``, and then RUN/codes.safetensors, each whole or not at all."""
+    """Write RUN/model, cast to ``dtype``, and then RUN/codes.safetensors, each whole or not at all.
+
+    Args:
+        model, codes, run, source, dtype: what is written, where, and the parent that it came from.
+        tokenizer: the parent's, as it trained.
+        copied: which of the parent's files the model carries.
+        own: a tokenizer that is written in place of the parent's.
+    """
     loading.cast_parameters(model, dtype)
     with replacing_folder(run / MODEL_FOLDER) as temporary:
-        loading.save(model, source, temporary, tokenizer)
+        loading.save(model, source, temporary, tokenizer, copied=copied)
+        if own is not None:
+            own.save_pretrained(temporary)
     save_codes(run / CODES_FILE, codes)
 
 

@@ -198,7 +198,10 @@ def detect_target(path: Path, run: Path) -> str:
 def _recorded(path: Path, run: Path) -> dict[str, Any] | None:
     """The entry of the run's report.json for a file."""
     report = run / "report.json"
-    for entry in read_json(report).get("exports", []) if report.is_file() else []:
+    exports = read_json(report).get("exports") if report.is_file() else None
+    for entry in exports if isinstance(exports, list) else []:
+        if not isinstance(entry, dict):
+            continue
         recorded = Path(str(entry.get("path")))
         if path.resolve() in (recorded.resolve(), (run / recorded).resolve()):
             return entry

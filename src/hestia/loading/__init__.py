@@ -6,11 +6,13 @@ is resolved to a commit first, so that a run records exactly what it started fro
 
 from .configs import load_config
 from .models import cast_parameters, empty_model, load_model, parent_dtype, require_trainable
-from .saving import copied, require_own_tokenizer, rope_keys, save, tokenizer_folder
+from .saving import COPIED, TERMS, copied, require_own_tokenizer, rope_keys, save, tokenizer_folder
 from .sources import Source, config_source, content, display_name, fingerprint, license_of, resolve
 from .tokenizers import check_vocabulary, hard_texts, load_tokenizer
 
 __all__ = [
+    "COPIED",
+    "TERMS",
     "Source",
     "cast_parameters",
     "check_vocabulary",

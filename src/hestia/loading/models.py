@@ -14,6 +14,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ..errors import ConfigError
+from ..nn import refuse_latents
 from . import reading
 from .configs import read_config
 from .sources import Source
@@ -70,15 +71,16 @@ def empty_model(source: Source, config: Any, *, trust_remote_code: bool = False)
 
 
 def require_trainable(source: Source, config: Any, model: nn.Module) -> None:
-    """Refuse a parent that could not be trained or handed back: quantized, of more than text, of code of its own.
+    """Refuse a parent that could not be trained or handed back: quantized, latent, of more than text or own code.
 
     Raises:
-        ConfigError: it is one, and what to take instead.
+        ConfigError, PlanError: it is one, and what to take instead.
     """
     if getattr(config, "quantization_config", None):
         raise ConfigError(
             f"{source.name}: quantized already; take the checkpoint in bf16, fp16 or fp32 that it was made from"
         )
+    refuse_latents(model)
     for part in ("vision_config", "audio_config"):
         if getattr(config, part, None) is not None:
             raise ConfigError(

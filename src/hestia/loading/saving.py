@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +39,15 @@ _READS_THE_FILE = (None, "PreTrainedTokenizerFast", "TokenizersBackend")
 
 
 def save(
-    model: PreTrainedModel, source: Source, folder: Path, tokenizer: PreTrainedTokenizerBase | None = None
+    model: PreTrainedModel,
+    source: Source,
+    folder: Path,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    copied: Sequence[str] = COPIED,
 ) -> None:
-    """Write a frozen model as a Hugging Face folder: own weights and config, the parent's tokenizer files verbatim.
+    """Write a frozen model as a Hugging Face folder: own weights and config, and of the parent verbatim what ``copied``
+    names, its tokenizer's files above all.
 
     Only where ``tokenizer``, which trained, is tokenizer.json as it is and tokenizer_config.json names another class,
     the copy names the class that reads all of the file: AutoTokenizer then gives everyone the ids that the model knows.
@@ -58,9 +64,8 @@ def save(
     saved = read_json(folder / "config.json")
     write_json(folder / "config.json", {**saved, **earlier_keys(saved)})
     parent = tokenizer_folder(source)
-    own = copied(parent)
-    for path in _matching(parent):
-        if path not in own:
+    for path in _matching(parent, copied):
+        if _leads_out(path, parent):
             announce(f"{path}: not copied, it is a link to {path.resolve()}, out of the model's folder")
             continue
         copy = folder / path.relative_to(parent)
@@ -75,11 +80,11 @@ def save(
 
 def copied(folder: Path) -> list[Path]:
     """The files of a parent's folder that its frozen child carries."""
-    return [path for path in _matching(folder) if not _leads_out(path, folder)]
+    return [path for path in _matching(folder, COPIED) if not _leads_out(path, folder)]
 
 
-def _matching(folder: Path) -> list[Path]:
-    found = (path for pattern in COPIED for path in sorted(folder.glob(pattern)) if path.is_file())
+def _matching(folder: Path, patterns: Sequence[str]) -> list[Path]:
+    found = (path for pattern in patterns for path in sorted(folder.glob(pattern)) if path.is_file())
     return list(dict.fromkeys(found))
 
 

@@ -2,7 +2,20 @@
 
 from .convert import apply, freeze, quantized_modules, restore
 from .knobs import Knobs, knobs_of
+from .latents import refuse_latents
 from .linear import QuantLinear
-from .select import Selection, select
+from .select import Selection, select, unwrapped
 
-__all__ = ["Knobs", "QuantLinear", "Selection", "apply", "freeze", "knobs_of", "quantized_modules", "restore", "select"]
+__all__ = [
+    "Knobs",
+    "QuantLinear",
+    "Selection",
+    "apply",
+    "freeze",
+    "knobs_of",
+    "quantized_modules",
+    "refuse_latents",
+    "restore",
+    "select",
+    "unwrapped",
+]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 
 import torch
@@ -12,14 +13,15 @@ from ..plans import Plan
 from ..quant import QuantizedTensor
 from .biases import declare
 from .knobs import Knobs
+from .latents import mark, refuse_latents, unmark
 from .linear import QuantLinear
-from .select import users_of
+from .select import is_plain_linear, unwrapped, users_of
 from .shards import is_shared, whole
 
 
 def quantized_modules(model: nn.Module) -> Iterator[tuple[str, QuantLinear]]:
-    """(module path, layer) of every quantized layer, in the order of the model."""
-    for path, module in model.named_modules():
+    """(module path, layer) of every quantized layer, in the order of the model, by the paths that plans name."""
+    for path, module in unwrapped(model).named_modules():
         if isinstance(module, QuantLinear):
             yield path, module
 
@@ -39,9 +41,11 @@ def apply(model: nn.Module, plan: Plan) -> nn.Module:
         PlanError: the plan names a layer that the model lacks, of another shape or kind, or whose weight another
             layer shares, or the model is already converted; nothing is changed then.
     """
+    given, model = model, unwrapped(model)
     found = dict(model.named_modules())
     if any(isinstance(module, QuantLinear) for module in found.values()):
         raise PlanError("the model is already converted; hestia.restore(model) first")
+    refuse_latents(model)
     users = users_of(model)
     for path, layer in plan.layers.items():
         module = found.get(path)
@@ -49,6 +53,8 @@ def apply(model: nn.Module, plan: Plan) -> nn.Module:
             raise PlanError(f"{path}: the plan names it, the model has no such module; was it made for another model?")
         if not isinstance(module, nn.Linear):
             raise PlanError(f"{path}: the plan wants an nn.Linear, the model has {type(module).__name__}")
+        if not is_plain_linear(module):
+            raise PlanError(f"{path}: more than an nn.Linear (a forward or parameters of its own), which would be lost")
         shape = (module.out_features, module.in_features)
         if shape != layer.shape:
             raise PlanError(f"{path}: the plan says {layer.shape}, the model has {shape}")
@@ -66,15 +72,18 @@ def apply(model: nn.Module, plan: Plan) -> nn.Module:
         quantized = QuantLinear(linear, layer.spec, knobs, layer.temperature_factor)
         quantized.weight.data = quantized.weight.data.to(torch.promote_types(quantized.weight.dtype, torch.float32))
         _replace(model, path, quantized)
-    return model
+    mark(model, plan.recipe)
+    return given
 
 
 def restore(model: nn.Module) -> nn.Module:
     """Undo ``apply``: plain linear layers with the latent weights, in the parent's dtype; Parameters stay the same."""
+    given, model = model, unwrapped(model)
     for path, module in list(quantized_modules(model)):
         module.weight.data = module.weight.data.to(module.parent_dtype)
         _replace(model, path, module.unquantized())
-    return model
+    unmark(model)
+    return given
 
 
 @torch.no_grad()
@@ -90,7 +99,11 @@ def freeze(model: nn.Module) -> dict[str, QuantizedTensor]:
         PlanError: no layer is quantized: ``apply`` was not called, or ``freeze`` already was.
         GuardError: a latent weight, a learned scale or an importance is NaN or infinite; it is named and nothing is
             changed.
+
+    Warns:
+        UserWarning: the weights were trained, and the knobs never moved.
     """
+    model = unwrapped(model)
     layers = list(quantized_modules(model))
     if not layers:
         raise PlanError("there is nothing to freeze: no layer was converted by hestia.apply, or all are frozen already")
@@ -99,6 +112,12 @@ def freeze(model: nn.Module) -> dict[str, QuantizedTensor]:
         for what, tensor in (("weight", module.weight), (held, module.held)):
             if tensor is not None and not bool(torch.isfinite(whole(tensor)).all()):
                 raise GuardError(f"{path}: the {what} holds NaN or infinity and cannot be frozen")
+    if not layers[0][1].knobs.moved and any(layer.weight._version != layer.born for _, layer in layers):
+        warnings.warn(
+            "the weights have changed since hestia.apply, and pressure and temperature never moved: they were trained "
+            "in full precision. A Trainer needs hestia.QATCallback(plan), a loop of your own hestia.Clock",
+            stacklevel=2,
+        )
     frozen: dict[str, QuantizedTensor] = {}
     shifted: list[str] = []
     for path, module in layers:
@@ -114,6 +133,7 @@ def freeze(model: nn.Module) -> dict[str, QuantizedTensor]:
         _replace(model, path, module.unquantized())
     if shifted:
         declare(model, shifted)
+    unmark(model)
     return frozen
 
 

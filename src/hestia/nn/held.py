@@ -1,6 +1,7 @@
 """What a quantized layer holds besides weight and bias: a learned scale or an importance, under ``_hestia.``.
 
-    PATH._hestia.scale        Parameter [R * G], one a group; one-dimensional, so that optimizers do not decay it
+    PATH._hestia.scale        Parameter [R * G], one a group; hestia's optimizer does not decay what is one-dimensional,
+                              a Trainer of one's own goes by names, and does
     PATH._hestia.importance   buffer [O, I], detached; the clock copies the optimizer's second moment into it
 
 Both are in the state dict, hence in checkpoints, and leave with the layer at ``freeze`` and ``restore``.
@@ -8,10 +9,24 @@ Both are in the state dict, hence in checkpoints, and leave with the layer at ``
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Self
+
 import torch
 from torch import Tensor, nn
 
 from ..quant import Quantizer
+
+
+def not_narrowed(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """``fn`` as ``nn.Module._apply`` takes it, without what a cast to bf16 or fp16 would do to fp32 numbers."""
+
+    def move(tensor: Tensor) -> Tensor:
+        moved = fn(tensor)
+        narrowed = moved.is_floating_point() and moved.dtype.itemsize < 4 <= tensor.dtype.itemsize
+        return tensor.to(moved.device) if narrowed else moved
+
+    return move
 
 
 class Held(nn.Module):
@@ -36,6 +51,9 @@ class Held(nn.Module):
     def tensor(self) -> Tensor:
         """The held tensor."""
         return self.scale if self.learned else self.importance  # type: ignore[return-value]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        return super()._apply(not_narrowed(fn), recurse)
 
     @torch.no_grad()
     def restart(self, quantizer: Quantizer, weight: Tensor) -> None:

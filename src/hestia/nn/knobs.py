@@ -19,7 +19,8 @@ from ..errors import ConfigError
 class Knobs(nn.Module):
     """``pressure`` (lambda, 0 to 1) and ``temperature`` (tau before any tensor's factor) of one model.
 
-    ``residual``, the multiple of the latent weight that is added, is there only where the schedule has one.
+    ``residual``, the multiple of the latent weight that is added, is there only where the schedule has one. ``moved``
+    says whether anybody ever set them.
     """
 
     pressure: Tensor
@@ -29,6 +30,7 @@ class Knobs(nn.Module):
     def __init__(self, pressure: float = 1.0, temperature: float = 0.0, residual: float | None = None) -> None:
         super().__init__()
         self._values = {"pressure": pressure, "temperature": temperature}
+        self.moved = False
         self.register_buffer("residual", None, persistent=False)
         if residual is not None:
             self._values["residual"] = residual
@@ -38,6 +40,7 @@ class Knobs(nn.Module):
     @torch.no_grad()
     def set(self, *, pressure: float, temperature: float, residual: float = 0.0) -> None:
         """Move the knobs, in place."""
+        self.moved = True
         self._values = {"pressure": pressure, "temperature": temperature}
         self.pressure.fill_(pressure)
         self.temperature.fill_(temperature)

@@ -9,12 +9,15 @@ Three additions, each only where plan and schedule ask for it: a held tensor tha
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, Self
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..quant import HeldRule, QuantizedTensor, Quantizer, QuantSpec
-from .held import Held
+from .held import Held, not_narrowed
 from .knobs import Knobs
 from .shards import is_shared, shared_as, whole
 
@@ -27,6 +30,10 @@ class QuantLinear(nn.Linear):
         spec: grid, groups, scale rule and estimator.
         knobs: the model's pressure and temperature.
         temperature_factor: exp(alpha (s_i - c)) of this tensor.
+
+    Attributes:
+        parent_dtype: what the rest of the model has, and frozen weights get.
+        born: version counter of the weight when it came into the layer; an optimizer's steps raise the weight's.
     """
 
     def __init__(self, linear: nn.Linear, spec: QuantSpec, knobs: Knobs, temperature_factor: float = 1.0) -> None:
@@ -39,6 +46,7 @@ class QuantLinear(nn.Linear):
         self.knobs = knobs
         self.parent_dtype = linear.weight.dtype
         self._hestia = Held(self.quantizer, linear.weight) if isinstance(spec.scale, HeldRule) else None
+        self.born = linear.weight._version
         self.train(linear.training)
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name nn.Linear gives it
@@ -108,6 +116,20 @@ class QuantLinear(nn.Linear):
 
     def _whole_held(self) -> Tensor | None:
         return None if self.held is None else whole(self.held)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Casts reach the bias and what the layer freezes to; the latent weight stays fp32 or wider."""
+        self.parent_dtype = fn(torch.empty(0, dtype=self.parent_dtype, device=self.weight.device)).dtype
+        wide, latent = not_narrowed(fn), self.weight
+
+        def move(tensor: Tensor) -> Tensor:
+            return wide(tensor) if tensor is latent or tensor is latent.grad else fn(tensor)
+
+        return super()._apply(move, recurse)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.born = self.weight._version  # what is loaded was not trained here
 
     @torch.no_grad()
     def unquantized(self) -> nn.Linear:

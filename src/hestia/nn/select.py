@@ -72,16 +72,19 @@ def select(model: nn.Module, skip: str | Sequence[str] = ()) -> Selection:
         skip: shell pattern or patterns of module paths to keep, such as ``model.layers.0.*``.
 
     Raises:
-        PlanError: a skip pattern that matches no linear layer (naming one that is kept anyway does no harm).
+        PlanError: a skip pattern that matches no linear layer (naming one that is kept anyway does no harm); a model
+            with adapters, or offloaded.
     """
+    model = unwrapped(model)
     skip = (skip,) if isinstance(skip, str) else skip
-    head, embeddings = _head_and_embeddings(model)
+    _refuse_dressed(model)
+    heads, embeddings = _heads_and_embeddings(model)
     embedding_weights = {id(p) for module in embeddings for p in module.parameters()}
     owners = {id(p): module for module in model.modules() for p in module.parameters(recurse=False)}
     candidates: dict[str, nn.Linear] = {}
     kept: dict[str, Kept] = {}
     strange: dict[str, int] = {}
-    linears = {f"{path}.weight": path for path, m in model.named_modules() if _is_plain_linear(m)}
+    linears = {f"{path}.weight": path for path, m in model.named_modules() if is_plain_linear(m)}
     _check_patterns(skip, linears.values())
     users = users_of(model)
     readers = {id(c): type(m).__name__ for m in model.modules() if isinstance(m, READERS) for c in m.children()}
@@ -90,8 +93,8 @@ def select(model: nn.Module, skip: str | Sequence[str] = ()) -> Selection:
         path = linears.get(name)
         pattern = next((p for p in skip if path is not None and fnmatch.fnmatchcase(path, p)), None)
         if id(parameter) in embedding_weights:
-            reason = f"{EMBEDDING}, tied to the {HEAD}" if _is_tied(head, parameter) else EMBEDDING
-        elif head is not None and module is head:
+            reason = f"{EMBEDDING}, tied to the {HEAD}" if _is_tied(heads, parameter) else EMBEDDING
+        elif any(module is head for head in heads):
             reason = HEAD
         elif len(users[id(parameter)]) > 1 and parameter.ndim > 1:
             reason = f"shared by {' and '.join(users[id(parameter)])}"
@@ -114,11 +117,22 @@ def select(model: nn.Module, skip: str | Sequence[str] = ()) -> Selection:
     return Selection(candidates, kept, warnings)
 
 
-def _head_and_embeddings(model: nn.Module) -> tuple[nn.Module | None, list[nn.Module]]:
+def _heads_and_embeddings(model: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
+    """Of the model and of whatever is within it: it may be a part of a larger module."""
     embeddings: list[nn.Module] = [m for m in model.modules() if isinstance(m, nn.Embedding)]
-    getter = getattr(model, "get_output_embeddings", None)
-    head = getter() if callable(getter) else None
-    return (head if isinstance(head, nn.Module) else None), embeddings
+    getters = [getattr(m, "get_output_embeddings", None) for m in model.modules()]
+    heads = {id(head): head for getter in getters if callable(getter) and isinstance(head := getter(), nn.Module)}
+    return list(heads.values()), embeddings
+
+
+def _refuse_dressed(model: nn.Module) -> None:
+    if hasattr(model, "peft_config"):
+        raise PlanError(
+            "the model carries adapters, which would become low-bit too: merge them first (merge_and_unload)"
+        )
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Linear) and hasattr(module, "_hf_hook"):
+            raise PlanError(f"{path}: offloaded or spread over devices by accelerate; load the model on one device")
 
 
 def _check_patterns(skip: Sequence[str], paths: Collection[str]) -> None:
@@ -128,9 +142,25 @@ def _check_patterns(skip: Sequence[str], paths: Collection[str]) -> None:
             raise PlanError(f"skip pattern {pattern!r} matches no linear layer; paths look like {some}")
 
 
-def _is_plain_linear(module: nn.Module) -> bool:
-    """A subclass with a forward of its own (packed 4-bit weights, adapters) would lose it to ``QuantLinear``."""
-    return isinstance(module, nn.Linear) and type(module).forward in (nn.Linear.forward, QuantLinear.forward)
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model within ``torch.compile`` and data parallelism, whose paths a plan names."""
+    while True:
+        inner = model._modules.get("_orig_mod")  # torch.compile's, whose class has no public name
+        if inner is None and isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            inner = model.module
+        if inner is None:
+            return model
+        model = inner
+
+
+def is_plain_linear(module: nn.Module) -> bool:
+    """Whether ``QuantLinear`` can stand in for it: a forward or parameters of its own would be lost.
+
+    Packed 4-bit weights and adapters have them in their class, offloaded layers in the instance.
+    """
+    if not isinstance(module, nn.Linear) or type(module).forward not in (nn.Linear.forward, QuantLinear.forward):
+        return False
+    return "forward" not in vars(module) and module._parameters.keys() <= {"weight", "bias"}
 
 
 def users_of(model: nn.Module) -> dict[int, list[str]]:
@@ -142,5 +172,5 @@ def users_of(model: nn.Module) -> dict[int, list[str]]:
     return users
 
 
-def _is_tied(head: nn.Module | None, parameter: nn.Parameter) -> bool:
-    return head is not None and any(p is parameter for p in head.parameters(recurse=False))
+def _is_tied(heads: Sequence[nn.Module], parameter: nn.Parameter) -> bool:
+    return any(p is parameter for head in heads for p in head.parameters(recurse=False))

@@ -80,7 +80,7 @@ def deliver(work: Workspace, plan: Plan, name: str, frozen: FrozenModel, before:
         return {**entry, "path": os.path.relpath(path, frozen.run)}
 
     try:
-        return work.clock.measure("export", write)
+        return work.stopwatch.measure("export", write)
     finally:
         with contextlib.suppress(OSError):
             path.parent.rmdir()  # where nothing came of it

@@ -17,6 +17,7 @@ from ..plans import Plan
 from ..progress import announce as say
 from ..resources import release
 from ..training import Distillation, HestiaTrainer, TrainConfig, checkpoints, pilot
+from ..training.teacher import hold_in_bf16
 from ..training.trainer import LOG_FILE
 from ..training.watch import collapsed
 from .artefacts import DIAGNOSTICS_FILE, TRAINING_FILE
@@ -30,8 +31,8 @@ def train_and_freeze(work: Workspace, plan: Plan) -> None:
     if config is not None:
         checkpoint = checkpoints.newest(work.folder / "checkpoints") if work.resume else None
         trainer = _trainer(work, model, plan, config, f"training {plan.recipe['name']}")
-        work.clock.measure("train", lambda: trainer.fit(checkpoint))
-        work.clock.at_least("train", trainer.trained)
+        work.stopwatch.measure("train", lambda: trainer.fit(checkpoint))
+        work.stopwatch.at_least("train", trainer.trained)
     if not processes.first():
         return
     diagnostics = histograms(model, work.load_model())
@@ -65,7 +66,8 @@ def _train_config(work: Workspace, plan: Plan) -> TrainConfig:
     with torch.autocast(work.device.type, dtype=torch.bfloat16, enabled=work.bf16):  # as the model beside it is scored
         unseen = shared_score(model_logits(parent), blocks, description="scoring the parent").nll
     if processes.first():
-        settings = {"learning_rate": rate, "steps": work.steps, "batch_size": work.batch_size}
+        precision = "bf16" if work.bf16 else "fp32"
+        settings = {"learning_rate": rate, "steps": work.steps, "batch_size": work.batch_size, "precision": precision}
         write_json(path, {**settings, "parent_hard_loss": unseen})
     return config
 
@@ -74,7 +76,7 @@ def _pilot(work: Workspace, plan: Plan) -> float:
     first, second = pilot.trial_steps(work.steps)
     say(f"learning-rate pilot: four rates, {first} steps each, then the best two, {second} steps each")
     width = int(getattr(work.config.get_text_config(), "hidden_size", 1024))
-    rate = work.clock.measure(
+    rate = work.stopwatch.measure(
         "pilot",
         lambda: pilot.choose(
             lambda rate, steps: trial(work, plan, rate, steps),
@@ -168,6 +170,9 @@ def _teacher(work: Workspace) -> Any:
     """A model of its own to learn from: the parent again, or the one that --teacher names."""
     if work.options.teacher is None:
         return None
-    if work.teacher is None:
-        return work.load_model()
-    return loading.load_model(work.teacher, trust_remote_code=work.options.trust_remote_code)
+    remote = work.options.trust_remote_code
+    model = work.load_model() if work.teacher is None else loading.load_model(work.teacher, trust_remote_code=remote)
+    if work.bf16:
+        hold_in_bf16(model)
+        release()  # what it was in fp32
+    return model

@@ -111,7 +111,7 @@ def _sensitivity(work: Workspace, plan: Plan) -> curvature.Sensitivity | None:
         model.to(work.device)
         paths, candidates = _to_measure(work, plan)
         identity = loading.fingerprint(work.source, work.config)
-        sensitivity = work.clock.measure(
+        sensitivity = work.stopwatch.measure(
             "calibrate",
             lambda: calibrate_on(model, paths, candidates, work.training, work.options, identity, kept),
         )

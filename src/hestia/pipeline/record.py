@@ -19,7 +19,7 @@ def record_of(work: Workspace, plan: Plan, scores: dict[str, Any], exports: list
     """What report.json holds but for the baselines and the total time, which only the caller knows."""
     training = read_json(work.folder / TRAINING_FILE) if (work.folder / TRAINING_FILE).is_file() else {}
     tokens = work.steps * work.batch_size * work.seq_len if plan.trains else 0
-    seconds = work.clock.seconds
+    seconds = work.stopwatch.seconds
     return {
         "schema": 1,
         "recipe": plan.recipe["name"],
@@ -30,6 +30,7 @@ def record_of(work: Workspace, plan: Plan, scores: dict[str, Any], exports: list
         "tokens": tokens,
         "learning_rate": training.get("learning_rate"),
         "parent_hard_loss": training.get("parent_hard_loss"),
+        "precision": training.get("precision"),
         "nll": {kind: scores[kind]["nll"] for kind in ("parent", "round_to_nearest", "quantized")},
         "kl_to_parent": scores["quantized"]["kl_to_parent"],
         "top1_agreement": scores["quantized"]["top1_agreement"],
@@ -61,7 +62,7 @@ def record_of(work: Workspace, plan: Plan, scores: dict[str, Any], exports: list
         "command": command_line(),
         "versions": versions(),
         "machine": machine(work.device),
-        "started": work.clock.started.isoformat(timespec="seconds"),
+        "started": work.stopwatch.started.isoformat(timespec="seconds"),
     }
 
 

@@ -84,7 +84,7 @@ class Run:
             self._check_folder()
             if (self.work.folder / OPTIONS_FILE).is_file():
                 self._take_folder()
-            return self.work.clock.measure("total", self._stages)
+            return self.work.stopwatch.measure("total", self._stages)
 
     def _take_folder(self) -> None:
         """Lock the folder, tidy up after a process that was killed, and check what this run would go on from."""
@@ -115,7 +115,7 @@ class Run:
             return {}
         before = _report_before(work.folder)
         exports, refused = self._exports(plan, frozen, before)
-        total = work.clock.total(time.perf_counter() - started)
+        total = work.stopwatch.total(time.perf_counter() - started)
         exports += _made_later(work.folder, before, {entry["path"] for entry in exports}, plan.targets)
         record = record_of(work, plan, scores, exports)
         record["baselines"] = self.baselines or before.get("baselines", [])
@@ -192,7 +192,7 @@ class Run:
             if not (work.folder / CACHE_FOLDER).is_dir():
                 text, cache = work.text, work.folder / CACHE_FOLDER
                 token_cache.save(cache, text.record["key"], text.train, text.held_out, text.record)
-            work.clock.keep()
+            work.stopwatch.keep()
         processes.barrier()
 
 

@@ -1,4 +1,4 @@
-"""A run's folder, options and clock, and what follows from them once: model, text, blocks, batch, steps."""
+"""A run's folder, options and stopwatch, and what follows from them once: model, text, blocks, batch, steps."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from ..options import Options, count, load_config
 from ..schedules import LearningRateSchedule
 from ..training import check_loggers
 from .artefacts import CACHE_FOLDER, INPUTS_FILE, OPTIONS_FILE, TIMING_FILE
-from .clock import Clock
+from .stopwatch import Stopwatch
 
 HUB = "hub"
 """In inputs.json, the key of a hub data set in place of its files'."""
@@ -59,7 +59,7 @@ class Workspace:
             second_stage=options.second_stage,
             second_factor=options.second_factor,
         )
-        self.clock = Clock(self.folder / TIMING_FILE, resume)
+        self.stopwatch = Stopwatch(self.folder / TIMING_FILE, resume)
         self.device = choose_device(options)
         self.source = loading.resolve(options.model, self._begun_with("model"))
         self.config = loading.load_config(self.source, trust_remote_code=options.trust_remote_code)

@@ -27,6 +27,11 @@ def load_packages() -> None:
             raise ConfigError(f"the recipe {entry.name!r} of another package cannot be imported: {error}") from None
 
 
+def _place(kind: type) -> tuple[str, str]:
+    """Where a class is defined: one that is defined there again, as in a notebook, takes its own place."""
+    return kind.__module__, kind.__qualname__
+
+
 @dataclass(frozen=True)
 class Member:
     """A frozen value with a ``name``, registered in its ``family`` when its class is defined."""
@@ -39,7 +44,7 @@ class Member:
         super().__init_subclass__(**kwargs)
         if "name" in cls.__dict__:
             known = Member._registry.get(cls.family, {}).get(cls.name)
-            if known is not None and known.__qualname__ != cls.__qualname__:
+            if known is not None and _place(known) != _place(cls):
                 raise ConfigError(f"two {cls.family}s are called {cls.name!r}: {known.__module__} and {cls.__module__}")
             Member._registry.setdefault(cls.family, {})[cls.name] = cls
 

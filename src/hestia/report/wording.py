@@ -14,7 +14,11 @@ from .records import Interval, RunRecord
 from .sensitivity import Sensitivity
 
 UNKNOWN = "–"
-_GRIDS = {(-1.0, 1.0): "binary", (-1.0, 0.0, 1.0): "ternary", (-2.0, -1.0, 0.0, 1.0): "2-bit"}
+_GRIDS = {
+    (-1.0, 1.0): "binary",
+    (-1.0, 0.0, 1.0): "ternary",
+    **{tuple(map(float, range(-(1 << bits - 1), 1 << bits - 1))): f"{bits}-bit" for bits in (2, 3, 4)},
+}
 
 
 def fixed(value: float | None, digits: int = 3) -> str:

@@ -24,11 +24,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..errors import ConfigError, DiskSpaceError
 from ..files import finite, flush, read_json, save_file, sha256, write_json
+from ..nn import knobs_of, unwrapped
 from ..progress import announce
 from ..resources import free_disk
 
@@ -114,22 +116,54 @@ def _require_space(folder: Path, needed: int) -> None:
         )
 
 
+def load_latents(model: nn.Module, folder: str | Path) -> None:
+    """Load what a Trainer saved of a converted model (``save_model``, its checkpoints) back into one, in place.
+
+    That is latent weights and what scale rules hold beside them: ``from_pretrained`` on such a folder passes over the
+    latter, and rounds the former to the dtype of its config.json. The model is the parent after
+    ``hestia.apply(model, plan)`` by the same plan; then it freezes to what the Trainer evaluated, bit for bit.
+
+    Args:
+        model: converted; its own weights are replaced.
+        folder: with model.safetensors, in one piece or several.
+
+    Raises:
+        ConfigError: no such files, damaged ones, or those of another model or plan; the model is as it was.
+    """
+    model, folder = unwrapped(model), Path(folder)
+    knobs_of(model)
+    load_model(folder, model)
+
+
 def load_model(folder: Path, model: nn.Module) -> None:
     """Load the weights of a checkpoint into the model it was made from, in place.
 
     Raises:
-        ConfigError: the checkpoint was made from another model.
+        ConfigError: no such files, damaged ones, or those of another model.
     """
-    tensors = load_file(folder / "model.safetensors")
-    here = _unique(model.state_dict())
-    missing, unexpected = set(here) - set(tensors), set(tensors) - set(model.state_dict())
+    tensors = _weights(folder)
+    state = model.state_dict()
+    names: dict[int, list[str]] = {}  # a tie has several, and one of them is in the file
+    for name, tensor in state.items():
+        names.setdefault(tensor.data_ptr() if tensor.numel() else id(tensor), []).append(name)
+    missing = [tied[0] for tied in names.values() if not any(name in tensors for name in tied)]
+    unexpected = tensors.keys() - state.keys()
     if missing or unexpected:
         raise ConfigError(f"{folder}: made from another model ({len(missing)} missing, {len(unexpected)} unexpected)")
-    for name, tensor in here.items():
-        if tensor.shape != tensors[name].shape:
-            shapes = f"{list(tensors[name].shape)} there and {list(tensor.shape)} here"
+    for name, tensor in tensors.items():
+        if tensor.shape != state[name].shape:
+            shapes = f"{list(tensor.shape)} there and {list(state[name].shape)} here"
             raise ConfigError(f"{folder}: made from another model ({name} is {shapes})")
     model.load_state_dict(tensors, strict=False)
+
+
+def _weights(folder: Path) -> dict[str, Tensor]:
+    index = folder / "model.safetensors.index.json"
+    try:
+        pieces = sorted(set(read_json(index)["weight_map"].values())) if index.is_file() else ["model.safetensors"]
+        return {name: tensor for piece in pieces for name, tensor in load_file(folder / piece).items()}
+    except (OSError, SafetensorError, KeyError, AttributeError, TypeError) as error:
+        raise ConfigError(f"{folder}: no weights can be read from it ({error})") from None
 
 
 def load_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, scheduler: Any) -> None:

@@ -83,6 +83,8 @@ class Distillation:
             teacher: positions -> the teacher's logits ``[n, V]``, detached.
             count: what the sum is divided by; None means the number of labels.
         """
+        if logits.dtype == torch.float16:  # which cannot hold a gradient over the number of labels
+            logits = logits.float()
         out = _FromLogits.apply(logits, labels, teacher, self, _labelled(labels) if count is None else count)
         assert isinstance(out, Tensor)
         return out
@@ -102,10 +104,13 @@ class Distillation:
             hidden: the input of the student's head ``[N, H]``.
             head: its weight ``[V, H]``.
             labels, teacher, count: as for ``loss``.
-            dtype: of the products and the logits; None: of ``hidden``.
+            dtype: of the products and the logits, fp32 in place of fp16; None: of ``hidden``.
         """
         count = _labelled(labels) if count is None else count
-        out = _FromHidden.apply(hidden, head, labels, teacher, self, count, dtype or hidden.dtype)
+        dtype = dtype or hidden.dtype
+        if dtype == torch.float16:
+            hidden, dtype = hidden.float(), torch.float32
+        out = _FromHidden.apply(hidden, head, labels, teacher, self, count, dtype)
         assert isinstance(out, Tensor)
         return out
 

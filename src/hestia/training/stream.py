@@ -36,6 +36,7 @@ class BlockStream(Dataset[dict[str, Tensor]]):
         row = int(self._epoch[1][position])
         ids = self.blocks.input_ids[row].long()
         labels = torch.where(self.blocks.loss_mask[row], ids, -100)
+        labels[0] = -100  # nothing predicts it, and not every Trainer leaves it out of the number it divides by
         if self.noise:
             ids = noisy(ids, self.noise, self.vocabulary, self.seed, index)
         return {"input_ids": ids, "labels": labels}

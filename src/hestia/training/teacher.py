@@ -54,6 +54,21 @@ def plain_head(model: Any, input_ids: Tensor) -> nn.Module | None:
     return head if torch.equal(split, model(input_ids=input_ids, use_cache=False).logits) else None
 
 
+def rounded_anyway(model: nn.Module) -> list[nn.Parameter]:
+    """The weights and biases of linear layers that no other module shares: bf16 autocast rounds them at every use."""
+    linears = [module for module in model.modules() if type(module) is nn.Linear]
+    elsewhere = {id(p) for m in model.modules() if type(m) is not nn.Linear for p in m.parameters(recurse=False)}
+    found = {id(p): p for linear in linears for p in linear.parameters(recurse=False) if id(p) not in elsewhere}
+    return list(found.values())
+
+
+def hold_in_bf16(model: nn.Module) -> nn.Module:
+    """The model with ``rounded_anyway`` held in bf16, in place: under autocast it answers bit for bit the same."""
+    for parameter in rounded_anyway(model):
+        parameter.data = parameter.data.to(torch.bfloat16)
+    return model
+
+
 class Teacher:
     """A frozen model that answers with logits, a few positions at a time.
 
@@ -72,29 +87,38 @@ class Teacher:
         self._plain_head: bool | None = None
 
     @torch.no_grad()
-    def answer(self, input_ids: Tensor) -> Callable[[slice], Tensor]:
-        """positions of the flattened ``input_ids [B, T]`` -> logits ``[n, V]``."""
+    def answer(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Callable[[slice], Tensor]:
+        """positions of the flattened ``input_ids [B, T]`` -> logits ``[n, V]``; the mask as transformers takes it."""
+
+        def asked(rows: slice) -> dict[str, Any]:
+            mask = {} if attention_mask is None else {"attention_mask": attention_mask[rows]}
+            return {"input_ids": input_ids[rows], "use_cache": False, **mask}
+
         if self.model.device != input_ids.device:
             self.model.to(input_ids.device)
         if self._plain_head is None:
             self._plain_head = plain_head(self.model, input_ids[:1, :4]) is not None
         if self._plain_head:
-            hidden = self._run(lambda: self._hidden(input_ids)).flatten(0, 1)
+            body = self.model.base_model
+            out = self._run(lambda: body(**asked(slice(None))).last_hidden_state)
+            hidden = out.flatten(0, 1)
             return lambda part: self._run(lambda: self.model.get_output_embeddings()(hidden[part]))
         steps = input_ids.shape[1]
+        last: dict[int, Tensor] = {}  # the sequence that the next positions may still belong to
+
+        def sequence(row: int) -> Tensor:
+            if row not in last:
+                logits = self._run(lambda: self.model(**asked(slice(row, row + 1))).logits)
+                last.clear()
+                last[row] = logits
+            return last[row]
 
         def whole_sequences(part: slice) -> Tensor:
-            first, last = part.start // steps, -(-part.stop // steps)
-            rows = [
-                self._run(lambda ids=ids: self.model(input_ids=ids, use_cache=False).logits)
-                for ids in input_ids[first:last].split(1)
-            ]
+            first, end = part.start // steps, -(-part.stop // steps)
+            rows = [sequence(row) for row in range(first, end)]
             return torch.cat(rows).flatten(0, 1)[part.start - first * steps : part.stop - first * steps]
 
         return whole_sequences
-
-    def _hidden(self, input_ids: Tensor) -> Tensor:
-        return self.model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
 
     @torch.no_grad()
     def _run(self, work: Callable[[], Tensor]) -> Tensor:

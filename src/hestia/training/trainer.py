@@ -73,12 +73,13 @@ class HestiaTrainer(Trainer):
         config: TrainConfig,
         train: Blocks,
         held_out: Blocks,
-        folder: Path,
+        folder: str | Path,
         description: str = "training",
         callbacks: list[TrainerCallback] | None = None,
         teacher: nn.Module | None = None,
     ) -> None:
         processes.require_joined()
+        folder = Path(folder)
         self.plan, self.config, self.folder, self.held_out = plan, config, folder, held_out
         self.seconds = 0.0
         self._earlier, self._took, self._began = 0.0, 0.0, time.perf_counter()
@@ -88,7 +89,7 @@ class HestiaTrainer(Trainer):
         self._bar = ProgressBar(description, "loss" if config.distill is None else "loss to the teacher")
         self._started: tuple[float, int] | None = None
         self.last_checkpoint: Path | None = None
-        self._evaluated = -1
+        self._evaluated: tuple[int, dict[str, float]] | None = None
         self._teacher = _checked_teacher(teacher, config, model)
         self._head_input = None if teacher is None else _head_input(model, train)
         self._input_ids: Tensor | None = None
@@ -330,13 +331,13 @@ class HestiaTrainer(Trainer):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """The hard loss: NLL of the model as it would be exported now, on the first held-out blocks."""
-        if self._evaluated == self.state.global_step:
-            return {}  # the Trainer asks twice after the last step
-        self._evaluated = self.state.global_step
+        if self._evaluated is not None and self._evaluated[0] == self.state.global_step:
+            return dict(self._evaluated[1])  # the Trainer asks twice after the last step
         blocks = self.held_out[: self.config.eval_blocks]
         model = self.accelerator.unwrap_model(self.model)  # type: ignore[arg-type]
         result = shared_score(model_logits(model), blocks, description="")  # a bar would tear the training's in two
         metrics = {"hard_loss": result.nll}
+        self._evaluated = (self.state.global_step, metrics)
         self.log(metrics)
         self.watch_codes()
         return metrics

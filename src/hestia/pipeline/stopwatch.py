@@ -15,7 +15,7 @@ from ..files import read_json, write_json
 T = TypeVar("T")
 
 
-class Clock:
+class Stopwatch:
     """Seconds by stage, kept in the run's folder so that a resumed run still knows them."""
 
     def __init__(self, path: Path, resume: bool) -> None:
@@ -36,7 +36,7 @@ class Clock:
         self._write()
 
     def at_least(self, stage: str, seconds: float) -> None:
-        """A stage took ``seconds`` before this process, if the clock's file knows of less: that one was killed."""
+        """A stage took ``seconds`` before this process, if its file knows of less: that one was killed."""
         self.seconds[stage] = max(self.seconds.get(stage, 0.0), seconds)
 
     def total(self, now: float) -> float:
