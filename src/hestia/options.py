@@ -266,6 +266,9 @@ def count(text: str, name: str) -> int:
 
     >>> count("600k", "tokens"), count("2M", "tokens"), count("1.5b", "tokens"), count("4096", "tokens")
     (600000, 2000000, 1500000000, 4096)
+
+    Raises:
+        ConfigError: no number from 1 to 10^18; ``name`` is the option it stands for.
     """
     units = {"k": 10**3, "m": 10**6, "b": 10**9}
     lowered = text.strip().lower().replace(",", "").replace("_", "")

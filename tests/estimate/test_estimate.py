@@ -324,8 +324,6 @@ def test_text_importance_and_candidates_are_counted(toy_parent: Path) -> None:
     short, long = of(tokens="100k", recipe="bitnet_ste"), of(tokens="10M", recipe="bitnet_ste")
     grown = long.folder["text"] - short.folder["text"]
     assert grown == pytest.approx(5 * 1.1 * 9.9e6, rel=0.01)
-    for before, after in zip(short.stages, long.stages, strict=True):
-        assert after.peak - before.peak == pytest.approx(grown, rel=0.01), before.name
     weighted, free = of(recipe="quasar"), of(recipe="bitnet_ste")
     held = 4 * weighted.quantized
     assert weighted.folder["checkpoints"] - free.folder["checkpoints"] == 3 * held

@@ -21,7 +21,7 @@ from .shared import (
     show,
 )
 
-PLANNING = (
+ASKED = (
     "recipe", "options", "target", "bits", "widths", "max_kl", "group_size", "skip", "fallback", "allow_partial",
     "sensitivity", "out", "trust_remote_code",
 )  # fmt: skip
@@ -29,7 +29,7 @@ PLANNING = (
 
 @click.command(name="plan", cls=JobCommand)
 @click.argument("model", required=False)
-@job_options(PLANNING, out="the JSON file to write; default plan.json")
+@job_options(ASKED, out="the JSON file to write; default plan.json")
 @config_option
 @json_option
 def command(model: str | None, config: str | None, as_json: bool, **typed: Any) -> None:

@@ -9,7 +9,7 @@
     export      4 P + Q: the packed file loaded and unpacked, and the logits of the frozen model, to which its own are
                 compared (measured for hf; what llama.cpp itself takes to run a .gguf file is not counted)
 
-Every stage holds the text: 5 bytes a token (``text_bytes``).
+The text, 5 bytes a token (``text_bytes``), lies in the memory of the host, beside a GPU or not, and is not counted.
 
 P parameters, P_t trainable ones, Q quantized ones. What a step holds beside weights and moments is pretended
 (``pretend``), and so is exact up to what kernels allocate inside. ``ALLOCATOR`` is measured: the C library keeps freed
@@ -34,8 +34,7 @@ ALLOCATOR = {"calibrate": 1.12, "train": 1.2, "score": 1.0, "export": 1.05}
 """Resident memory over live bytes on a CPU, by stage, measured."""
 
 TIGHT = {"train": ("activations",)}
-"""Parts without that share, by stage, measured: every training step asks for the same sizes as the one before. Text has
-it nowhere: it is a few large pieces."""
+"""Parts without that share, by stage, measured: every training step asks for the same sizes as the one before."""
 
 CONSTANT = {"calibrate": 12 << 20, "train": 40 << 20, "score": 0, "export": 14 << 20}
 """Bytes of kernels, their workspaces and Python objects, whatever the model, by stage, measured."""
@@ -86,7 +85,7 @@ class Sizes:
         vocabulary: of the head.
         logits: numbers of the logits of the blocks that are scored at once.
         compared: numbers of the logits on which an exported file is compared.
-        text: bytes of the tokenized text.
+        text: bytes of the tokenized text in the run's folder.
         importance: weights beside which their scale rule holds a number.
         teacher: bytes of the teacher's weights; 0: none.
     """
@@ -188,9 +187,9 @@ def text_bytes(tokens: int) -> int:
     return 5 * tokens
 
 
-def _stage(name: str, sizes: Sizes, parts: Mapping[str, int], note: str = "") -> Stage:
-    live = {k: round(v) for k, v in {**parts, "text": sizes.text}.items() if v > 0}
-    loose = sum(size for part, size in live.items() if part not in (*TIGHT.get(name, ()), "text"))
+def _stage(name: str, parts: Mapping[str, int], note: str = "") -> Stage:
+    live = {k: round(v) for k, v in parts.items() if v > 0}
+    loose = sum(size for part, size in live.items() if part not in TIGHT.get(name, ()))
     kept = round((ALLOCATOR[name] - 1.0) * loose) + CONSTANT[name]
     return Stage(name, {**live, "allocator": kept} if kept else live, note)
 
@@ -198,7 +197,6 @@ def _stage(name: str, sizes: Sizes, parts: Mapping[str, int], note: str = "") ->
 def _calibration(sizes: Sizes, work: Work) -> Stage:
     return _stage(
         "calibrate",
-        sizes,
         {
             "weights": 4 * sizes.parameters,
             "candidates": sizes.candidates * sizes.quantized,
@@ -227,7 +225,7 @@ def _training(sizes: Sizes, work: Work, teacher: Work | None, processes: int, sh
     elif processes > 1:
         parts["buckets"] = 4 * sizes.trained
         note = "buckets: gradients a second time, in the reducer of DDP"
-    return _stage("train", sizes, {k: round(v) for k, v in parts.items()}, note)
+    return _stage("train", {k: round(v) for k, v in parts.items()}, note)
 
 
 def _halfway(sizes: Sizes, work: Work) -> Stage:
@@ -238,15 +236,14 @@ def _halfway(sizes: Sizes, work: Work) -> Stage:
         "activations": work.peak + 8 * min(CHUNK_ELEMENTS, sizes.logits),
         "teacher": sizes.teacher,
     }
-    return _stage("train", sizes, parts, "decided by the hard loss on held-out blocks, logged ten times a run")
+    return _stage("train", parts, "decided by the hard loss on held-out blocks, logged ten times a run")
 
 
 def _scoring(sizes: Sizes, work: Work) -> Stage:
     logits = work.peak + 4 * sizes.logits + SCORE_BUFFERS * min(CHUNK_ELEMENTS, sizes.logits)
-    return _stage("score", sizes, {"weights": 8 * sizes.parameters, "logits": logits})
+    return _stage("score", {"weights": 8 * sizes.parameters, "logits": logits})
 
 
 def _export(sizes: Sizes) -> Stage:
     unpacking = UNPACKED_BYTES * sizes.quantized
-    held = {"weights": 4 * sizes.parameters, "unpacking": unpacking, "logits": 8 * sizes.compared}
-    return _stage("export", sizes, held)
+    return _stage("export", {"weights": 4 * sizes.parameters, "unpacking": unpacking, "logits": 8 * sizes.compared})

@@ -138,9 +138,11 @@ class _Model:
         self.bf16 = in_bf16(options, self.config, self.device)
         teacher = _teacher(options, self.config)
         held = 0 if teacher is None else _held(_empty(teacher, options), self.bf16)
-        self.sizes = _sizes(self.empty, self.plan, options, int(text.vocab_size), self.tokens, held)
         read = self.steps * self.batch * self.tokens * 11 // 10 + TUNING_BLOCKS * self.tokens
-        self.sizes = dataclasses.replace(self.sizes, text=text_bytes(read + count(options.eval_tokens, "eval_tokens")))
+        self.sizes = dataclasses.replace(
+            _sizes(self.empty, self.plan, options, int(text.vocab_size), self.tokens, held),
+            text=text_bytes(read + count(options.eval_tokens, "eval_tokens")),
+        )
         self.passes = passes(
             self.config,
             self.plan,

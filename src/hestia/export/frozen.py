@@ -26,6 +26,7 @@ from ..quant.codes import QuantizedTensor
 
 CODES_FILE = "codes.safetensors"
 MODEL_FOLDER = "model"
+REFITS_FOLDER = "refits"
 _SCHEMA = "1"
 
 

@@ -53,6 +53,7 @@ class Family:
 
     @property
     def gemma(self) -> bool:
+        """Whether it is one of Gemma's, which tie the head where config.json does not say."""
         return self.arch.startswith("gemma")
 
 

@@ -309,7 +309,11 @@ def _smallest_exact(tensor: torch.Tensor) -> StorageType:
 
 
 def payload(frozen: FrozenModel, entry: Entry) -> Iterator[Bytes]:
-    """The bytes of one tensor as the file stores them, piece by piece."""
+    """The bytes of one tensor as the file stores them, piece by piece.
+
+    Raises:
+        ExportError: its storage type cannot hold it exactly; the tensor is named.
+    """
     order = entry.order()
     for rows in entry.pieces():
         if entry.packed:
@@ -324,7 +328,11 @@ def payload(frozen: FrozenModel, entry: Entry) -> Iterator[Bytes]:
 
 
 def codes_and_scales(frozen: FrozenModel, entry: Entry, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Codes and block scales of some rows of the frozen model, as a packed entry must hold them."""
+    """Codes and block scales of some rows of the frozen model, as a packed entry must hold them.
+
+    Raises:
+        ExportError: an embedding or head that Q8_0 cannot round to; the tensor is named.
+    """
     if entry.path is None:
         try:
             return round_q8_0(dense(frozen, entry, rows))

@@ -244,6 +244,7 @@ class Entry:
 
     @property
     def nbytes(self) -> int:
+        """Bytes in the file."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 

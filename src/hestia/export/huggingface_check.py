@@ -91,9 +91,15 @@ class Stored:
 
     @property
     def names(self) -> set[str]:
+        """Of all tensors in the folder."""
         return set(self._where)
 
     def tensor(self, name: str) -> Tensor:
+        """One of them, as it is stored.
+
+        Raises:
+            VerifyError: it cannot be read.
+        """
         try:
             return self._where[name].get_tensor(name)
         except (SafetensorError, OSError) as error:
@@ -152,6 +158,7 @@ def _weight_differences(
 
 
 def value_differences(name: str, what: str, got: Tensor, want: Tensor) -> Iterator[str]:
+    """Where two matrices of one shape first differ, and in how many places; nothing where they are equal."""
     unequal = got != want
     if count := int(unequal.sum()):
         row, column = divmod(int(unequal.flatten().to(torch.uint8).argmax()), got.shape[1])
@@ -162,6 +169,7 @@ def value_differences(name: str, what: str, got: Tensor, want: Tensor) -> Iterat
 
 
 def bytes_differences(name: str, got: Tensor, want: Tensor) -> Iterator[str]:
+    """How two tensors differ in dtype, shape or a single bit; nothing where they are the same."""
     if got.dtype != want.dtype or got.shape != want.shape:
         yield f"{name}: {got.dtype} {list(got.shape)}, expected {want.dtype} {list(want.shape)}"
         return

@@ -28,10 +28,9 @@ from ..quant.grids import Grid
 from ..quant.grouping import to_groups
 from ..quant.scales import SMALLEST_SCALE, snap
 from ..targets import Target
-from .frozen import CODES_FILE, MODEL_FOLDER, FrozenModel, save_codes
+from .frozen import CODES_FILE, MODEL_FOLDER, REFITS_FOLDER, FrozenModel, save_codes
 from .huggingface import load, logits
 
-REFITS_FOLDER = "refits"
 _ROUNDS = 4
 
 

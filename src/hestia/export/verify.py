@@ -24,7 +24,7 @@ from torch import Tensor
 from ..errors import VerifyError
 from ..files import read_json
 from ..targets import target as target_named
-from .frozen import CODES_FILE, FrozenModel
+from .frozen import CODES_FILE, REFITS_FOLDER, FrozenModel
 
 PROBE_FILE = "verification_text.json"
 """Held-out tokens that the run keeps, on which files are run."""
@@ -211,7 +211,7 @@ def _recorded(path: Path, run: Path) -> dict[str, Any] | None:
 def _home(path: Path, run: Path) -> Path:
     """The folder of the frozen model that a file holds: the run, or a refit of it that was made for this file."""
     refit = (_recorded(path, run) or {}).get("refit")
-    return run / "refits" / str(refit["folder"]) if isinstance(refit, dict) else run
+    return run / REFITS_FOLDER / str(refit["folder"]) if isinstance(refit, dict) else run
 
 
 def _folder_target(path: Path) -> str:

@@ -79,7 +79,12 @@ def _first_plan(work: Workspace, given: Plan | None) -> Plan:
 
 
 def plan_run(work: Workspace, given: Plan | None, plan: Plan) -> Plan:
-    """The run's plan: the one in its folder, the one given, or ``plan`` made again with the curvature it needs."""
+    """The run's plan: the one in its folder, the one given, or ``plan`` made again with the curvature it needs.
+
+    Raises:
+        ConfigError: the folder holds a run by another plan than the one given.
+        CalibrationError, PlanError: see ``curvature.calibrate`` and ``hestia.planner.plan``.
+    """
     path = work.folder / PLAN_FILE
     if work.resume and path.is_file():
         made = Plan.load(path)

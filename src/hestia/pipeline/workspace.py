@@ -134,7 +134,11 @@ class Workspace:
         return blocks[kept:]
 
     def tuning_count(self) -> int:
-        """How many training blocks are set aside; refuses a text that is too short."""
+        """How many training blocks are set aside: a twentieth, 1 to ``TUNING_BLOCKS``.
+
+        Raises:
+            ConfigError: the text fills less than two blocks.
+        """
         blocks = len(self.text.train)
         if blocks < 2:
             raise ConfigError(
