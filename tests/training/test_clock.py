@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -139,12 +140,12 @@ def test_weights_that_were_trained_without_the_clock_are_told(recwarn: pytest.Wa
         hestia.freeze(model)
     for prepare in (
         lambda model, plan: None,  # rounded, which nobody need train for
-        lambda model, plan: model.load_state_dict(trained),
+        lambda model, plan: copy.deepcopy(model),
+        lambda model, plan: model.load_state_dict(trained) and None,
         loop,
     ):
         model, plan = converted()
-        prepare(model, plan)
-        hestia.freeze(model)
+        hestia.freeze(prepare(model, plan) or model)
     assert not [w for w in recwarn if "pressure" in str(w.message)]
 
 

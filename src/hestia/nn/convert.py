@@ -112,7 +112,7 @@ def freeze(model: nn.Module) -> dict[str, QuantizedTensor]:
         for what, tensor in (("weight", module.weight), (held, module.held)):
             if tensor is not None and not bool(torch.isfinite(whole(tensor)).all()):
                 raise GuardError(f"{path}: the {what} holds NaN or infinity and cannot be frozen")
-    if not layers[0][1].knobs.moved and any(layer.weight._version != layer.born for _, layer in layers):
+    if not layers[0][1].knobs.moved and any(layer.weight._version > layer.born for _, layer in layers):
         warnings.warn(
             "the weights have changed since hestia.apply, and pressure and temperature never moved: they were trained "
             "in full precision. A Trainer needs hestia.QATCallback(plan), a loop of your own hestia.Clock",
