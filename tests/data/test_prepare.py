@@ -96,7 +96,7 @@ def test_rows_are_the_joined_stream(tokenizer, tmp_path: Path, lengths, seq_len:
         return
     made = prepare(*sources, tokenizer, seq_len=seq_len, joiner=joiner)
     assert made.train.input_ids.shape == made.train.loss_mask.shape == (rows, seq_len)
-    assert made.train.input_ids.dtype == torch.int64
+    assert made.train.input_ids.dtype == torch.int32
     assert made.train.input_ids.flatten().tolist() == stream[: rows * seq_len]
     assert made.train.loss_mask.all()
     assert (len(made.train), made.train.tokens) == (rows, rows * seq_len)

@@ -54,7 +54,7 @@ class Blocks:
     """Rows of token ids, B rows of T tokens.
 
     Attributes:
-        input_ids: int64 [B, T].
+        input_ids: int32 [B, T].
         loss_mask: bool [B, T], True where the token is a target that counts: every token of a text, the assistant's
             turns of a chat. Nothing predicts position 0 of a row, so what the mask holds there changes no loss.
     """
