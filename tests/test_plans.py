@@ -124,7 +124,9 @@ layers = st.builds(
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.dictionaries(st.text(min_size=1, max_size=20), layers, max_size=4), st.floats(0, 1), st.floats(0, 10))
+@given(
+    st.dictionaries(st.text(min_size=1, max_size=20), layers, min_size=1, max_size=4), st.floats(0, 1), st.floats(0, 10)
+)
 def test_any_plan_survives_json(found: dict[str, LayerPlan], rho: float, temperature: float) -> None:
     plan = Plan(
         recipe={"name": "hestia"},
