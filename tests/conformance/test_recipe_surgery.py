@@ -13,6 +13,8 @@ from toy_models import same_bits, snapshot
 import hestia
 from hestia.nn import knobs_of, quantized_modules
 
+pytestmark = pytest.mark.filterwarnings("ignore:the weights have changed since hestia.apply")  # by hand, in place
+
 
 def parameters(model: nn.Module) -> dict[str, int]:
     return {name: id(parameter) for name, parameter in model.named_parameters(remove_duplicate=False)}

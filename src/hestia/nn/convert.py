@@ -116,7 +116,7 @@ def freeze(model: nn.Module) -> dict[str, QuantizedTensor]:
         warnings.warn(
             "the weights have changed since hestia.apply, and pressure and temperature never moved: they were trained "
             "in full precision. A Trainer needs hestia.QATCallback(plan), a loop of your own hestia.Clock",
-            stacklevel=2,
+            stacklevel=3,  # past torch.no_grad
         )
     frozen: dict[str, QuantizedTensor] = {}
     shifted: list[str] = []
