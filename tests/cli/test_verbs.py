@@ -533,3 +533,27 @@ def test_an_odd_list_of_exports_is_no_traceback(invoke: Invoke, toy_run: Path, t
             "verify", next((run / "exports").glob("*/*.gguf"), run / "exports" / "hf"), "--against", run
         )
         assert status == 0, err
+
+
+def test_a_plan_written_over_a_frozen_run_s_own_is_noticed(
+    invoke: Invoke, toy_parent: Path, toy_text: Path, tmp_path: Path, lean: None
+) -> None:
+    """The report would be of that plan, the codes of the other."""
+    run = tmp_path / "run"
+    words = ("quantize", toy_parent, "--data", toy_text, *QUICK, "--target", "hf", "--out", run)
+    assert invoke(*words)[0] == 0
+    before = (run / "report.json").read_bytes(), (run / "plan.json").read_bytes()
+    assert invoke("plan", toy_parent, "--skip", "*q_proj", "--out", run / "plan.json")[0] == 0
+    status, _, err = invoke(*words, "--resume")
+    assert status == 2 and "plan.json is not the plan that this run was frozen by" in err
+    assert (run / "report.json").read_bytes() == before[0]
+    (run / "plan.json").write_bytes(before[1])
+    assert invoke(*words, "--resume")[0] == 0
+    status, _, err = invoke("plan", run)
+    assert status == 2 and f"a run; its frozen model is {run / 'model'}" in err
+
+
+def test_an_export_has_the_name_that_other_verbs_ask_for(invoke: Invoke, toy_run: Path, tmp_path: Path) -> None:
+    for target, name, said in (("gguf:q4_0", "x", "name it NAME.gguf"), ("hf", "x.gguf", "leave out .gguf")):
+        status, _, err = invoke("export", toy_run, "--to", target, "--out", tmp_path / name)
+        assert status == 2 and said in err and not (tmp_path / name).exists()

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from report_runs import make_run, report
 
+from hestia.cli.quantize import summary
 from hestia.report.model_card import code, fenced, plain, write_model_card
 
 EVIL = "a: [x]\n---\n# <script>alert(1)</script> | `b` ```c``` [y](http://z) *d*"
@@ -114,3 +115,16 @@ def test_code_cannot_be_left(text: str) -> None:
     assert "`" * fence not in span[fence:-fence] and "\n" not in span
     lines = fenced(text).split("\n")
     assert all(len(lines[0]) > len(line) or set(line) != {"`"} for line in lines[1:-1])
+
+
+def test_a_file_that_no_engine_ran_says_so(tmp_path: Path) -> None:
+    """Equal bytes are proof of the file, not of the engine."""
+    gguf, folder = report()["exports"]
+    unrun = {**gguf, "verify": {"codes_equal": True, "max_abs_logit_diff": None, "kl": None, "engine": None}}
+    _, body = card(tmp_path, exports=[unrun, folder])
+    assert body.count("It was not run: its engine was not installed.") == 1
+    lines = summary(tmp_path / "run").splitlines()
+    assert [line.rpartition("  (")[2] for line in lines if line.startswith(("gguf", "hf:"))] == [
+        "its bytes verified; not run, as its engine is not installed)",
+        "verified)",
+    ]

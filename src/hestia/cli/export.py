@@ -50,6 +50,9 @@ def command(
 
     name, path = find_target(target).name, Path(out)
     head_type(head)
+    if name.startswith("gguf") != (path.suffix == ".gguf"):
+        kind = "a file; name it NAME.gguf" if name.startswith("gguf") else "a folder; leave out .gguf"
+        raise ConfigError(f"--out {path}: {name} is {kind}")
     if path.exists():
         raise ConfigError(f"{path} exists already; choose another --out")
     require_writable(path)

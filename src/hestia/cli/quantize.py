@@ -38,7 +38,10 @@ def summary(run: Path) -> str:
     record = RunRecord.load(run)
     lines = [headline(record), ""]
     for export in record.exports:
-        verified = "verified" if export.verify is not None and export.verify.codes_equal else "NOT VERIFIED"
+        check = export.verify
+        verified = "verified" if check is not None and check.codes_equal else "NOT VERIFIED"
+        if check is not None and check.codes_equal and not check.engine:
+            verified = "its bytes verified; not run, as its engine is not installed"
         lines.append(f"{export.target}: {run / export.path}  ({verified})")
     lines += [printable(f"{name}: NOT WRITTEN ({why})") for name, why in record.refused.items()]
     lines.append(f"report: {run / 'report.html'}")

@@ -126,6 +126,8 @@ def _check_folder(folder: Path) -> None:
         if path.exists() and not path.is_dir():
             require_regular(path)  # a pipe or device in the folder would be waited for for ever
     if not (folder / "config.json").is_file():
+        if (folder / "run.yaml").is_file() and (folder / "model" / "config.json").is_file():
+            raise ConfigError(f"{folder}: a run; its frozen model is {folder / 'model'}")
         if (folder / "run.yaml").is_file():
             raise ConfigError(f"{folder}: a run that holds no frozen model yet; finish it with --resume")
         raise ConfigError(f"{folder}: no config.json; is this a Hugging Face model folder?")

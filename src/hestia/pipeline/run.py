@@ -25,7 +25,7 @@ from ..lock import LOCK_FILE, locked
 from ..options import Options, load_config
 from ..plans import Plan
 from ..progress import announce as say
-from .artefacts import CACHE_FOLDER, EXPORTS_FOLDER, OPTIONS_FILE, REPORT_FILE
+from .artefacts import CACHE_FOLDER, EXPORTS_FOLDER, OPTIONS_FILE, PLAN_FILE, REPORT_FILE
 from .delivery import deliver
 from .fitting import check_teacher, train_and_freeze
 from .inputs import check_inputs, keep_inputs
@@ -108,6 +108,11 @@ class Run:
         say(f"{len(text.train):,} training blocks, {len(text.held_out):,} held-out blocks of {work.seq_len} tokens")
         plan = plan_run(work, self.given_plan, plan)
         frozen = self._frozen(plan)
+        if set(frozen.quantized) != set(plan.layers):
+            raise ConfigError(
+                f"{work.folder / PLAN_FILE} is not the plan that this run was frozen by: another was written over it. "
+                "Put it back, or choose another --out"
+            )
         scores = score_run(work, plan, self.reference)
         first = processes.first()
         processes.leave()
