@@ -121,10 +121,11 @@ def test_a_file_that_no_engine_ran_says_so(tmp_path: Path) -> None:
     """Equal bytes are proof of the file, not of the engine."""
     gguf, folder = report()["exports"]
     unrun = {**gguf, "verify": {"codes_equal": True, "max_abs_logit_diff": None, "kl": None, "engine": None}}
+    unrun["verify"]["notes"] = ["llama-cpp-python not installed: engine check skipped"]
     _, body = card(tmp_path, exports=[unrun, folder])
     assert body.count("It was not run: its engine was not installed.") == 1
     lines = summary(tmp_path / "run").splitlines()
     assert [line.rpartition("  (")[2] for line in lines if line.startswith(("gguf", "hf:"))] == [
-        "its bytes verified; not run, as its engine is not installed)",
+        "its bytes verified; llama-cpp-python not installed: engine check skipped)",
         "verified)",
     ]

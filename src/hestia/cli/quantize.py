@@ -41,7 +41,7 @@ def summary(run: Path) -> str:
         check = export.verify
         verified = "verified" if check is not None and check.codes_equal else "NOT VERIFIED"
         if check is not None and check.codes_equal and not check.engine:
-            verified = "its bytes verified; not run, as its engine is not installed"
+            verified = "; ".join(("its bytes verified", *check.notes))
         lines.append(f"{export.target}: {run / export.path}  ({verified})")
     lines += [printable(f"{name}: NOT WRITTEN ({why})") for name, why in record.refused.items()]
     lines.append(f"report: {run / 'report.html'}")

@@ -1,8 +1,10 @@
-"""The clock in a Trainer, TRL's included:
+"""The clock in a Trainer, TRL's included.
 
-plan = hestia.plan(model, recipe="hestia", target="gguf:tq2_0")
-hestia.apply(model, plan)
-trainer = Trainer(model, ..., callbacks=[hestia.QATCallback(plan)])
+    plan = hestia.plan(model, recipe="hestia", target="gguf:tq2_0")
+    hestia.apply(model, plan)
+    trainer = Trainer(model, ..., callbacks=[hestia.QATCallback(plan)])
+
+Nothing else in a Trainer needs to know of hestia.
 """
 
 from __future__ import annotations
