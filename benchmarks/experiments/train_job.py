@@ -11,6 +11,7 @@ machine that is shared with other work the processor's seconds compare, the cloc
 
 from __future__ import annotations
 
+import os
 import shutil
 import statistics
 import subprocess
@@ -103,7 +104,8 @@ def device() -> torch.device:
 
 
 def commit() -> str | None:
-    """The commit of this checkout, with a plus sign where source files differ from it; None outside of one."""
+    """The commit of this checkout, with a plus sign where source files differ from it; in a copy without git what
+    HESTIA_COMMIT says, else None."""
 
     def git(*arguments: str) -> str | None:
         try:
@@ -114,7 +116,7 @@ def commit() -> str | None:
 
     head = git("rev-parse", "HEAD")
     changed = git("status", "--porcelain", "--untracked-files=no", "--", "../../src", ".")
-    return head if head is None else head + ("+" if changed else "")
+    return os.environ.get("HESTIA_COMMIT") if head is None else head + ("+" if changed else "")
 
 
 class FullPrecisionTrainer(HestiaTrainer):
