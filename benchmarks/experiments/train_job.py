@@ -11,7 +11,6 @@ machine that is shared with other work the processor's seconds compare, the cloc
 
 from __future__ import annotations
 
-import os
 import shutil
 import statistics
 import subprocess
@@ -104,8 +103,7 @@ def device() -> torch.device:
 
 
 def commit() -> str | None:
-    """The commit of this checkout, with a plus sign where source files differ from it; in a copy without git what
-    HESTIA_COMMIT says, else None."""
+    """The commit of this checkout, with a plus sign where source files differ from it; None outside of one."""
 
     def git(*arguments: str) -> str | None:
         try:
@@ -116,7 +114,7 @@ def commit() -> str | None:
 
     head = git("rev-parse", "HEAD")
     changed = git("status", "--porcelain", "--untracked-files=no", "--", "../../src", ".")
-    return os.environ.get("HESTIA_COMMIT") if head is None else head + ("+" if changed else "")
+    return head if head is None else head + ("+" if changed else "")
 
 
 class FullPrecisionTrainer(HestiaTrainer):
@@ -392,7 +390,7 @@ def parent_scores(stage: Stage, parent: Parent, texts: StageTexts, path: Path) -
     """The parent itself and its rounding on the same blocks, once a stage: where every arm starts."""
     if path.is_file():
         return read_json(path, schema=SCHEMA)
-    model, rounded = parent.load(), parent.load()
+    model, rounded = parent.load().to(device()), parent.load().to(device())
     group: Any = stage.training.group_size
     apply(rounded, make_plan(rounded, "round_to_nearest", group_size=group))
     freeze(rounded)

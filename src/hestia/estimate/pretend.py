@@ -21,7 +21,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
 from ..nn import apply
@@ -130,17 +129,16 @@ def _run(config: Any, step: Step, trust_remote_code: bool) -> Work:
         ids = torch.zeros(step.batch, step.tokens, dtype=torch.long)
         student = None if step.teacher is None else _Student(model, step, live)
         spared = step.teaching and spares_head(model)
-        base, live.moved = live.now, 0
+        base, live.moved, live.flops = live.now, 0, 0
         live.restart()
-        with FlopCounterMode(display=False) as counter:
-            if step.training:
-                peaks = _train(model, ids, step, live, student)
-            elif step.calibrating:
-                peaks = _calibrate(model, ids, live)
-            else:
-                peaks = _score(model.base_model if spared else model, ids, step, live)
+        if step.training:
+            peaks = _train(model, ids, step, live, student)
+        elif step.calibrating:
+            peaks = _calibrate(model, ids, live)
+        else:
+            peaks = _score(model.base_model if spared else model, ids, step, live)
         forward, head, blocks, held = (peak - base for peak in peaks)
-        return Work(forward, head, blocks, held, counter.get_total_flops(), live.moved)
+        return Work(forward, head, blocks, held, live.flops, live.moved)
 
 
 def _score(model: Any, ids: Tensor, step: Step, live: LiveBytes) -> tuple[int, int, int, int]:
