@@ -70,6 +70,14 @@ def test_an_empty_data_file(refuse: Refuse, job: Job, tmp_path: Path) -> None:
     assert "empty.txt: holds no text" in refuse(*job(data=path))
 
 
+def test_documents_that_are_all_shorter_than_a_block(refuse: Refuse, job: Job, tmp_path: Path) -> None:
+    path = tmp_path / "short.txt"
+    path.write_text("\n<|endofstory|>\n".join(f"{number}" + " the cat" * 11 for number in range(3)), encoding="utf-8")
+    message = refuse(*job(data=path))
+    assert "3 documents: none is as long as a block of --seq-len 32 (the longest has" in message
+    assert "give --eval-data" in message
+
+
 @pytest.mark.parametrize("words", [3, 25, 45])
 def test_text_that_fills_too_few_blocks(refuse: Refuse, job: Job, tmp_path: Path, words: int) -> None:
     """Three words do not fill a block of 32 tokens, 25 fill one, 45 two: one to train on and one held out."""
@@ -303,7 +311,33 @@ def test_a_different_run_and_the_same_run_twice(
     for more in ((), ("--resume",)):
         message = refuse(*same, "--seed", "1", *more)
         assert "holds a different run: seed is 0 there and 1 here" in message
+        assert message.endswith("Choose another --out")
+    more_files = refuse(*same[: same.index("--target")], "--target", "hf", "gguf:q2_0", *CALIBRATED)
+    assert f"add files to a finished run by `hestia export {toy_run} --to NAME`" in more_files
     assert snapshot(toy_run) == before
+
+
+def test_the_same_text_by_another_path_is_the_same_run(
+    refuse: Refuse,
+    toy_run: Path,
+    toy_parent: Path,
+    toy_text: Path,
+    toy_held_out: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(toy_text.parent)
+    text, held_out = Path(toy_text.name), Path(os.path.relpath(toy_held_out))
+    same = ["quantize", toy_parent, "--data", text, "--eval-data", held_out, "--out", toy_run, *QUICK]
+    assert "already holds this run" in refuse(*same, "--target", "hf", "gguf:q4_0", *CALIBRATED)
+
+
+def test_a_disk_that_the_run_would_fill(
+    refuse: Refuse, job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hestia.pipeline.run.free_disk", lambda folder: 100_000)
+    message = refuse(*job(), status=1)
+    assert "checkpoints and the frozen model take up to 0.00 GB" in message and "make room" in message
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_run_yaml_that_was_damaged(refuse: Refuse, job: Job, tmp_path: Path) -> None:

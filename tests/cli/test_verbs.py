@@ -14,9 +14,12 @@ from safetensors.torch import load_file, save_file
 from toy_runs import QUICK, Invoke
 
 from hestia import loading
+from hestia.cli.compare import differences
 from hestia.cli.export import summary
 from hestia.cli.main import main
 from hestia.cli.shared import options_from
+from hestia.evaluation import paired_difference
+from hestia.evaluation.comparison import Comparison
 from hestia.files import sha256
 from hestia.options import PLANNING
 from hestia.plans import Plan
@@ -385,6 +388,9 @@ def test_compare_report_and_recipes(invoke: Invoke, toy_run: Path, tmp_path: Pat
     status, out, _ = invoke("compare", toy_run, toy_run, "--json")
     (difference,) = one_object(out)["differences"]  # type: ignore[misc]
     assert (difference["over"], difference["claimed"], difference["difference"]["mean"]) == ("blocks", False, 0.0)
+    two = paired_difference([1.0, 1.1], [2.0, 2.1])
+    pair = [Comparison(over="seeds", name="b", reference="a", difference=two, adjusted_p=0.01)]
+    assert "no difference can be claimed, which takes 3 seeds of both" in differences(pair)[1]
     copy = Path(shutil.copytree(toy_run, tmp_path / "run"))
     for name in ("report.html", "README.md"):
         (copy / name).unlink()

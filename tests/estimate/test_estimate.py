@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, Gemma2Config, GraniteConfig, Llam
 
 import hestia
 from hestia import loading
+from hestia.cli.estimate import less_memory
 from hestia.errors import ConfigError
 from hestia.estimate import pretend as module
 from hestia.estimate.files import _quantized
@@ -319,6 +320,22 @@ def test_what_does_not_fit_is_said(invoke: Invoke, toy_parent: Path) -> None:
     status, out, _ = invoke("estimate", toy_parent, "--steps", "8", *GIVEN[2:], "--memory", "1M")
     assert status == 0
     assert "DOES NOT FIT" in out and "--gradient-checkpointing" in out
+
+
+def test_what_would_take_less_memory_is_what_is_not_done_yet(toy_parent: Path) -> None:
+    def ways(processes: int = 1, **asked: Any) -> str:
+        options = Options(model=str(toy_parent), steps=8, batch_size=64, seq_len=64, **asked)
+        found = estimate(options, Layout(processes=processes), memory="1M", disk="1G", flops="1T", bandwidth="10G")
+        assert max(found.stages, key=lambda stage: stage.peak).name == "train"
+        return ", ".join(less_memory(found, options))
+
+    assert ways() == (
+        "--accumulation up to 64 (now micro-batches of 64 blocks), --gradient-checkpointing, --embeddings freeze, "
+        "--teacher none, --seq-len under 64"
+    )
+    done = ways(accumulation=64, gradient_checkpointing=True, embeddings="freeze", teacher="none")
+    assert done == "--seq-len under 64"
+    assert "--accumulation up to 32" in ways(2) and "--fsdp" in ways(2)
 
 
 def test_more_processes_hold_less_of_a_sharded_model(toy_parent: Path) -> None:

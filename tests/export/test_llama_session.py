@@ -121,3 +121,22 @@ def test_a_child_that_died_leaves_its_last_words(
     with pytest.raises(ExportError, match=r"exit status 7\): out of memory"), llama_session.Session(file) as session:
         session._child.wait()
         list(session.complete("a" * 100_000, 1))
+
+
+@pytest.mark.parametrize(("bos", "refused"), [(-1, True), (1, False)])
+def test_an_empty_prompt_needs_a_token_that_begins_a_text(bos: int, refused: bool) -> None:
+    class Model:
+        n_tokens = 1
+
+        def token_bos(self) -> int:
+            return bos
+
+        def create_completion(self, prompt: str, **options: Any) -> list[Any]:
+            return [{"choices": [{"text": "a"}]}]
+
+    request = {"prompt": "", "tokens": 1, "temperature": 0, "seed": 0}
+    if refused:
+        with pytest.raises(ValueError, match="the prompt is empty, and this model has no token that begins a text"):
+            llama_session._write(Model(), request)
+    else:
+        assert llama_session._write(Model(), request)["tokens"] == 0

@@ -40,6 +40,14 @@ def test_the_parents_dtype_without_a_word_in_the_config_is_that_of_its_tensors(
     assert loading.parent_dtype(source, loading.load_config(source)) == dtype
 
 
+def test_a_model_for_another_task_is_refused(parent_copy: Path) -> None:
+    edit_config(parent_copy, architectures=["BertForMaskedLM"])
+    with pytest.raises(ConfigError, match="BertForMaskedLM is no causal language model"):
+        loading.load_config(loading.resolve(str(parent_copy)))
+    edit_config(parent_copy, architectures=["LlamaForCausalLM", "LlamaForTokenClassification"])
+    loading.load_config(loading.resolve(str(parent_copy)))
+
+
 def test_the_empty_model_has_every_shape_and_no_weight(toy_parent: Path) -> None:
     source = loading.resolve(str(toy_parent))
     empty = loading.empty_model(source, loading.load_config(source))

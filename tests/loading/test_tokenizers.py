@@ -109,3 +109,11 @@ def test_a_tokenizer_config_that_contradicts_tokenizer_json_is_refused(parent_co
     edit_tokenizer(parent_copy, lambda record: None, added_tokens_decoder={"1": stripping})
     with pytest.raises(ConfigError, match=r"with tokenizer_config\.json '<s>the cat.* is not cut as tokenizer\.json"):
         loading.load_tokenizer(loading.resolve(str(parent_copy)))
+
+
+def test_a_sentencepiece_folder_says_what_reads_it(parent_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (parent_copy / "tokenizer.json").unlink()
+    (parent_copy / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>\x15\x00\x00\x00\x00\x18\x02")
+    monkeypatch.setattr(loading.tokenizers, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="it may be a SentencePiece model: pip install sentencepiece"):
+        loading.load_tokenizer(loading.resolve(str(parent_copy)))

@@ -107,6 +107,7 @@ def test_the_verdict_of_a_good_run_leads_with_the_loss(tmp_path: Path) -> None:
     ("changes", "caution"),
     [
         ({"nll": nll(3.3, 3.5, 3.6)}, "Training did not help"),
+        ({"nll": nll(3.3, 7.9, 4.3)}, "will hardly write sense; more --tokens, or more --bits, bring it nearer (perp"),
         ({"nll": nll(3.3, 7.9, 3.1)}, "better than its parent because it was trained on text of this kind"),
         ({"baselines": [{"recipe": "bitnet_ste", "nll": 3.5}]}, "bitnet_ste did better here: 3.500"),
         (
@@ -118,6 +119,12 @@ def test_the_verdict_of_a_good_run_leads_with_the_loss(tmp_path: Path) -> None:
 )
 def test_the_verdict_says_what_speaks_against_the_run(tmp_path: Path, changes: dict[str, Any], caution: str) -> None:
     assert any(caution in c for c in verdict(load(tmp_path, **changes)).cautions)
+
+
+def test_a_rounded_run_is_not_compared_with_its_rounding(tmp_path: Path) -> None:
+    interval = {"quantized_minus_round_to_nearest": {"mean": 0.0, "low": 0.0, "high": 0.0}}
+    found = verdict(load(tmp_path, recipe="round_to_nearest", nll=nll(3.3, 4.2, 4.2), nll_interval=interval))
+    assert not any("plain rounding" in caution for caution in found.cautions)
 
 
 def test_a_failed_verification_comes_first(tmp_path: Path) -> None:

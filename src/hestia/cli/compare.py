@@ -56,15 +56,23 @@ def told(folder: Path) -> dict[str, Any] | None:
 
 def differences(found: Sequence[Comparison]) -> list[str]:
     """A line a comparison: the difference in nats a token, its interval, and whether it may be claimed."""
+    from ..evaluation.comparison import SEEDS_TO_CLAIM
     from ..report.tables import printable
 
     lines: list[str] = []
     for comparison in found:
         d = comparison.difference
-        text = f"{comparison.name} - {comparison.reference}: {d.mean:+.4f} [{d.low:+.4f}, {d.high:+.4f}] nats a token"
+        pair = f"{comparison.name} - {comparison.reference}"
+        if comparison.over == "seeds":
+            pair = f"the methods of {pair}"
+        text = f"{pair}: {d.mean:+.4f} [{d.low:+.4f}, {d.high:+.4f}] nats a token"
         over = f"95 % over {d.n} {comparison.over}"
         if comparison.adjusted_p is not None:
             over += f", Holm p {comparison.adjusted_p:.2g}"
-        verdict = "better" if d.mean < 0 else "worse"
-        lines.append(printable(f"{text} ({over}): {verdict if comparison.claimed else 'no difference can be claimed'}"))
+        verdict = "no difference can be claimed"
+        if comparison.claimed:
+            verdict = "better" if d.mean < 0 else "worse"
+        elif comparison.over == "seeds" and d.n < SEEDS_TO_CLAIM:
+            verdict += f", which takes {SEEDS_TO_CLAIM} seeds of both"
+        lines.append(printable(f"{text} ({over}): {verdict}"))
     return ["", *lines] if lines else []

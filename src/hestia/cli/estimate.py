@@ -11,6 +11,7 @@ from .shared import JobCommand, config_option, job_options, json_option, options
 
 if TYPE_CHECKING:
     from ..estimate.whole import Estimate
+    from ..options import Options
 
 NOT_ASKED = (
     "data", "eval_data", "separator", "text_column", "joiner", "held_out_share", "seed", "report_to", "log_every",
@@ -52,11 +53,11 @@ def command(
         raise ConfigError("MODEL is missing: a folder, the path of a config.json, or a hub id")
     layout = Layout(processes=processes, sharded=fsdp)
     found = estimate(options, layout, memory=memory, disk=disk, flops=flops, bandwidth=bandwidth)
-    show(found.to_json(), as_json, table(found))
+    show(found.to_json(), as_json, table(found, options))
 
 
-def table(found: Estimate) -> str:
-    """The estimate for people."""
+def table(found: Estimate, options: Options) -> str:
+    """The estimate of a run with these options, for people."""
     run, machine = found.job, found.machine
     lines = [
         f"{found.model['name']}: {found.parameters:,} parameters, {found.quantized:,} of them become low-bit",
@@ -64,17 +65,17 @@ def table(found: Estimate) -> str:
         f"{run.steps * run.batch * run.tokens:,} tokens",
         *([] if found.alike is None else [f"without --sensitivity no mixed plan: all at {found.alike:g} bits here"]),
         "",
-        f"{'stage':<16}{'memory':>10}{'time':>10}   of which",
+        f"{'stage':<16}{'memory':>10}{'time':>12}   of which",
     ]
     for stage in [*found.stages, *found.alternatives]:
         parts = ", ".join(f"{name} {amount(n)}" for name, n in stage.parts.items())
         spent = found.seconds.get(stage.name)
-        lines.append(f"{stage.name:<16}{amount(stage.peak):>10}{duration(spent):>10}   {parts}")
+        lines.append(f"{stage.name:<16}{amount(stage.peak):>10}{duration(spent):>12}   {parts}")
         if stage.note:
-            lines.append(f"{'':<39}{stage.note}")
+            lines.append(f"{'':<41}{stage.note}")
     if "pilot" in found.seconds:
-        lines.append(f"{'pilot':<16}{'as train':>10}{duration(found.seconds['pilot']):>10}   --lr NUMBER skips it")
-    lines.append(f"{'total':<16}{amount(found.peak):>10}{duration(sum(found.seconds.values())):>10}   a process")
+        lines.append(f"{'pilot':<16}{'as train':>10}{duration(found.seconds['pilot']):>12}   --lr NUMBER skips it")
+    lines.append(f"{'total':<16}{amount(found.peak):>10}{duration(sum(found.seconds.values())):>12}   a process")
     lines += ["", f"{'file':<16}{'bytes':>10}{'bits':>10}"]
     for file in found.files:
         if file.bytes is None or file.bits_per_weight is None:
@@ -91,8 +92,31 @@ def table(found: Estimate) -> str:
         verdict("disk", sum(found.folder.values()), machine.disk),
     ]
     if found.fits_memory is False:
-        lines.append("less memory: --batch-size 8 --accumulation 8, --gradient-checkpointing, --seq-len, --fsdp")
+        lines.append(f"less memory: {', '.join(less_memory(found, options))}")
     return "\n".join(lines)
+
+
+def less_memory(found: Estimate, options: Options) -> list[str]:
+    """What makes the largest stage smaller, of what is not yet done; the batch and so the result stay as they are."""
+    run, largest = found.job, max(found.stages, key=lambda stage: stage.peak)
+    ways: list[str] = []
+    if largest.name == "train":
+        if run.micro > 1:
+            most = run.batch // found.layout.processes
+            ways.append(f"--accumulation up to {most} (now micro-batches of {run.micro} blocks)")
+        if not options.gradient_checkpointing:
+            ways.append("--gradient-checkpointing")
+        if found.layout.processes > 1 and not found.layout.sharded:
+            ways.append("--fsdp (in a loop of your own)")
+        if options.embeddings == "train":
+            ways.append("--embeddings freeze")
+        if options.teacher is not None:
+            ways.append("--teacher none")
+    if largest.name == "calibrate":
+        ways.append("--sensitivity FILE, measured elsewhere")
+    if largest.name in ("train", "calibrate", "score"):
+        ways.append(f"--seq-len under {run.tokens}")
+    return ways or ["a smaller model: its weights alone take that much"]
 
 
 def verdict(what: str, needed: int, there: int | None) -> str:

@@ -12,6 +12,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ..errors import ConfigError
 from .documents import Document
 from .order import permutation
 from .packing import Piece, too_short
@@ -86,6 +87,11 @@ def _cut_tail(documents: Sequence[Document], pieces: Sequence[Piece], wanted: in
     blocks = min(math.ceil(wanted / seq_len), len(pieces[longest]) // seq_len, total // seq_len - 1)
     if blocks < 1:
         what = f"{len(pieces)} documents" if len(pieces) > 1 else documents[0].source
+        if total >= 2 * seq_len:
+            raise ConfigError(
+                f"{what}: none is as long as a block of --seq-len {seq_len} (the longest has {len(pieces[longest]):,} "
+                "tokens), and too few remain when some are held out; give --eval-data, more text or a smaller --seq-len"
+            )
         raise too_short(f"{what}, to be cut into training and held-out blocks", total, 2 * seq_len, seq_len)
     # Whole blocks, counted from the end, so the boundary is also a boundary of held-out blocks.
     boundary = len(pieces[longest]) - blocks * seq_len

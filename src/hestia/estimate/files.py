@@ -19,13 +19,11 @@ from ..errors import PlanError
 from ..plans import LayerPlan, Plan
 from ..quant.grouping import group_shape
 from ..targets import TARGETS, Stored, Target, file_bytes, head_type
+from ..training import checkpoints
 from .memory import Sizes
 
 TEXT_BYTES = {"hf": 60, "mlx": 60, "gguf": 40}
 """Bytes of tokenizer a vocabulary entry."""
-
-CHECKPOINTS = 3
-"""Two that rotation keeps, and the one being written."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +110,7 @@ def run_folder(plan: Plan, kept: Kept, dtype: torch.dtype, sizes: Sizes, exports
     total = plan.quantized_weights + kept.matrices + kept.head + kept.vectors
     return {
         "text": sizes.text,
-        "checkpoints": CHECKPOINTS * (4 * total + 8 * sizes.trained + 4 * sizes.importance) if plan.trains else 0,
+        "checkpoints": checkpoints.space(total, sizes.trained, sizes.importance) if plan.trains else 0,
         "frozen model": total * dtype.itemsize,
         "codes": plan.quantized_weights + 4 * sum(map(_groups, plan.layers.values())),
         **{f"export {name}": size for name, size in exports.items()},

@@ -209,6 +209,8 @@ def _write(model: Any, request: dict[str, Any]) -> dict[str, Any]:
     pieces = 0
     if "messages" in request:
         stream = model.create_chat_completion(request["messages"], **options)
+    elif not request["prompt"] and model.token_bos() < 0:
+        raise ValueError("the prompt is empty, and this model has no token that begins a text")
     else:
         stream = model.create_completion(request["prompt"], **options)
     for chunk in stream:

@@ -20,14 +20,22 @@ LARGEST = {
 }  # fmt: skip
 """Sizes in config.json and what no model comes near: beyond it, building the empty model would take the machine."""
 
+OTHER_TASKS = ("ForMaskedLM", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
+"""Ends of class names in config.json whose weights transformers would load into a causal model all the same."""
+
 
 def load_config(source: Source, *, trust_remote_code: bool = False) -> Any:
     """The model's configuration.
 
     Raises:
-        ConfigError: it is damaged, or its architecture needs code from the model folder.
+        ConfigError: it is damaged, its architecture needs code from the model folder, or it was made for another task.
     """
     config = read_config(source, trust_remote_code)
+    made = [name for name in getattr(config, "architectures", None) or [] if isinstance(name, str)]
+    if made and all(name.endswith(OTHER_TASKS) for name in made):
+        raise ConfigError(
+            f"{source.name}: config.json: {made[0]} is no causal language model, which predicts what follows"
+        )
     own = getattr(config, "auto_map", None)
     if own and not trust_remote_code:
         names = sorted({str(name) for name in own.values()}) if isinstance(own, dict) else [str(own)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,16 @@ def load_tokenizer(source: Source, *, trust_remote_code: bool = False) -> PreTra
         source, "tokenizer", cached_file, filename="tokenizer.json", _raise_exceptions_for_missing_entries=False
     )
     written = None if file is None else _tokenizer_file(source, file)
-    tokenizer = reading.read(source, "tokenizer", AutoTokenizer.from_pretrained, trust_remote_code=trust_remote_code)
+    try:
+        tokenizer = reading.read(
+            source, "tokenizer", AutoTokenizer.from_pretrained, trust_remote_code=trust_remote_code
+        )
+    except ConfigError as error:
+        if written is None and find_spec("sentencepiece") is None:
+            raise ConfigError(
+                f"{error}. Without a tokenizer.json it may be a SentencePiece model: pip install sentencepiece"
+            ) from None
+        raise
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise ConfigError(
             f"{source.name}: tokenizer_config.json names {type(tokenizer).__name__}, which is no tokenizer"

@@ -14,17 +14,19 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from transformers import set_seed
+from transformers import PreTrainedModel, set_seed
 
 from .. import processes
 from ..data import cache as token_cache
-from ..errors import ConfigError, ExportError, HestiaError, PlanError, VerifyError
+from ..errors import ConfigError, DiskSpaceError, ExportError, HestiaError, PlanError, VerifyError
 from ..export.frozen import CODES_FILE, FrozenModel
 from ..files import TEMPORARY, read_json, require_inside, sweep, write_text
 from ..lock import LOCK_FILE, locked
 from ..options import Options, load_config
 from ..plans import Plan
 from ..progress import announce as say
+from ..resources import free_disk
+from ..training import checkpoints
 from .artefacts import CACHE_FOLDER, EXPORTS_FOLDER, OPTIONS_FILE, PLAN_FILE, REPORT_FILE
 from .delivery import deliver
 from .fitting import check_teacher, train_and_freeze
@@ -50,6 +52,7 @@ def quantize(options: Options, *, resume: bool = False) -> dict[str, Any]:
 
     Raises:
         ConfigError, PlanError: bad input; nothing was written.
+        DiskSpaceError: no room for the run; nothing was written, or earlier checkpoints are whole.
         GuardError, Interrupted: training was stopped; the last good checkpoint is kept.
         VerifyError: an exported file differs from the frozen model.
     """
@@ -103,7 +106,7 @@ class Run:
         work, started = self.work, time.perf_counter()
         plan = plan_without_curvature(work, self.given_plan)
         text = work.text
-        self._check_inputs()
+        self._check_inputs(trains=plan is None or plan.trains)
         self._open_folder()
         say(f"{len(text.train):,} training blocks, {len(text.held_out):,} held-out blocks of {work.seq_len} tokens")
         plan = plan_run(work, self.given_plan, plan)
@@ -168,19 +171,32 @@ class Run:
                 if item.name not in ignored and _meant(before, item.name) != _meant(options, item.name)
             ]
             if differing:
-                raise ConfigError(f"{folder} holds a different run: {'; '.join(differing)}. Choose another --out")
+                more = "Choose another --out"
+                if all(line.startswith("target is ") for line in differing):
+                    more += f", or add files to a finished run by `hestia export {folder} --to NAME`"
+                raise ConfigError(f"{folder} holds a different run: {'; '.join(differing)}. {more}")
             if not self.work.resume:
                 raise ConfigError(f"{folder} already holds this run; continue it with --resume")
         elif folder.exists() and (not folder.is_dir() or any(not _left_behind(path) for path in folder.iterdir())):
             raise ConfigError(f"{folder} exists and is not a run of hestia; choose another --out")
 
-    def _check_inputs(self) -> None:
-        """Refuse what stops a later stage: too little text, an odd batch, a wrong teacher, damaged weights."""
+    def _check_inputs(self, *, trains: bool) -> None:
+        """Refuse what stops a later stage: too little text, an odd batch, a wrong teacher, damaged weights, no room."""
         self.work.tuning_count()
         _ = self.work.batch_size
         check_teacher(self.work)
         if not (self.work.folder / OPTIONS_FILE).is_file():
-            self.work.load_model()
+            self._check_disk(self.work.load_model(), trains)
+
+    def _check_disk(self, model: PreTrainedModel, trains: bool) -> None:
+        """Refuse a disk that the run would fill, before anything is computed; the exported files are smaller."""
+        parameters = sum(p.numel() for p in model.parameters())
+        needed = (checkpoints.space(parameters, parameters) if trains else 0) + 4 * parameters
+        if (free := free_disk(self.work.folder)) < needed:
+            raise DiskSpaceError(
+                f"{self.work.folder}: checkpoints and the frozen model take up to {needed / 1e9:.2f} GB, and "
+                f"{free / 1e9:.2f} GB are free there; make room or choose another --out"
+            )
 
     def _open_folder(self) -> None:
         """The first write: options and tokens, after everything that can be refused has been checked."""
@@ -229,8 +245,10 @@ def _made_later(
 
 
 def _meant(options: Options, name: str) -> Any:
-    """An option's value; of a model's folder the path, however it was written: MODEL, MODEL/ or ./MODEL."""
+    """An option's value; of a folder or file the path, however it was written: MODEL, MODEL/ or ./MODEL."""
     value = getattr(options, name)
+    if name in ("data", "eval_data"):
+        return [Path(given).resolve() if Path(given).exists() else given for given in value]
     return Path(value).resolve() if name in ("model", "teacher") and value and Path(value).is_dir() else value
 
 

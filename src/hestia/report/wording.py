@@ -155,6 +155,12 @@ def levels_of(layer: Any) -> tuple[float, ...]:
     return tuple(float(v) for v in levels)
 
 
+LOST = 1.0
+"""Nats a token behind the parent from which on a model hardly writes sense: 2.7 times its perplexity."""
+
+FAR = "It is far from its parent and will hardly write sense; more --tokens, or more --bits, bring it nearer"
+
+
 @dataclass(frozen=True)
 class Verdict:
     """What happened, in one sentence, and what a careful reader should know besides.
@@ -197,7 +203,10 @@ def verdict(record: RunRecord) -> Verdict:
             sentence += f"; rounding without training {_lost(rounded - parent)}."
             if ours >= rounded:
                 cautions.append("Training did not help: plain rounding is at least as good on this text.")
-    cautions.extend(_resolution(record.nll_intervals.get("quantized_minus_round_to_nearest")))
+        if ours - parent >= LOST:
+            cautions.append(f"{FAR} {change}.")
+    if record.recipe != "round_to_nearest":
+        cautions.extend(_resolution(record.nll_intervals.get("quantized_minus_round_to_nearest")))
     better = [b for b in record.baselines if b.nll is not None and ours is not None and b.nll < ours]
     for other in sorted(better, key=lambda b: b.nll or 0.0):
         if other.recipe not in ("parent", "round_to_nearest"):

@@ -41,6 +41,16 @@ _ROOM = 1 << 20
 """Bytes that a checkpoint needs beside its tensors, at most, and a little air."""
 
 
+def space(parameters: int, trained: int, importance: int = 0) -> int:
+    """Bytes that the checkpoints of a run take at most: the two that rotation leaves, and one that is being written.
+
+    Args:
+        parameters, trained: counts; a trained one has two moments.
+        importance: numbers that a weighted scale rule holds.
+    """
+    return 3 * (4 * parameters + 8 * trained + 4 * importance)
+
+
 def folder_name(step: int) -> str:
     """``step-000300``: sorts by step, up to a million of them."""
     return f"step-{step:06d}"
