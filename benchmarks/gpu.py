@@ -4,7 +4,8 @@
     python benchmarks/gpu.py --predict        predict anew what was measured, anywhere
 
 Random weights in the published shapes (estimate/configs), full depth; each configuration with its own recipe and, as
-NAME+kl, with the defaults of `hestia quantize`: hearth, the parent as teacher. A step is two micro-batches of the size
+NAME+kl, with the defaults of `hestia quantize`: hearth, the parent as teacher; NAME+compile and NAME+kl+compile do the
+same through torch.compile. A step is two micro-batches of the size
 that the configuration says. Every stage runs by the functions that the command line calls: calibration of four
 sequences with five candidates; three training steps, whose time is the median of the last two; the scores of four times
 as many blocks as are scored at once, under the parent too. Memory is what the caching allocator gave out at most
@@ -82,7 +83,7 @@ class StepTimes(TrainerCallback):
 
 def options_of(name: str) -> Options:
     """The configuration's options, three steps of two micro-batches; ``+kl`` takes recipe and teacher by default."""
-    base, _, taught = name.partition("+")
+    base, *more = name.split("+")
     given: dict[str, Any] = yaml.safe_load((ROOT / "configs" / f"{base}.yaml").read_text(encoding="utf-8"))
     shapes = ROOT / "benchmarks" / "estimate" / "configs" / f"{base}.json"
     words = AutoConfig.from_pretrained(shapes).vocab_size
@@ -94,8 +95,9 @@ def options_of(name: str) -> Options:
         "calibrate": SEQUENCES,
         "eval_tokens": str(SCORES * blocks_at_once(given["seq_len"], words) * given["seq_len"]),
         "device": "cuda",
+        "compile": "compile" in more,
     }
-    if taught:
+    if "kl" in more:
         del given["recipe"], given["teacher"]
     return Options(**given)
 
@@ -141,6 +143,7 @@ def measure(options: Options) -> dict[str, Any]:
         learning_rate=1e-5,
         distill=Distillation(weight=options.distill_weight) if teacher is not None else None,
         gradient_checkpointing=options.gradient_checkpointing,
+        compile=options.compile,
         log_every=0,
         device="cuda",
     )
