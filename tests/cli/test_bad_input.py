@@ -317,6 +317,39 @@ def test_a_different_run_and_the_same_run_twice(
     assert snapshot(toy_run) == before
 
 
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (("--teacher", "parent"), "by hestia, taught by its parent (forward_kl), on cpu in "),
+        (("--recipe", "round_to_nearest", "--target", "hf"), "scored on"),
+        (("--bits", "2.8", "--target", "gguf:mixed"), "gguf:mixed: bits by damage a quantized weight\ncurvature from"),
+    ],
+)
+def test_a_dry_run_says_what_would_be_done_and_writes_nothing(
+    invoke: Invoke, job: Job, tmp_path: Path, more: tuple[str, ...], said: str
+) -> None:
+    before = snapshot(tmp_path)
+    status, out, err = invoke(*job(*more), "--dry-run")
+    assert (status, snapshot(tmp_path)) == (0, before), err
+    assert said in out and f"nothing was written; without --dry-run it goes to {tmp_path / 'run'}" in out
+    assert ("steps of" in out) == ("round_to_nearest" not in more)
+    status, out, _ = invoke(*job(*more), "--dry-run", "--json")
+    record = json.loads(out)
+    assert status == 0 and record["tensors"]["quantized"] > 0 and record["blocks"]["train"] > 0
+
+
+def test_a_dry_run_refuses_what_the_run_would_refuse(
+    refuse: Refuse, job: Job, toy_run: Path, toy_parent: Path, toy_text: Path, toy_held_out: Path, tmp_path: Path
+) -> None:
+    assert "has a vocabulary of" not in refuse(*job(data=tmp_path / "nothing.txt"), "--dry-run")
+    same = ["quantize", toy_parent, "--data", toy_text, "--eval-data", toy_held_out, "--out", toy_run, *QUICK]
+    same += ["--target", "hf", "gguf:q4_0", *CALIBRATED, "--dry-run"]
+    before = snapshot(toy_run)
+    assert "already holds this run; continue it with --resume" in refuse(*same)
+    assert "--plan is missing" in refuse("train", toy_parent, "--data", toy_text, "--out", toy_run, "--dry-run")
+    assert snapshot(toy_run) == before
+
+
 def test_the_same_text_by_another_path_is_the_same_run(
     refuse: Refuse,
     toy_run: Path,

@@ -167,4 +167,5 @@ gpu_layers_option = click.option(
     "--gpu-layers", type=click.IntRange(min=-1), default=0, show_default=True, help="layers on the GPU; -1: all"
 )
 config_option = click.option("--config", metavar="FILE", help="YAML file with the same keys as these options")
+dry_run_option = click.option("--dry-run", is_flag=True, help="check everything, say what would be done, write nothing")
 resume_option = click.option("--resume", is_flag=True, help="continue the run in --out, or start it where none is")

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import click
 
 from ..errors import ConfigError
 from ..options import PLANNING
-from .quantize import summary
-from .shared import JobCommand, config_option, job_options, json_option, options_from, resume_option, show
+from .quantize import run
+from .shared import JobCommand, config_option, dry_run_option, job_options, json_option, options_from, resume_option
 
 
 @click.command(name="train", cls=JobCommand)
@@ -19,18 +18,11 @@ from .shared import JobCommand, config_option, job_options, json_option, options
 @job_options(leave_out=(*PLANNING, "plan"))
 @config_option
 @resume_option
+@dry_run_option
 @json_option
-def command(model: str | None, config: str | None, resume: bool, as_json: bool, **typed: Any) -> None:
+def command(model: str | None, config: str | None, resume: bool, dry_run: bool, as_json: bool, **typed: Any) -> None:
     """Train MODEL by a plan, freeze it, export it to the plan's targets, and report."""
-    from .. import processes, progress
-    from ..pipeline import quantize
-
     options = options_from(config, {"model": model, **typed})
     if options.plan is None:
         raise ConfigError("--plan is missing; `hestia plan` makes one, and `hestia quantize` makes its own")
-    with processes.joined() as first:
-        if not first:
-            progress.enable(False)
-        record = quantize(options, resume=resume)
-    if first:
-        show(record, as_json, summary(Path(options.out)))
+    run(options, resume=resume, dry_run=dry_run, as_json=as_json)

@@ -5,7 +5,7 @@
 """
 
 from .delivery import digest, export_and_verify, record_export
-from .run import Run, quantize
+from .run import Run, check, quantize
 from .workspace import Workspace
 
-__all__ = ["Run", "Workspace", "digest", "export_and_verify", "quantize", "record_export"]
+__all__ = ["Run", "Workspace", "check", "digest", "export_and_verify", "quantize", "record_export"]

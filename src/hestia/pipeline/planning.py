@@ -42,7 +42,7 @@ def given_plan(options: Options) -> tuple[Options, Plan | None]:
 
 def needs_curvature(options: Options) -> bool:
     """Whether the plan that ``options`` ask for needs a sensitivity: its recipe reads one, or widths may differ."""
-    return options.plan is None and (_recipe(options).uses_curvature or _is_mixed(options))
+    return options.plan is None and (_recipe(options).uses_curvature or widths_may_differ(options))
 
 
 def calibrates(options: Options) -> bool:
@@ -68,7 +68,7 @@ def _first_plan(work: Workspace, given: Plan | None) -> Plan:
     if given is not None:
         nn.apply(work.empty_model(), given)  # refuses a plan of another model
         return given
-    if not _is_mixed(work.options) or work.options.sensitivity is not None:
+    if not widths_may_differ(work.options) or work.options.sensitivity is not None:
         return _make_plan(work, work.options.sensitivity)
     if work.options.calibrate == 0:
         raise ConfigError(
@@ -130,7 +130,7 @@ def _recipe(options: Options) -> Recipe:
     return recipes.get(options.recipe, **options.options)
 
 
-def _is_mixed(options: Options) -> bool:
+def widths_may_differ(options: Options) -> bool:
     """Whether the plan may give tensors different widths, which needs a sensitivity whatever the recipe."""
     return is_mixed(_recipe(options), options.bits, options.mix(), options.max_kl)
 
@@ -148,7 +148,7 @@ def _make_plan(work: Workspace, sensitivity: str | curvature.Sensitivity | None,
 
 def _to_measure(work: Workspace, plan: Plan) -> tuple[list[str], dict[str, QuantSpec]]:
     """The tensors that calibration looks at, and by label every quantizer that they may get."""
-    if not _is_mixed(work.options):
+    if not widths_may_differ(work.options):
         return list(plan.layers), {layer.spec.grid.name: layer.spec for layer in plan.layers.values()}
     o = work.options
     specs = candidates(_recipe(o), o.group(), o.mix())

@@ -16,7 +16,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, set_seed
 
-from .. import processes
+from .. import loading, processes
 from ..data import cache as token_cache
 from ..errors import ConfigError, DiskSpaceError, ExportError, HestiaError, PlanError, VerifyError
 from ..export.frozen import CODES_FILE, FrozenModel
@@ -31,7 +31,7 @@ from .artefacts import CACHE_FOLDER, EXPORTS_FOLDER, OPTIONS_FILE, PLAN_FILE, RE
 from .delivery import deliver
 from .fitting import check_teacher, train_and_freeze
 from .inputs import check_inputs, keep_inputs
-from .planning import given_plan, plan_run, plan_without_curvature
+from .planning import calibrates, given_plan, plan_run, plan_without_curvature, widths_may_differ
 from .record import publish, record_of
 from .scoring import score_run
 from .workspace import Workspace
@@ -58,6 +58,22 @@ def quantize(options: Options, *, resume: bool = False) -> dict[str, Any]:
     """
     with processes.joined():
         return Run(options, resume=resume).execute()
+
+
+def check(options: Options, *, resume: bool = False) -> dict[str, Any]:
+    """What ``quantize`` would do with these options, after everything that it refuses before its first write.
+
+    Args:
+        options, resume: as for ``quantize``.
+
+    Returns:
+        Plan, text, length, learning rate and device, as a JSON object; the same in every process.
+
+    Raises:
+        ConfigError, PlanError, DiskSpaceError: what ``quantize`` would say; nothing is written either way.
+    """
+    with processes.joined():
+        return Run(options, resume=resume).check()
 
 
 class Run:
@@ -88,6 +104,38 @@ class Run:
             if (self.work.folder / OPTIONS_FILE).is_file():
                 self._take_folder()
             return self.work.stopwatch.measure("total", self._stages)
+
+    def check(self) -> dict[str, Any]:
+        """The stages up to the first write; see ``check`` of this module."""
+        self._check_folder()
+        plan = plan_without_curvature(self.work, self.given_plan)
+        self._check_inputs(trains=plan.trains)
+        work, options = self.work, self.work.options
+        teacher = options.teacher if plan.trains else None
+        open_yet = calibrates(options) and widths_may_differ(options)
+        return {
+            "schema": 1,
+            "model": loading.fingerprint(work.source, work.config)["name"],
+            "recipe": dict(plan.recipe),
+            "teacher": None if teacher is None else {"model": teacher, "divergence": options.distill},
+            "calibration_sequences": options.calibrate if calibrates(options) else 0,
+            "tensors": {"quantized": len(plan.layers), "kept": len(plan.kept)},
+            "weights": {"quantized": plan.quantized_weights, "kept": plan.kept_weights},
+            "bits_per_weight": {name: None if open_yet else plan.bits_per_weight(name) for name in plan.targets},
+            "seq_len": work.seq_len,
+            "blocks": {
+                "train": len(work.training),
+                "tuning": len(work.tuning),
+                "held_out": len(work.text.held_out),
+                "scored": len(work.scored),
+            },
+            "steps": work.steps if plan.trains else 0,
+            "batch_size": work.batch_size,
+            "learning_rate": options.learning_rate(),
+            "device": work.device.type,
+            "precision": "bf16" if work.bf16 else "fp32",
+            "out": str(work.folder),
+        }
 
     def _take_folder(self) -> None:
         """Lock the folder, tidy up after a process that was killed, and check what this run would go on from."""
