@@ -21,7 +21,8 @@ from hestia.quant import (
     fake_quantize,
     snap,
 )
-from hestia.quant.scales import NORMAL_STEPS
+from hestia.quant.grouping import to_groups
+from hestia.quant.scales import NORMAL_STEPS, best_level
 
 ROWS, COLUMNS, GROUP = 4, 16, 4
 GRIDS = [TERNARY, BINARY, INT2, Grid.of([-1.5, -0.5, 0.5, 1.5]), Grid((-8, -1, 0, 3)), Grid(tuple(range(-8, 8)))]
@@ -34,6 +35,7 @@ known = {  # rules that know some grids only
     "saliency": (BINARY.values, TERNARY.values),
     "stretched_elastic": (TERNARY.values,),
 }
+REFITTING = ("least_squares", "twn", "gaussian")
 rules = st.sampled_from(ScaleRule.names()).map(ScaleRule.make)
 estimators = st.sampled_from([Softmax(), Estimator.make("ste"), ClippedSTE(margin=0.5)])
 temperatures = st.one_of(st.just(0.0), st.floats(-6, 1).map(lambda exponent: 10.0**exponent))
@@ -135,6 +137,23 @@ def test_symmetric_grids_treat_both_signs_alike(
     assert torch.equal(quantizer.hard(-w), -quantizer.hard(w))
     soft, mirrored = (quantizer.fake(side, knob(0.6), knob(tau)) for side in (w, -w))
     torch.testing.assert_close(mirrored, -soft, rtol=1e-6, atol=1e-6)
+
+
+@few
+@given(grid=st.sampled_from(SYMMETRIC), group=groups, name=st.sampled_from(REFITTING), w=ordinary, tau=temperatures)
+def test_a_level_fitted_to_soft_values_needs_none_of_hard_codes(
+    grid: Grid, group: Any, name: str, w: Tensor, tau: float
+) -> None:
+    """The same bits as with the hard codes' level to fall back on: a soft value of a symmetric grid has its sign."""
+    rule = ScaleRule.make(name, soft=True)
+    assume(suits(rule, grid))
+    spec = QuantSpec(grid=grid, group_size=group, scale=rule, estimator=Softmax())
+    grouped = to_groups(w, group)
+    step, hard = rule(grouped, grid)
+    q = Softmax().value(grouped / step, grid, knob(tau))
+    assert torch.equal(
+        Quantizer(spec).fake(w, knob(1.0), knob(tau)), (q * best_level(grouped, q, hard)).reshape(w.shape)
+    )
 
 
 @few

@@ -98,8 +98,8 @@ def test_blocks_with_a_zero_straddle_neither_rows_nor_groups(columns: int, group
 
 def test_another_package_s_class_does_not_take_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the same name as hestia's; one that is defined again where it was takes its own place."""
+    known = type(recipes.get("twn"))  # which loads the family
     monkeypatch.setitem(Member._registry, "recipe", dict(Member._registry["recipe"]))
-    known = type(recipes.get("twn"))
     with pytest.raises(ConfigError, match=r"two recipes are called 'twn'"):
         type(known.__name__, (known,), {"name": "twn", "__module__": "elsewhere", "__qualname__": known.__qualname__})
     assert Member._registry["recipe"]["twn"] is known

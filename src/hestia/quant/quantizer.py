@@ -37,10 +37,13 @@ class _Relax(torch.autograd.Function):
     def forward(
         ctx: Any, w: Tensor, pressure: Tensor, temperature: Tensor, spec: QuantSpec, held: Tensor | None
     ) -> Tensor:
-        step, level = spec.scales(w, held)
-        q = spec.estimator.value(w / step, spec.grid, temperature)
         if spec.scale.refits:
-            level = best_level(w, q, level)
+            step = spec.scale.step(w, spec.grid)  # a level of the hard codes would be thrown away
+            q = spec.estimator.value(w / step, spec.grid, temperature)
+            level = best_level(w, q, step)
+        else:
+            step, level = spec.scales(w, held)
+            q = spec.estimator.value(w / step, spec.grid, temperature)
         ctx.save_for_backward(w, step, level, pressure, temperature)
         ctx.spec = spec
         return q.mul_(pressure * level).addcmul_(w, 1.0 - pressure)

@@ -78,6 +78,10 @@ class ScaleRule(Member, ABC):
     def __call__(self, w_RGN: Tensor, grid: Grid) -> Scales:
         """Step and level of every group; same dtype as ``w_RGN``, always positive and finite for finite weights."""
 
+    def step(self, w_RGN: Tensor, grid: Grid) -> Tensor:
+        """The step alone, for training that fits the level itself."""
+        return self(w_RGN, grid).step
+
 
 @dataclass(frozen=True)
 class AbsMean(ScaleRule):
@@ -132,8 +136,11 @@ class LeastSquares(ScaleRule):
         return self.soft
 
     def __call__(self, w_RGN: Tensor, grid: Grid) -> Scales:
-        step = w_RGN.abs().mean(dim=-1, keepdim=True) + self.eps
+        step = self.step(w_RGN, grid)
         return Scales(step, best_level(w_RGN, grid.round(w_RGN / step), step))
+
+    def step(self, w_RGN: Tensor, grid: Grid) -> Tensor:
+        return w_RGN.abs().mean(dim=-1, keepdim=True) + self.eps
 
 
 @dataclass(frozen=True)
@@ -159,8 +166,11 @@ class TWN(ScaleRule):
         return self.soft
 
     def __call__(self, w_RGN: Tensor, grid: Grid) -> Scales:
-        step = 2.0 * self.factor * w_RGN.abs().mean(dim=-1, keepdim=True) + self.eps
+        step = self.step(w_RGN, grid)
         return Scales(step, best_level(w_RGN, grid.round(w_RGN / step), step))
+
+    def step(self, w_RGN: Tensor, grid: Grid) -> Tensor:
+        return 2.0 * self.factor * w_RGN.abs().mean(dim=-1, keepdim=True) + self.eps
 
 
 @dataclass(frozen=True)
@@ -229,9 +239,12 @@ class Gaussian(ScaleRule):
             raise ConfigError(f"scale rule 'gaussian' knows no step for the grid {grid.name}; use 'least_squares'")
 
     def __call__(self, w_RGN: Tensor, grid: Grid) -> Scales:
-        self.check_grid(grid)
-        step = NORMAL_STEPS[grid.values] * _NORMAL_DEVIATION * w_RGN.abs().mean(dim=-1, keepdim=True) + self.eps
+        step = self.step(w_RGN, grid)
         return Scales(step, best_level(w_RGN, grid.round(w_RGN / step), step))
+
+    def step(self, w_RGN: Tensor, grid: Grid) -> Tensor:
+        self.check_grid(grid)
+        return NORMAL_STEPS[grid.values] * _NORMAL_DEVIATION * w_RGN.abs().mean(dim=-1, keepdim=True) + self.eps
 
 
 def best_level(w_RGN: Tensor, q_RGN: Tensor, fallback: Tensor, h_RGN: Tensor | None = None) -> Tensor:
