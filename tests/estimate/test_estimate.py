@@ -320,6 +320,7 @@ def test_what_does_not_fit_is_said(invoke: Invoke, toy_parent: Path) -> None:
     status, out, _ = invoke("estimate", toy_parent, "--steps", "8", *GIVEN[2:], "--memory", "1M")
     assert status == 0
     assert "DOES NOT FIT" in out and "--gradient-checkpointing" in out
+    assert "which is not enough: weights, optimizer and gradients alone take" in out
 
 
 def test_what_would_take_less_memory_is_what_is_not_done_yet(toy_parent: Path) -> None:

@@ -91,8 +91,12 @@ def table(found: Estimate, options: Options) -> str:
         verdict("memory", found.peak, machine.memory) + (" (each process)" if found.layout.processes > 1 else ""),
         verdict("disk", sum(found.folder.values()), machine.disk),
     ]
-    if found.fits_memory is False:
+    if found.fits_memory is False and machine.memory is not None:
         lines.append(f"less memory: {', '.join(less_memory(found, options))}")
+        largest = max(found.stages, key=lambda stage: stage.peak)
+        fixed = sum(largest.parts.get(part, 0) for part in ("weights", "optimizer", "gradients", "importance"))
+        if largest.name == "train" and fixed > machine.memory:
+            lines.append(f"which is not enough: weights, optimizer and gradients alone take {amount(fixed)}")
     return "\n".join(lines)
 
 
