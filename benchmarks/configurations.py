@@ -47,7 +47,7 @@ def options_of(path: Path, **changes: Any) -> Options:
 
 def estimated(path: Path, shapes: Path) -> dict[str, Any]:
     """Memory, hours and bytes at full size."""
-    options = options_of(path, model=str(shapes))
+    options = options_of(path, model=str(shapes), device="cuda")
     found = estimate(options, Layout(), **GPU)
     sizes = {file.target: file.bytes for file in found.files}
     return {

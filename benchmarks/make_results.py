@@ -150,7 +150,28 @@ def running() -> str:
     for name, row in memory.items():
         predicted, measured = (f"{row[key] / 2**20:,.0f} MiB" for key in ("predicted", "measured"))
         lines.append(f"| {name} | {predicted} | {measured} | {100 * row['error']:+.1f} % |".replace("-", "−"))
-    return "\n".join(lines)
+    return "\n".join([*lines, "", *_on_a_gpu()])
+
+
+def _on_a_gpu() -> list[str]:
+    found = read_json(RESULTS / "estimate" / "gpu.json")
+    lines = [
+        f"- `python benchmarks/gpu.py`: the same on a GPU ({found['machine']['gpu']}, torch "
+        f"{found['versions']['torch']}), random weights in real shapes, micro-batches of the configuration; what "
+        "CUDA's allocator gave out and what it took; seconds of three steps.",
+        "",
+        "| configuration and stage | predicted | given out | taken | seconds predicted | measured | tokens a second |",
+        "|---|--:|--:|--:|--:|--:|--:|",
+    ]
+    for name, row in found["rows"].items():
+        for stage, of in row["measured"].items():
+            sizes = (row["predicted"]["bytes"][stage], of["allocated"], of["reserved"])
+            cells = [f"{name} {stage}", *(f"{size / 2**30:.1f} GiB" for size in sizes)]
+            timed = stage == "train"
+            cells += [f"{row['predicted']['seconds'][stage]:.1f}", f"{of['seconds']:.1f}"] if timed else ["-", "-"]
+            cells.append(f"{row['tokens_per_second']:,.0f}" if timed else "-")
+            lines.append(f"| {' | '.join(cells)} |")
+    return lines
 
 
 def configurations() -> str:

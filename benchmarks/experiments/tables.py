@@ -11,6 +11,7 @@ from ``results/experiments/stage_NAME``.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -144,7 +145,6 @@ def _rows(stage: Stage, records: Records) -> list[Row]:
             if len(shared) >= SEEDS_TO_CLAIM and name != stage.control:
                 p = paired_p_value(ours, theirs)
         gap = None if name in (stage.baseline, stage.control) else _gap(runs, baseline, control)
-        cost, unit = _cost(runs), _cost(baseline)
         made.append(
             Row(
                 name=name,
@@ -154,7 +154,7 @@ def _rows(stage: Stage, records: Records) -> list[Row]:
                 difference=difference,
                 p=p,
                 adjusted_p=None,
-                cost=cost / unit if cost and unit else None,
+                cost=_cost(runs, baseline),
                 means=_means(list(runs.values())),
                 planned=len(stage.final.seeds),
                 bits=_stored_bits(stage.arm(name).target, list(runs.values())),
@@ -271,10 +271,25 @@ def _stored_bits(target: str, runs: Sequence[Mapping[str, Any]]) -> float | None
     return fmean(found) if found and target != "hf" else None
 
 
-def _cost(runs: Mapping[int, Any]) -> float | None:
-    """Median processor seconds a token of training: the clock's seconds do not compare on a shared machine."""
-    seconds = [r["seconds_per_token"]["processor"] for r in runs.values() if r.get("seconds_per_token")]
-    return median(seconds) if seconds else None
+def _cost(runs: Mapping[int, Any], baseline: Mapping[int, Any]) -> float | None:
+    """Processor seconds a token over the baseline's, medians of the runs on one machine; None where they share none.
+
+    The clock's seconds do not compare on a shared machine.
+    """
+    seconds: tuple[dict[str, list[float]], ...] = ({}, {})
+    for made, records in zip(seconds, (runs, baseline), strict=True):
+        for record in records.values():
+            if record.get("seconds_per_token"):
+                made.setdefault(_place(record), []).append(record["seconds_per_token"]["processor"])
+    ours, theirs = seconds
+    most = max(ours.keys() & theirs.keys(), key=lambda place: len(ours[place]), default=None)
+    return None if most is None else median(ours[most]) / median(theirs[most])
+
+
+def _place(record: Mapping[str, Any]) -> str:
+    """Where a run was made: the GPU, or the processor and how much of it."""
+    machine = record["machine"]
+    return machine.get("gpu") or f"{machine['cpu']}, {machine['threads']} thread(s)"
 
 
 def _means(runs: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
@@ -422,7 +437,7 @@ def section(stage: Stage, folder: Path | None = None) -> str:
         "intervals over seeds. Cost: processor seconds a training token over the baseline's. How to read the tables: "
         "[benchmarks.md](../benchmarks.md).",
         f"Command: `python benchmarks/experiments/run.py {stage.name} --data DIR --models DIR`.",
-        _provenance(parent, everything),
+        _provenance(stage, folder, parent, everything),
         *([stage.note] if stage.note else []),
         "",
     ]
@@ -448,12 +463,31 @@ def section(stage: Stage, folder: Path | None = None) -> str:
     return "\n".join(lines)
 
 
-def _provenance(parent: Mapping[str, Any], everything: Mapping[str, Records]) -> str:
-    runs = [r for records in everything.values() for arm in records.values() for r in arm.values()] or [parent]
-    machines = sorted({f"{r['machine']['cpu']}, {r['machine']['threads']} thread(s)" for r in runs})
+def _provenance(stage: Stage, folder: Path, parent: Mapping[str, Any], everything: Mapping[str, Records]) -> str:
+    final = [(a, r) for records in everything.values() for a, runs in records.items() for r in runs.values()]
+    runs = [run for _, run in final] or [parent]
+    tuned = [
+        stages.load_result(job, folder)
+        for arm in stage.arms
+        for job in stages.tuning_jobs(stage, arm)
+        if job.result(folder).is_file()
+    ]
+    places: dict[str, Counter[str]] = {_place(run): Counter() for run in runs}
+    for arm, run in final:
+        places[_place(run)][arm] += 1
+    where = "; ".join(sorted(places))
+    if len(places) > 1:
+        where = "; ".join(
+            f"{place} (final runs: {', '.join(f'{count} of {arm}' for arm, count in sorted(made.items()))})"
+            for place, made in sorted(places.items())
+        )
+    elsewhere = "; ".join(sorted({_place(run) for run in tuned} - places.keys()))
     torches = sorted({r["versions"]["torch"] for r in runs})
-    versions = sorted({r["versions"].get("hestia-lm", "unknown") for r in runs})
-    return f"Machine: {'; '.join(machines)}. torch {', '.join(torches)}, hestia {', '.join(versions)}."
+    versions = sorted({r["versions"].get("hestia-lm") or f"at {(r['commit'] or 'unknown')[:7]}" for r in runs})
+    return (
+        f"Machine: {where}. {f'Tuned on {elsewhere}. ' if elsewhere else ''}"
+        f"torch {', '.join(torches)}, hestia {', '.join(versions)}."
+    )
 
 
 def number(value: float | None, digits: int) -> str:

@@ -390,7 +390,7 @@ def parent_scores(stage: Stage, parent: Parent, texts: StageTexts, path: Path) -
     """The parent itself and its rounding on the same blocks, once a stage: where every arm starts."""
     if path.is_file():
         return read_json(path, schema=SCHEMA)
-    model, rounded = parent.load(), parent.load()
+    model, rounded = parent.load().to(device()), parent.load().to(device())
     group: Any = stage.training.group_size
     apply(rounded, make_plan(rounded, "round_to_nearest", group_size=group))
     freeze(rounded)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 from toy_runs import Invoke
 from transformers import AutoModelForCausalLM, Gemma2Config, GraniteConfig, LlamaConfig, LlamaForCausalLM
 
@@ -20,6 +21,7 @@ from hestia.estimate import pretend as module
 from hestia.estimate.files import _quantized
 from hestia.estimate.live import LiveBytes
 from hestia.estimate.machine import memory_of, probe, quantity
+from hestia.estimate.memory import Stage
 from hestia.estimate.pretend import Step, pretend
 from hestia.estimate.whole import Layout, estimate, memory
 from hestia.options import Options
@@ -87,6 +89,60 @@ def test_checkpointing_and_frozen_embeddings_hold_less() -> None:
 
     assert peak(checkpointing=True) < 0.9 * peak()
     assert peak(train_embeddings=False) < peak()
+
+
+def test_what_checkpointing_recomputes_is_gone_after_its_block() -> None:
+    """Each further block holds its gradients and its input, and none of its activations."""
+    few, more = (pretend(config(n), Step(batch=64, tokens=64, training=True, checkpointing=True)) for n in (3, 6))
+    block = LlamaForCausalLM(config(1)).model.layers[0]
+    gradients, inputs = 4 * sum(p.numel() for p in block.parameters()), 4 * 64 * 64 * 32
+    assert more.blocks - few.blocks <= 3 * (gradients + inputs)
+    assert more.flops > 1.5 * few.flops > 0
+
+
+def test_flops_are_those_of_torchs_own_counter() -> None:
+    model, ids = LlamaForCausalLM(config(2)), torch.zeros(2, 16, dtype=torch.long)
+    with FlopCounterMode(display=False) as theirs:
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    with LiveBytes() as ours:
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    assert ours.flops == theirs.get_total_flops() > 0
+
+
+@pytest.mark.parametrize(("key_heads", "bf16", "fused"), [(1, False, False), (8, False, True), (1, True, True)])
+def test_in_fp32_cuda_has_no_fused_kernel_for_grouped_queries(key_heads: int, bf16: bool, fused: bool) -> None:
+    given = config(3)
+    given.num_attention_heads, given.num_key_value_heads = 8, key_heads
+    given.head_dim = 4
+    asked = Step(batch=1, tokens=256, training=True, bf16=bf16)
+    on_cpu, on_gpu = (pretend(given, dataclasses.replace(asked, device=device)).held for device in ("cpu", "cuda"))
+    probabilities = 3 * 8 * 4 * 256**2  # of three blocks, eight heads, in fp32
+    assert on_gpu == on_cpu if fused else on_gpu - on_cpu == pytest.approx(probabilities, rel=0.2)
+
+
+def test_gradients_of_earlier_micro_batches_are_counted(toy_parent: Path) -> None:
+    def training(accumulation: int) -> Stage:
+        shape = {"batch_size": 4 * accumulation, "seq_len": 32, "steps": 2, "teacher": "none", "recipe": "hestia"}
+        options = Options(model=str(toy_parent), accumulation=accumulation, calibrate=2, **shape)
+        return next(stage for stage in memory(options) if stage.name == "train")
+
+    once, again = training(1), training(2)
+    assert once.note == again.note == "", "the step decides, not the evaluation in between"
+    more = again.parts["gradients"] + again.parts["activations"] - once.parts["gradients"] - once.parts["activations"]
+    assert 0 < more <= again.parts["optimizer"] / 2, "four bytes a trained parameter at most"
+
+
+def test_a_gpu_that_is_not_here_is_reckoned_for_by_its_speeds(
+    invoke: Invoke, toy_parent: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    asked = ("estimate", toy_parent, "--steps", "8", "--seq-len", "32", "--device", "cuda")
+    status, out, err = invoke(*asked, *GIVEN)
+    assert (status, err) == (0, "") and "fits" in out
+    status, _, err = invoke(*asked, "--memory", "80G", "--flops", "400T")
+    assert status == 2 and "give --flops and --bandwidth" in err
+    status, out, _ = invoke(*asked, "--flops", "400T", "--bandwidth", "2T")
+    assert status == 0 and "give --memory" in out, "what is free here says nothing of a GPU elsewhere"
 
 
 @pytest.mark.parametrize("bf16", [False, True])

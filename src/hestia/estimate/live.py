@@ -12,6 +12,7 @@ from typing import Any, Self
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
+from torch.utils.flop_counter import flop_registry
 
 
 class LiveBytes(TorchDispatchMode):
@@ -21,11 +22,13 @@ class LiveBytes(TorchDispatchMode):
         now: bytes alive.
         peak: the most that were alive at once since ``restart``.
         moved: bytes that operations read and wrote, views aside: what memory bandwidth has to carry.
+        flops: of matrix products and attention, by torch's own formulas. (Its counter holds on to what activation
+            checkpointing recomputes, and so would spoil the peaks.)
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.now = self.peak = self.moved = 0
+        self.now = self.peak = self.moved = self.flops = 0
         self._alive: dict[int, weakref.ref[Any]] = {}
 
     def __enter__(self) -> Self:
@@ -33,7 +36,11 @@ class LiveBytes(TorchDispatchMode):
         return self
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        formula = flop_registry.get(func.overloadpacket)
+        if formula is not None:
+            self.flops += formula(*args, **kwargs, out_val=out)
         touched = 0
         for value in tree_iter(out):
             if isinstance(value, Tensor):

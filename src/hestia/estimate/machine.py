@@ -74,8 +74,10 @@ def _best(work: Callable[[], object], device: torch.device, rounds: int = 7) -> 
 
 
 def memory_of(device: torch.device) -> int | None:
-    """Bytes that a new process could use on ``device``: of the GPU, or of main memory; None where nobody says."""
-    return int(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else available_memory()
+    """Bytes that a new process could use on ``device``: of the GPU, or of main memory; None where nobody can say."""
+    if device.type == "cpu":
+        return available_memory()
+    return int(torch.cuda.mem_get_info(device)[0]) if torch.cuda.is_available() else None
 
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "P": 10**15}

@@ -12,9 +12,10 @@
 The text, 5 bytes a token (``text_bytes``), lies in the memory of the host, beside a GPU or not, and is not counted.
 
 P parameters, P_t trainable ones, Q quantized ones. What a step holds beside weights and moments is pretended
-(``pretend``), and so is exact up to what kernels allocate inside. ``ALLOCATOR`` is measured: the C library keeps freed
-pieces between live ones (benchmarks/memory.py). Under FSDP2 a process holds a share of weights, gradients and moments,
-and one block at a time whole; under DDP all of them and the reducer's buckets.
+(``pretend``), and so is exact up to what kernels allocate inside. With micro-batches to a step the gradients of those
+before lie there whole. ``ALLOCATOR`` is measured: freed pieces lie between live ones (benchmarks/memory.py, gpu.py).
+Under FSDP2 a process holds a share of weights, gradients and moments, and one block at a time whole; under DDP all of
+them and the reducer's buckets.
 """
 
 from __future__ import annotations
@@ -30,11 +31,14 @@ from ..pipeline.planning import calibrates
 from ..plans import Plan
 from .pretend import Step, Work, pretend
 
-ALLOCATOR = {"calibrate": 1.12, "train": 1.2, "score": 1.0, "export": 1.05}
-"""Resident memory over live bytes on a CPU, by stage, measured."""
+ALLOCATOR = {
+    "cpu": {"calibrate": 1.12, "train": 1.2, "score": 1.0, "export": 1.05},
+    "cuda": {"calibrate": 1.05, "train": 1.1, "score": 1.05, "export": 1.05},
+}
+"""Memory taken over live bytes, by device and stage, measured: of the C library, and of CUDA's caching allocator."""
 
-TIGHT = {"train": ("activations",)}
-"""Parts without that share, by stage, measured: every training step asks for the same sizes as the one before."""
+TIGHT = {"cpu": {"train": ("activations",)}, "cuda": {}}
+"""Parts without that share, by device and stage, measured: every step asks for the same sizes as the one before."""
 
 CONSTANT = {"calibrate": 12 << 20, "train": 40 << 20, "score": 0, "export": 14 << 20}
 """Bytes of kernels, their workspaces and Python objects, whatever the model, by stage, measured."""
@@ -106,12 +110,13 @@ class Sizes:
 
 @dataclass(frozen=True, kw_only=True)
 class Passes:
-    """The pretended passes of one configuration."""
+    """The pretended passes of one configuration; whether the training step finds gradients of micro-batches before."""
 
     calibrate: Work | None
     train: Work | None
     evaluate: Work = field(repr=False)
     teacher: Work | None = None
+    accumulated: bool = False
 
 
 def passes(
@@ -143,7 +148,7 @@ def passes(
         return pretend(of, Step(tokens=tokens, **step), trust_remote_code=remote)
 
     return Passes(
-        calibrate=run(batch=1, calibrating=True) if calibrates(options) else None,
+        calibrate=run(batch=1, calibrating=True, device=device) if calibrates(options) else None,
         train=run(
             batch=batch,
             plan=plan,
@@ -156,12 +161,15 @@ def passes(
         )
         if plan.trains
         else None,
-        evaluate=run(batch=blocks_at_once(tokens, int(config.get_text_config().vocab_size)), plan=plan),
-        teacher=run(teacher, batch=batch, teaching=True, bf16=bf16) if taught else None,
+        evaluate=run(batch=blocks_at_once(tokens, int(config.get_text_config().vocab_size)), plan=plan, device=device),
+        teacher=run(teacher, batch=batch, teaching=True, device=device, bf16=bf16) if taught else None,
+        accumulated=options.accumulation > 1,
     )
 
 
-def stages(sizes: Sizes, done: Passes, *, processes: int = 1, sharded: bool = False) -> list[Stage]:
+def stages(
+    sizes: Sizes, done: Passes, *, processes: int = 1, sharded: bool = False, device: str = "cpu"
+) -> list[Stage]:
     """The stages of a whole run, in their order, as one process sees them.
 
     Args:
@@ -169,12 +177,17 @@ def stages(sizes: Sizes, done: Passes, *, processes: int = 1, sharded: bool = Fa
         done: its pretended passes.
         processes: that share the training.
         sharded: under FSDP2, else DDP.
+        device: the kind of device that it runs on.
     """
+    return [_taken(stage, device) for stage in _live(sizes, done, processes, sharded)]
+
+
+def _live(sizes: Sizes, done: Passes, processes: int, sharded: bool) -> list[Stage]:
     out: list[Stage] = []
     if done.calibrate is not None:
         out.append(_calibration(sizes, done.calibrate))
     if done.train is not None:
-        step = _training(sizes, done.train, done.teacher, processes, sharded)
+        step = _training(sizes, done, processes, sharded)
         halfway = _halfway(sizes, done.evaluate)
         out.append(max(step, halfway, key=lambda stage: stage.peak) if processes == 1 else step)
     out.append(_scoring(sizes, done.evaluate))
@@ -188,10 +201,15 @@ def text_bytes(tokens: int) -> int:
 
 
 def _stage(name: str, parts: Mapping[str, int], note: str = "") -> Stage:
-    live = {k: round(v) for k, v in parts.items() if v > 0}
-    loose = sum(size for part, size in live.items() if part not in TIGHT.get(name, ()))
-    kept = round((ALLOCATOR[name] - 1.0) * loose) + CONSTANT[name]
-    return Stage(name, {**live, "allocator": kept} if kept else live, note)
+    return Stage(name, {k: round(v) for k, v in parts.items() if v > 0}, note)
+
+
+def _taken(stage: Stage, device: str) -> Stage:
+    """The stage with what the allocator holds beside the live bytes."""
+    tight = TIGHT[device].get(stage.name, ())
+    loose = sum(size for part, size in stage.parts.items() if part not in tight)
+    kept = round((ALLOCATOR[device][stage.name] - 1.0) * loose) + CONSTANT[stage.name]
+    return Stage(stage.name, {**stage.parts, "allocator": kept} if kept else stage.parts, stage.note)
 
 
 def _calibration(sizes: Sizes, work: Work) -> Stage:
@@ -205,17 +223,20 @@ def _calibration(sizes: Sizes, work: Work) -> Stage:
     )
 
 
-def _training(sizes: Sizes, work: Work, teacher: Work | None, processes: int, sharded: bool) -> Stage:
-    share = processes if sharded else 1
-    gradients = min(4 * sizes.trained, work.peak)
-    answering = 0 if teacher is None else work.held + teacher.peak  # before there are gradients
+def _training(sizes: Sizes, done: Passes, processes: int, sharded: bool) -> Stage:
+    assert done.train is not None
+    work, share = done.train, processes if sharded else 1
+    earlier = 4 * sizes.trained if done.accumulated and not sharded else 0
+    answering = 0 if done.teacher is None else work.held + done.teacher.peak + earlier  # before its own gradients
+    peak = max(work.forward + earlier, work.head + earlier, work.blocks)
+    gradients = min(4 * sizes.trained, peak)
     parts = {
         "weights": 4 * sizes.parameters / share,
         "optimizer": 8 * sizes.trained / share,
         "importance": 4 * sizes.importance / share,
         "gradients": gradients / share,
         # whole gradients come while activations go; sharded ones are small beside what the forward pass leaves
-        "activations": max(work.forward, work.head, answering) if sharded else max(work.peak, answering) - gradients,
+        "activations": max(work.forward, work.head, answering) if sharded else max(peak, answering) - gradients,
         "teacher": sizes.teacher,
     }
     note = ""

@@ -6,6 +6,9 @@ the forward pass; the head's backward pass; the blocks' backward pass.
 
 With a teacher the real loss runs, and one piece of fp32 numbers stands for all that are alike. The teacher's own
 forward pass is a step of its own: it happens between the student's forward pass and the loss.
+
+Attention takes the kernel that a CPU takes, which holds no [T, T] matrix, as those of CUDA hold none in bf16. In fp32
+CUDA has no such kernel for grouped queries and falls back on plain products, and so does the pretence.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoModelForCausalLM
 
 from ..nn import apply
@@ -70,7 +73,7 @@ class Step:
         calibrating: the backward pass of calibration, which keeps one gradient at a time.
         teacher: configuration of the model whose logits give the loss.
         teaching: the forward pass of a teacher, without its head where that can be spared.
-        device: the kind that is reckoned for, where it decides how much is computed at once.
+        device: the kind that is reckoned for: it decides how much is computed at once, and by which kernels.
         bf16: under bf16 autocast.
         checkpointing: recompute activations.
         train_embeddings: False freezes them.
@@ -130,9 +133,9 @@ def _run(config: Any, step: Step, trust_remote_code: bool) -> Work:
         ids = torch.zeros(step.batch, step.tokens, dtype=torch.long)
         student = None if step.teacher is None else _Student(model, step, live)
         spared = step.teaching and spares_head(model)
-        base, live.moved = live.now, 0
+        base, live.moved, live.flops = live.now, 0, 0
         live.restart()
-        with FlopCounterMode(display=False) as counter:
+        with sdpa_kernel(SDPBackend.MATH) if _plain_attention(config, step) else nullcontext():
             if step.training:
                 peaks = _train(model, ids, step, live, student)
             elif step.calibrating:
@@ -140,7 +143,14 @@ def _run(config: Any, step: Step, trust_remote_code: bool) -> Work:
             else:
                 peaks = _score(model.base_model if spared else model, ids, step, live)
         forward, head, blocks, held = (peak - base for peak in peaks)
-        return Work(forward, head, blocks, held, counter.get_total_flops(), live.moved)
+        return Work(forward, head, blocks, held, live.flops, live.moved)
+
+
+def _plain_attention(config: Any, step: Step) -> bool:
+    """Whether CUDA has no fused kernel: fp32 with fewer key heads than query heads."""
+    text = config.get_text_config()
+    heads = int(getattr(text, "num_attention_heads", 0))
+    return step.device == "cuda" and not step.bf16 and int(getattr(text, "num_key_value_heads", None) or heads) < heads
 
 
 def _score(model: Any, ids: Tensor, step: Step, live: LiveBytes) -> tuple[int, int, int, int]:

@@ -120,10 +120,11 @@ class _Model:
     """What the options say of the model: its configuration, plan, sizes and the shape of a step."""
 
     def __init__(self, options: Options, layout: Layout) -> None:
+        self.layout = layout
         if calibrates(options) and options.estimator not in RECKONED:
             known = " and ".join(RECKONED)
             raise ConfigError(f"--estimator {options.estimator}: its cost is not reckoned; that of {known} is")
-        self.device = choose_device(options)
+        self.device, self.there = _device(options)
         remote = options.trust_remote_code
         self.source = loading.config_source(options.model)
         self.config = loading.load_config(self.source, trust_remote_code=remote)
@@ -135,7 +136,7 @@ class _Model:
         self.micro = max(1, self.batch // options.accumulation // layout.processes)
         self.dtype = loading.parent_dtype(self.source, self.config)
         text = self.config.get_text_config()
-        self.bf16 = in_bf16(options, self.config, self.device)
+        self.bf16 = in_bf16(options, self.config, self.device) if self.there else options.precision != "fp32"
         teacher = _teacher(options, self.config)
         held = 0 if teacher is None else _held(_empty(teacher, options), self.bf16)
         read = self.steps * self.batch * self.tokens * 11 // 10 + TUNING_BLOCKS * self.tokens
@@ -155,6 +156,11 @@ class _Model:
         )
         self.kept = _kept(self.empty, self.plan)
 
+    def stages(self, sharded: bool) -> list[Stage]:
+        """The memory of one process."""
+        device = self.device.type
+        return stages(self.sizes, self.passes, processes=self.layout.processes, sharded=sharded, device=device)
+
     @property
     def folder(self) -> Path | None:
         """The model's folder, where it is one."""
@@ -165,8 +171,7 @@ class _Model:
 def memory(options: Options, layout: Layout | None = None) -> list[Stage]:
     """The memory alone: what ``estimate`` says of it."""
     layout = layout or Layout()
-    model = _Model(options, layout)
-    return stages(model.sizes, model.passes, processes=layout.processes, sharded=layout.sharded)
+    return _Model(options, layout).stages(layout.sharded)
 
 
 def estimate(
@@ -188,12 +193,17 @@ def estimate(
         flops, bandwidth: speed of one process, such as ``300T`` and ``2T``; None probes this machine for a second.
 
     Raises:
-        ConfigError, PlanError: a bad option, no such model, or a plan that the target cannot hold.
+        ConfigError, PlanError: a bad option, no such model, a plan that the target cannot hold, or ``device="cuda"``
+            where there is none and a speed is not given.
     """
     layout = layout or Layout()
     given = {k: quantity(v, k) for k, v in {"memory": memory, "disk": disk}.items() if v is not None}
     speed = {k: quantity(v, k) for k, v in {"flops": flops, "bandwidth": bandwidth}.items() if v is not None}
     model = _Model(options, layout)
+    if not model.there and len(speed) < 2:
+        raise ConfigError(
+            "--device cuda: there is none here to probe; give --flops and --bandwidth, such as 400T and 2T"
+        )
     machine = _machine(options, model.device, given, speed, bf16=model.bf16, processes=layout.processes)
     run = job(
         options,
@@ -217,7 +227,7 @@ def estimate(
         dataclasses.replace(stage, name=f"train, {label}")
         for label, sharded in (("DDP", False), ("FSDP2", True))
         if layout.processes > 1
-        for stage in stages(model.sizes, model.passes, processes=layout.processes, sharded=sharded)
+        for stage in model.stages(sharded)
         if stage.name == "train"
     ]
     return Estimate(
@@ -227,7 +237,7 @@ def estimate(
         alike=model.alike,
         job=run,
         layout=layout,
-        stages=stages(model.sizes, model.passes, processes=layout.processes, sharded=layout.sharded),
+        stages=model.stages(layout.sharded),
         alternatives=others,
         seconds=seconds(run, model.passes, model.sizes, machine),
         files=files,
@@ -261,6 +271,13 @@ def _machine(
         disk=int(given["disk"]) if "disk" in given else free_disk(Path(options.out or ".")),
         source=source,
     )
+
+
+def _device(options: Options) -> tuple[torch.device, bool]:
+    """The device that is reckoned for, and whether it is here: a GPU need not be."""
+    if options.device == "cuda" and not torch.cuda.is_available():
+        return torch.device("cuda"), False
+    return choose_device(options), True
 
 
 def _share(there: int | None, device: torch.device, processes: int) -> int | None:

@@ -143,12 +143,12 @@ class Distillation:
         log_sum = _log_sum(logits, q)
         shift = log_sum - _log_sum(teacher, p)
         forward = self._forward_share(p, q)
-        loss = self.weight * forward * (torch.linalg.vecdot(p, toward).unsqueeze(-1) + shift)
+        loss = self.weight * forward * (_dot(p, toward) + shift)
         if self.weight == 1.0 and self.divergence == "forward_kl":
             gradient = q.sub_(p)
         else:
             label, share = labels.clamp_min(0).unsqueeze(-1), self.weight * (1.0 - forward)
-            reverse = torch.linalg.vecdot(q, toward).unsqueeze(-1)
+            reverse = _dot(q, toward)
             loss += (1.0 - self.weight) * (log_sum - logits.gather(-1, label)) - share * (reverse + shift)
             gradient = (reverse - toward).mul_(share).add_(1.0 - self.weight + self.weight * forward).mul_(q)
             gradient.addcmul_(p, forward * -self.weight)
@@ -174,6 +174,11 @@ def head_share(p: Tensor, q: Tensor) -> Tensor:
     inside[..., 0] = True
     head, both = (gap.gather(-1, where) * inside).sum(dim=-1), gap.sum(dim=-1)
     return torch.where(both > 0, head / both.clamp_min(torch.finfo(both.dtype).tiny), 1.0)
+
+
+def _dot(x: Tensor, y: Tensor) -> Tensor:
+    """Row by row ``[n, 1]``. A GPU would take ``vecdot`` for n matrix products of one row and one column."""
+    return torch.linalg.vecdot(x, y).unsqueeze(-1) if x.device.type == "cpu" else (x * y).sum(dim=-1, keepdim=True)
 
 
 def _log_sum(logits: Tensor, softmax: Tensor) -> Tensor:
