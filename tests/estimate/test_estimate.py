@@ -57,6 +57,8 @@ def test_live_bytes_are_counted_once_and_for_as_long_as_they_live() -> None:
         before = live.moved
         z * 2.0
         assert live.moved - before == 2 * 3200
+        torch.empty(1000).to(z.device)  # where a tensor lies is asked, and moves nothing
+        assert live.moved - before == 2 * 3200 + 4000
 
 
 def test_a_training_step_holds_what_its_equation_says() -> None:

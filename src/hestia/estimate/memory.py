@@ -29,6 +29,7 @@ from ..evaluation.scoring import CHUNK_ELEMENTS, blocks_at_once
 from ..options import Options
 from ..pipeline.planning import calibrates
 from ..plans import Plan
+from ..training import Distillation
 from .pretend import Step, Work, pretend
 
 ALLOCATOR = {
@@ -154,6 +155,7 @@ def passes(
             plan=plan,
             training=True,
             teacher=teacher,
+            distill=Distillation(divergence=options.distill, weight=options.distill_weight),
             device=device,
             bf16=bf16,
             checkpointing=options.gradient_checkpointing,

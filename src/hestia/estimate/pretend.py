@@ -18,7 +18,7 @@ import dataclasses
 import gc
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -72,6 +72,7 @@ class Step:
         training: forward, backward and gradients, else a forward pass in evaluation mode.
         calibrating: the backward pass of calibration, which keeps one gradient at a time.
         teacher: configuration of the model whose logits give the loss.
+        distill: what that loss is.
         teaching: the forward pass of a teacher, without its head where that can be spared.
         device: the kind that is reckoned for: it decides how much is computed at once, and by which kernels.
         bf16: under bf16 autocast.
@@ -85,6 +86,7 @@ class Step:
     training: bool = False
     calibrating: bool = False
     teacher: Any = None
+    distill: Distillation = field(default_factory=Distillation)
     teaching: bool = False
     device: str = "cpu"
     bf16: bool = False
@@ -188,7 +190,7 @@ class _Student:
         self.answers = nn.Linear(int(text.hidden_size), int(text.vocab_size), bias=False)
         if step.bf16 and not text.tie_word_embeddings:
             hold_in_bf16(self.answers)
-        self.distill = _OnePiece(device=torch.device(step.device), live=live)
+        self.distill = _OnePiece(**vars(step.distill), device=torch.device(step.device), live=live)
 
     def forward(self, ids: Tensor) -> Tensor:
         """The input of the head, or the logits where it cannot be spared."""
