@@ -108,6 +108,8 @@ class Run:
     def check(self) -> dict[str, Any]:
         """The stages up to the first write; see ``check`` of this module."""
         self._check_folder()
+        if (self.work.folder / OPTIONS_FILE).is_file():
+            check_inputs(self.work)
         plan = plan_without_curvature(self.work, self.given_plan)
         self._check_inputs(trains=plan.trains)
         work, options = self.work, self.work.options
@@ -154,7 +156,7 @@ class Run:
         work, started = self.work, time.perf_counter()
         plan = plan_without_curvature(work, self.given_plan)
         text = work.text
-        self._check_inputs(trains=plan is None or plan.trains)
+        self._check_inputs(trains=plan.trains)
         self._open_folder()
         say(f"{len(text.train):,} training blocks, {len(text.held_out):,} held-out blocks of {work.seq_len} tokens")
         plan = plan_run(work, self.given_plan, plan)
