@@ -351,6 +351,7 @@ def test_a_dry_run_refuses_what_the_run_would_refuse(
 
 
 def test_the_same_text_by_another_path_is_the_same_run(
+    invoke: Invoke,
     refuse: Refuse,
     toy_run: Path,
     toy_parent: Path,
@@ -361,7 +362,10 @@ def test_the_same_text_by_another_path_is_the_same_run(
     monkeypatch.chdir(toy_text.parent)
     text, held_out = Path(toy_text.name), Path(os.path.relpath(toy_held_out))
     same = ["quantize", toy_parent, "--data", text, "--eval-data", held_out, "--out", toy_run, *QUICK]
-    assert "already holds this run" in refuse(*same, "--target", "hf", "gguf:q4_0", *CALIBRATED)
+    same += ["--target", "hf", "gguf:q4_0", *CALIBRATED]
+    assert "already holds this run" in refuse(*same)
+    status, out, err = invoke(*same, "--resume", "--dry-run")
+    assert status == 0 and "nothing was written" in out, err
 
 
 def test_a_disk_that_the_run_would_fill(

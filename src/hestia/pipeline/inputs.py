@@ -81,10 +81,14 @@ def _named(source: Source, files: Sequence[Mapping[str, Any]]) -> dict[str, Any]
 
 
 def _as_before(before: Any, now: dict[str, Any]) -> dict[str, Any]:
-    """``now`` as an earlier version named files, by their last names alone, for every source that is kept like that."""
-    named = dict(now)
+    """``now`` as it was named before: sources as they were typed then, files by their last names where they were."""
+    if not isinstance(before, dict):
+        return now
+    typed = {Path(given).resolve(): given for given in before}
+    named: dict[str, Any] = {}
     for given, files in now.items():
-        kept = before.get(given) if isinstance(before, dict) else None
-        if isinstance(kept, dict) and not any("/" in name for name in kept):
-            named[given] = {Path(name).name: digest for name, digest in files.items()}
+        then = given if given in before else typed.get(Path(given).resolve(), given)
+        kept = before.get(then)
+        by_last_name = isinstance(kept, dict) and not any("/" in name for name in kept)
+        named[then] = {Path(name).name: digest for name, digest in files.items()} if by_last_name else files
     return named
