@@ -31,7 +31,8 @@ def load_config(source: Source, *, trust_remote_code: bool = False) -> Any:
         ConfigError: it is damaged, its architecture needs code from the model folder, or it was made for another task.
     """
     config = read_config(source, trust_remote_code)
-    made = [name for name in getattr(config, "architectures", None) or [] if isinstance(name, str)]
+    named = getattr(config, "architectures", None)
+    made = [name for name in named if isinstance(name, str)] if isinstance(named, list) else []
     if made and all(name.endswith(OTHER_TASKS) for name in made):
         raise ConfigError(
             f"{source.name}: config.json: {made[0]} is no causal language model, which predicts what follows"
