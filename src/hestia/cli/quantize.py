@@ -81,7 +81,7 @@ def summary(run: Path) -> str:
     """The honest table and where everything lies."""
     from ..report.records import RunRecord
     from ..report.tables import headline, printable
-    from ..report.wording import FAR, verdict
+    from ..report.wording import far_from_parent
 
     record = RunRecord.load(run)
     lines = [headline(record), ""]
@@ -92,6 +92,6 @@ def summary(run: Path) -> str:
             verified = "; ".join(("its bytes verified", *check.notes))
         lines.append(f"{export.target}: {run / export.path}  ({verified})")
     lines += [printable(f"{name}: NOT WRITTEN ({why})") for name, why in record.refused.items()]
-    lines += [caution for caution in verdict(record).cautions if caution.startswith(FAR)]
+    lines += far_from_parent(record)
     lines.append(f"report: {run / 'report.html'}")
     return "\n".join(lines)

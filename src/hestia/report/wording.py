@@ -158,8 +158,6 @@ def levels_of(layer: Any) -> tuple[float, ...]:
 LOST = 1.0
 """Nats a token behind the parent from which on a model hardly writes sense: 2.7 times its perplexity."""
 
-FAR = "It is far from its parent and will hardly write sense; more --tokens, or more --bits, bring it nearer"
-
 
 @dataclass(frozen=True)
 class Verdict:
@@ -203,8 +201,7 @@ def verdict(record: RunRecord) -> Verdict:
             sentence += f"; rounding without training {_lost(rounded - parent)}."
             if ours >= rounded:
                 cautions.append("Training did not help: plain rounding is at least as good on this text.")
-        if ours - parent >= LOST:
-            cautions.append(f"{FAR} {change}.")
+    cautions.extend(far_from_parent(record))
     if record.recipe != "round_to_nearest":
         cautions.extend(_resolution(record.nll_intervals.get("quantized_minus_round_to_nearest")))
     better = [b for b in record.baselines if b.nll is not None and ours is not None and b.nll < ours]
@@ -221,6 +218,18 @@ def verdict(record: RunRecord) -> Verdict:
     if unread:
         cautions.append(f"Not verified after writing: {', '.join(e.target for e in unread)}.")
     return Verdict(sentence, tuple(cautions), bool(different))
+
+
+def far_from_parent(record: RunRecord) -> list[str]:
+    """A sentence about a model that is ``LOST`` or more behind its parent; none about others."""
+    parent, ours = record.nll_parent, record.nll_quantized
+    if parent is None or ours is None or ours - parent < LOST:
+        return []
+    change = f"(perplexity {perplexity(parent)} → {perplexity(ours)})"
+    return [
+        "It is far from its parent and will hardly write sense; more --tokens, or more --bits, bring it nearer "
+        f"{change}."
+    ]
 
 
 def _lost(difference: float) -> str:
