@@ -27,15 +27,16 @@ GREY, DARK, EMBER, BROWN, SLATE, SAND = "#b8becb", "#6b7280", "#c2410c", "#8f5a3
 OTHERS = (SLATE, "#3b82a0", "#7a8f3c", "#8b6fa8", "#4f7f6a")
 MARKERS = ("s", "^", "D", "v", "P")
 """Of recipes that are neither ours, nor baseline or control, where they are told apart."""
-APART = 1.035
+APART = 1.025
 """Neighbouring arms stand this factor apart in tokens, so that their intervals do not cover each other."""
 
 
 def tokens_figure(stage: Stage, folder: Path | None = None) -> str | None:
     """NLL against tokens, of the mean over the texts and of each text; None without two budgets.
 
-    Arms with too few seeds at a budget to claim anything are left out there. Hollow, dotted: without a teacher. The
-    line across: the parent as it was.
+    Arms with too few seeds at a budget to claim anything are left out there. The legend has a column for the references
+    (the line across is the parent as it was), one for arms with a teacher and one for those without, hollow and dotted;
+    the lowest at the largest budget stands first, and to the left.
     """
     everything = _budgets(stage, folder)
     if len(everything) < 2:
@@ -44,6 +45,7 @@ def tokens_figure(stage: Stage, folder: Path | None = None) -> str | None:
     panels = [None, *stage.texts.test]
     drawing, axes = _drawing(7.2, 6.2, panels=(2, (len(panels) + 1) // 2))
     shown = [arm for arm in stage.arms if any(_enough(records, arm) for records in everything)]
+    shown.sort(key=lambda arm: _last_mean(everything, arm))
     for axis, file in zip(axes.flat, panels, strict=False):
         axis.axhline(_nll(parent, file), color=GREY, linewidth=1, label="parent")
         for place, arm in enumerate(shown):
@@ -68,8 +70,20 @@ def tokens_figure(stage: Stage, folder: Path | None = None) -> str | None:
     drawing.supxlabel("training tokens", fontsize=9)
     drawing.supylabel("nats a token, frozen model", fontsize=9)
     handles, names = axes.flat[0].get_legend_handles_labels()
-    drawing.legend(handles, names, loc="upper center", ncols=4, frameon=False, fontsize=8)
-    drawing.tight_layout(rect=(0, 0, 1, 0.98 - 0.03 * ((len(names) + 3) // 4)))
+    columns = _columns(stage, shown)
+    for place, (title, arms) in enumerate(columns):
+        drawing.legend(
+            [handles[names.index(name)] for name in arms],
+            arms,
+            title=title,
+            title_fontproperties={"size": 9, "weight": "bold"},
+            alignment="left",
+            loc="upper left",
+            bbox_to_anchor=(0.08 + 0.32 * place, 1.0),
+            frameon=False,
+            fontsize=8,
+        )
+    drawing.tight_layout(rect=(0, 0, 1, 0.95 - 0.03 * max(len(arms) for _, arms in columns)))
     return _svg(drawing)
 
 
@@ -153,6 +167,12 @@ def _enough(records: Records, arm: Arm) -> list[dict[str, Any]]:
     return runs if len(runs) >= SEEDS_TO_CLAIM else []
 
 
+def _last_mean(everything: Sequence[Records], arm: Arm) -> float:
+    """The mean NLL of an arm at the largest budget that it has enough runs of."""
+    budgets = [runs for records in everything if (runs := _enough(records, arm))]
+    return fmean(r["nll"] for r in budgets[-1])
+
+
 def _nll(run: dict[str, Any], file: str | None) -> float:
     """Of one test file, or the mean over them."""
     return run["nll"] if file is None else run["test"][file]["nll"]
@@ -164,6 +184,15 @@ def _mean_interval(values: Sequence[float]) -> tuple[float, float]:
         return float(values[0]), 0.0
     around = paired_difference(values, [0.0] * len(values))
     return around.mean, around.high - around.mean
+
+
+def _columns(stage: Stage, shown: Sequence[Arm]) -> list[tuple[str, list[str]]]:
+    """Titles of the legend of the figure against tokens, and what stands under each, in the order of the arms."""
+    trained = [arm for arm in shown if arm.name != stage.control]
+    taught, alone = ([arm.name for arm in trained if bool(arm.teacher) is wanted] for wanted in (True, False))
+    references = ["parent", *(arm.name for arm in shown if arm.name == stage.control)]
+    columns = [("full precision", references), ("the parent teaches", taught), ("from the text alone", alone)]
+    return [column for column in columns if column[1]]
 
 
 def _other_recipes(stage: Stage) -> list[str]:
@@ -199,6 +228,9 @@ def _line(stage: Stage, arm: Arm) -> dict[str, Any]:
     if arm.recipe in others:
         place = others.index(arm.recipe) % len(OTHERS)
         style |= {"color": OTHERS[place], "marker": MARKERS[place]}
+    alike = [other for other in stage.arms if (other.recipe, bool(other.teacher)) == (arm.recipe, bool(arm.teacher))]
+    if alike.index(arm) > 0:  # another setting of the same recipe
+        style |= {"marker": "*", "markersize": 7}
     return style if arm.teacher else {**style, "linestyle": ":", "markerfacecolor": "none"}
 
 

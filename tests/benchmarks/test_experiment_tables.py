@@ -218,6 +218,9 @@ def test_figures_are_the_same_twice_and_need_results(stage: stages.Stage, tmp_pa
         f">{part}<" in tokens for part in ("mean of the texts", "c", "d", "parent", "better")
     )
     assert ">unbuilt<" not in tokens
+    legend = [">full precision<", ">control<", ">from the text alone<", ">better<", ">ste<"]
+    assert [tokens.index(entry) for entry in legend] == sorted(tokens.index(entry) for entry in legend)
+    assert ">the parent teaches<" not in tokens  # no arm has a teacher
     ranking = figures.ranking_figure(stage, folder)
     assert ranking is not None and ">better<" in ranking and ">ste<" not in ranking
 
