@@ -483,11 +483,16 @@ def _provenance(stage: Stage, folder: Path, parent: Mapping[str, Any], everythin
         )
     elsewhere = "; ".join(sorted({_place(run) for run in tuned} - places.keys()))
     torches = sorted({r["versions"]["torch"] for r in runs})
-    versions = sorted({r["versions"].get("hestia-lm") or f"at {(r['commit'] or 'unknown')[:7]}" for r in runs})
+    versions = sorted({r["versions"].get("hestia-lm") or f"at {_short(r['commit'])}" for r in runs})
     return (
         f"Machine: {where}. {f'Tuned on {elsewhere}. ' if elsewhere else ''}"
         f"torch {', '.join(torches)}, hestia {', '.join(versions)}."
     )
+
+
+def _short(commit: str | None) -> str:
+    """The first digits of a commit, and the "+" of one with changes beside it."""
+    return "unknown" if commit is None else commit[:7] + "+" * commit.endswith("+")
 
 
 def number(value: float | None, digits: int) -> str:

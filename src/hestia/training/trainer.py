@@ -81,7 +81,6 @@ class HestiaTrainer(Trainer):
         processes.require_joined()
         folder = Path(folder)
         self.plan, self.config, self.folder, self.held_out = plan, config, folder, held_out
-        self.seconds = 0.0
         self._earlier, self._took, self._began = 0.0, 0.0, time.perf_counter()
         self._spikes, self._step_loss = SpikeWatch(), 0.0
         self._collapsed: dict[str, str] = {}
@@ -178,7 +177,7 @@ class HestiaTrainer(Trainer):
             raise ConfigError(f"{checkpoint}: made with another {names} than this run's: {what}. Choose another --out")
         self._spikes.memory = record["memory"]["losses"]
         self._collapsed = dict(record["memory"]["collapsed"])
-        self._earlier = self.seconds = float(record["memory"]["seconds"])
+        self._earlier = float(record["memory"]["seconds"])
         return int(record["step"])
 
     def _forget_log_after(self, step: int) -> None:
@@ -297,8 +296,7 @@ class HestiaTrainer(Trainer):
         if self._started is None:
             self._started = (now, step)
         elapsed, done = now - self._started[0], step - self._started[1]
-        self.seconds = self._earlier + elapsed
-        extra: dict[str, float] = {"tokens": step * self.tokens_per_step, "seconds": self.seconds}
+        extra: dict[str, float] = {"tokens": step * self.tokens_per_step, "seconds": self._seconds_now()}
         if "loss" in logs:
             extra |= self._knob_numbers()
             if done > 0:
