@@ -103,6 +103,15 @@ def test_engines_that_are_missing_come_with_their_install_line(monkeypatch: pyte
     assert checks[0].advice == "pip install 'hestia-lm[run]'"
 
 
+def test_an_engine_without_a_version_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Built by hand, it can be imported and has no metadata; with metadata its version is told."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: "there")
+    monkeypatch.setattr(doctor, "versions", lambda: {"lm-eval": "0.4.13"})
+    llama, lm_eval = doctor._engines()
+    assert (llama.status, lm_eval.status) == ("ok", "ok")
+    assert llama.found.startswith("version unknown") and lm_eval.found.startswith("0.4.13")
+
+
 def test_the_command_prints_every_check_and_its_status_says_whether_all_is_well(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import weakref
 from pathlib import Path
@@ -96,3 +97,18 @@ def test_no_trainer_is_in_memory_while_a_run_is_scored(
     status, _, err = invoke("quantize", toy_parent, "--data", toy_text, "--out", tmp_path / "run", *QUICK)
     assert status == 0, err
     assert made and alive and not any(alive)
+
+
+@pytest.mark.parametrize(("typed", "read"), [(None, 2048), (512, 512), (4000, 2048)])
+def test_the_papers_protocol_reads_as_far_as_the_paper_did(
+    toy_parent: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, typed: int | None, read: int
+) -> None:
+    parent = shutil.copytree(toy_parent, tmp_path / "parent")
+    config = json.loads((parent / "config.json").read_text())
+    (parent / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 4096}))
+    lengths: list[int] = []
+    monkeypatch.setattr(
+        jobs, "_paper_protocol", lambda logits, options, tokenizer, length: lengths.append(length) or {}
+    )
+    jobs.evaluate_model(Options(model=str(parent), data=("t.txt",), seq_len=typed), protocol="hestia")
+    assert lengths == [read]

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hestia.curvature import CurvatureEstimator
+from hestia.data.tokenizer import JoinerName
 from hestia.errors import ConfigError
+from hestia.mixed import KEPT
 from hestia.options import PLANNING, Options, count, load_config
+from hestia.pipeline.run import _meant
+from hestia.recipes import GRIDS
+from hestia.targets import HEAD_TYPES
+from hestia.training.distillation import DIVERGENCES
 
 
 def test_run_yaml_repeats_every_option_exactly(tmp_path: Path) -> None:
@@ -185,3 +194,27 @@ def test_options_cannot_be_changed_and_yaml_holds_no_python_objects() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         options.seed = 1  # type: ignore[misc]
     assert yaml.safe_load(options.to_yaml())["options"] == {"alpha": 1}
+
+
+def test_choices_are_those_of_the_parts_they_choose() -> None:
+    """``hestia.options`` imports none of them, so that ``--help`` is quick."""
+
+    def taken(name: str, values: Iterable[object], **more: object) -> None:
+        for value in values:
+            Options(model="m", **{name: value}, **more)  # type: ignore[arg-type]
+
+    taken("head", HEAD_TYPES)
+    taken("joiner", get_args(JoinerName))
+    taken("distill", DIVERGENCES)
+    widths = [f"{width:g}" for width in (*GRIDS, KEPT)]
+    assert Options(model="m", widths=tuple(widths)).mix() == (*GRIDS, KEPT)
+    listed = str(next(f for f in dataclasses.fields(Options) if f.name == "estimator").metadata["help"])
+    assert set(listed.partition(": ")[2].split(", ")) == set(CurvatureEstimator.names())
+
+
+def test_one_run_s_paths_are_the_same_however_they_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("sensitivity", "plan"):
+        Path(f"{name}.json").touch()
+        ways = [f"{name}.json", f"./{name}.json", str(tmp_path / f"{name}.json")]
+        assert len({_meant(Options(model="m", **{name: way}), name) for way in ways}) == 1  # type: ignore[arg-type]

@@ -18,7 +18,6 @@ from hestia.targets import (
     TQ1_0,
     TQ2_0,
     StorageType,
-    exact_types,
     file_bytes,
     head_type,
     matrix,
@@ -151,7 +150,8 @@ def test_unknown_targets_name_the_nearest() -> None:
     ids=lambda v: str(v),
 )
 def test_every_grid_has_its_exact_types(grid: Grid, columns: int, names: list[str]) -> None:
-    assert [t.name for t in exact_types(grid, "row", (8, columns))] == names
+    types = TARGETS["gguf:mixed"].types
+    assert [t.name for t in types if t.refusal(grid, "row", (8, columns)) is None] == names
 
 
 def test_the_matrix_says_what_fits_and_why_not() -> None:
@@ -188,3 +188,8 @@ def test_the_mixed_target_stores_each_tensor_in_its_cheapest_exact_type() -> Non
     assert mixed.storage(TERNARY, "row", (8, 256), fallback=False) is TQ1_0
     assert mixed.storage(TERNARY, "row", (8, 64), fallback=False) is Q2_0
     assert mixed.storage(TERNARY, 32, (8, 64), fallback=False) is Q4_0
+
+
+def test_every_container_is_served() -> None:
+    """A fourth one has its place in export/__init__.py, verify.py, engines.py, precheck.py and the model card."""
+    assert {chosen.container for chosen in TARGETS.values()} == {"gguf", "hf", "mlx"}

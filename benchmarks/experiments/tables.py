@@ -405,15 +405,19 @@ def tuning_table(stage: Stage, folder: Path, parent: Mapping[str, Any]) -> str:
                 cells.append((float(job.rate or 0.0), record["valid_nll"]))
         if not cells:
             continue
-        finite = [nll for _, nll in cells if nll is not None]
-        complete = len(cells) == len(stages.tuning_jobs(stage, arm))
+        try:
+            best = stages.best_rate(stage, arm, folder)
+            end = "not complete" if best is None else ""
+        except stages.AllDivergedError:
+            best, end = None, "all diverged"
+        if best is not None:
+            rates = stage.rates(arm)
+            end = "the lowest tried" if best == min(rates) else "the highest tried" if best == max(rates) else ""
         shown = []
         for rate, nll in cells:
             text = f"{rate:g}: " + ("diverged" if nll is None else f"{nll:.4f}")
-            shown.append(f"**{text}**" if complete and finite and nll == min(finite) else text)
-        best = min(cells, key=lambda cell: float("inf") if cell[1] is None else cell[1])[0]
-        end = "the lowest tried" if best == min(cells)[0] else "the highest tried" if best == max(cells)[0] else ""
-        lines.append(f"| {arm.name} | {', '.join(shown)} | {end if complete else 'not complete'} |")
+            shown.append(f"**{text}**" if rate == best else text)
+        lines.append(f"| {arm.name} | {', '.join(shown)} | {end} |")
     return "\n".join(lines)
 
 

@@ -52,7 +52,7 @@ SAVE_SECONDS = 60.0
 
 
 class NotThereYet(ConfigError):  # noqa: N818 - it is not a failure
-    """An arm that this version of hestia cannot run: its recipe, or its teacher, has not been built."""
+    """An arm that this version of hestia cannot run: its recipe has not been built."""
 
 
 class Paused(Exception):  # noqa: N818 - it is not a failure
@@ -82,8 +82,8 @@ def check_possible(job: Job) -> None:
     """Whether this version of hestia has what the arm needs.
 
     Raises:
-        NotThereYet: it has not, and what is missing.
-        ConfigError: the recipe is there and refuses the options.
+        NotThereYet: it lacks the recipe.
+        ConfigError: the recipe is there and refuses the options, or no such loss to a teacher.
     """
     arm = job.arm
     if arm.recipe != CONTROL and arm.recipe not in recipes.names():
@@ -184,7 +184,7 @@ def run_job(
 
     Raises:
         Paused: the deadline passed.
-        NotThereYet: recipe or teacher is not built yet.
+        NotThereYet: the recipe is not built yet.
     """
     if result.exists():
         raise ConfigError(f"{result} is there; results are never made twice")
@@ -304,7 +304,6 @@ def _train_config(job: Job) -> TrainConfig:
         seed=job.seed,
         log_every=0,
         distill=_distillation(job.arm.teacher),
-        teacher="parent" if job.arm.teacher else "",
         save_every=job.steps + 1,  # the callback asks for checkpoints by time
         keep=1,
         scale_rate=job.arm.factors.get("scale", 1.0),

@@ -14,7 +14,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
@@ -196,8 +195,8 @@ def _engines() -> Iterator[Check]:
     ):
         if importlib.util.find_spec(module) is None:
             yield Check(package, "note", f"not installed ({gives})", install)
-        elif package not in versions():
-            yield Check(package, "ok", f"{metadata.version(package)} ({gives})")
+        else:
+            yield Check(package, "ok", f"{versions().get(package, 'version unknown')} ({gives})")
 
 
 def _quantizer() -> str:

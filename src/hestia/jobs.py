@@ -14,7 +14,7 @@ from . import curvature, loading, processes, recipes
 from .data import Blocks, TokenizedText, epoch_order, pack_all, prepare, read_documents
 from .data.sources import resolve
 from .errors import ConfigError
-from .evaluation import Logits, hestia_protocol_perplexity, model_logits, run_tasks, score
+from .evaluation import PAPER_TOKENS, Logits, hestia_protocol_perplexity, model_logits, run_tasks, score
 from .export import llama_cpp
 from .export.frozen import MODEL_FOLDER
 from .export.gguf_reader import open_checked
@@ -29,6 +29,9 @@ from .quant.grouping import group_shape
 
 LARGEST_DEFAULT_BATCH = 16
 """Blocks a step where --batch-size is not given, at most."""
+
+DEFAULT_BLOCK = 1024
+"""Tokens a block where --seq-len is not given, at most."""
 
 TUNING_BLOCKS = 32
 """Training blocks set aside for the logged hard loss and the learning-rate pilot; the held-out text is scored once."""
@@ -127,7 +130,7 @@ def evaluate_model(
     source = _model_source(against if packed and against is not None else options.model)
     config = loading.load_config(source, trust_remote_code=options.trust_remote_code)
     tokenizer = loading.load_tokenizer(source, trust_remote_code=options.trust_remote_code)
-    seq_len = longest_block(config, options)
+    seq_len = longest_block(config, options, PAPER_TOKENS if protocol == "hestia" else DEFAULT_BLOCK)
     model: Any = None
     if packed:
         assert packed_logits is not None
@@ -137,7 +140,7 @@ def evaluate_model(
         logits = model_logits(model.to(device))
     record: dict[str, Any] = {"model": options.model}
     if options.data and protocol == "hestia":
-        record |= _paper_protocol(logits, options, tokenizer, min(2048, seq_len))
+        record |= _paper_protocol(logits, options, tokenizer, min(PAPER_TOKENS, seq_len))
     elif options.data:
         blocks = all_blocks(options, tokenizer, seq_len)
         loading.check_vocabulary(source, config, int(blocks.input_ids.max()))
@@ -252,7 +255,7 @@ def prepare_text(
     cache: Path | None,
     begun: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> TokenizedText:
-    """Training and held-out blocks as the options ask for; ``begun`` pins hub data sets."""
+    """Training and held-out blocks as the options ask for; ``cache`` is only read, ``begun`` pins hub data sets."""
     tokens = count(options.tokens, "tokens")
     batch, _ = batch_and_steps(options, seq_len, processes.world_size())
     if options.steps is not None:
@@ -268,6 +271,7 @@ def prepare_text(
         held_out_share=options.held_out_share,
         seed=options.seed,
         cache=cache,
+        keep=False,
         max_train_tokens=tokens + tokens // 10 + TUNING_BLOCKS * seq_len,
         max_held_out_tokens=count(options.eval_tokens, "eval_tokens"),
         begun=begun,
@@ -296,14 +300,14 @@ def spread(blocks: Blocks, most: int) -> Blocks:
     return Blocks(blocks.input_ids[rows], blocks.loss_mask[rows])
 
 
-def longest_block(config: Any, options: Options) -> int:
-    """Tokens a block: ``--seq-len``, or the model's maximum, 1024 at most.
+def longest_block(config: Any, options: Options, most: int = DEFAULT_BLOCK) -> int:
+    """Tokens a block: ``--seq-len``, or the model's maximum, ``most`` at most.
 
     Raises:
         ConfigError: more than the model has positions for.
     """
-    longest = int(getattr(config.get_text_config(), "max_position_embeddings", 1024) or 1024)
-    chosen = options.seq_len or min(1024, longest)
+    longest = int(getattr(config.get_text_config(), "max_position_embeddings", most) or most)
+    chosen = options.seq_len or min(most, longest)
     if chosen > longest:
         raise ConfigError(f"--seq-len {chosen} is longer than the model's {longest} positions")
     return chosen

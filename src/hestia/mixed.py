@@ -21,7 +21,7 @@ from .curvature.allocation import (
 from .curvature.damage import damages
 from .errors import ConfigError, PlanError
 from .plans import LayerPlan, Spending, stored_bytes
-from .quant import GroupSize, QuantSpec, ScaleRule
+from .quant import FittedLevel, GroupSize, QuantSpec, ScaleRule
 from .recipes import GRIDS, Recipe
 from .targets import StorageType, Stored, Target, file_bytes, span
 
@@ -282,4 +282,4 @@ def spending(
 
 def _as_frozen(scale: ScaleRule) -> ScaleRule:
     """A scale rule as it freezes: whether training fits the level to soft values changes no rounded weight."""
-    return replace(scale, soft=False) if hasattr(scale, "soft") else scale  # type: ignore[call-arg]
+    return replace(scale, soft=False) if isinstance(scale, FittedLevel) else scale

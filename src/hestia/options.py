@@ -50,6 +50,10 @@ def _option(default: Any, text: str, **extra: Any) -> Any:
     return field(default=default, metadata={"help": text, **extra})
 
 
+BYSTANDERS = frozenset({"out", "threads", "device", "report_to", "log_every", "save_every"})
+"""Options that may differ in a run that is resumed, and make no other arm: no number of the result hangs on them."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """Everything ``hestia quantize`` can be told.

@@ -278,11 +278,6 @@ def head_type(name: str) -> StorageType | None:
     return HEAD_TYPES[name]
 
 
-def exact_types(grid: Grid, group_size: GroupSize, shape: tuple[int, int]) -> list[StorageType]:
-    """Every GGUF type that holds a tensor of this grid, grouping and shape without loss, smallest first."""
-    return [t for t in _GGUF_TYPES if t.refusal(grid, group_size, shape) is None]
-
-
 def matrix(
     layers: Sequence[tuple[str, Grid, GroupSize, tuple[int, int]]] = (), *, fallback: bool = False, itemsize: int = 2
 ) -> list[dict[str, Any]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -479,3 +480,25 @@ def test_a_damage_that_cannot_pace_temperatures_is_refused_before_it_is_measured
     said = refuse(*job("--estimator", "kl"))
     assert said.startswith("recipe 'hestia' paces its temperatures by curvature, and the estimator 'kl' measures 'kl'")
     assert "calibrate with --estimator gnb" in said
+
+
+@pytest.mark.parametrize("damage", ["gone", "flipped"])
+def test_a_dry_run_of_a_resume_leaves_the_cache_as_it_is(
+    invoke: Invoke, toy_run: Path, toy_parent: Path, toy_text: Path, toy_held_out: Path, tmp_path: Path, damage: str
+) -> None:
+    run = shutil.copytree(toy_run, tmp_path / "run")
+    tokens = run / "cache" / "tokens.safetensors"
+    if damage == "gone":
+        shutil.rmtree(run / "cache")
+    else:
+        data = bytearray(tokens.read_bytes())
+        data[-5] ^= 1
+        tokens.write_bytes(data)
+    before = snapshot(run)
+    same = ["quantize", toy_parent, "--data", toy_text, "--eval-data", toy_held_out, "--out", run, *QUICK]
+    same += ["--target", "hf", "gguf:q4_0", *CALIBRATED, "--resume"]
+    status, _, err = invoke(*same, "--dry-run")
+    assert status == 0 and snapshot(run) == before, err
+    status, _, err = invoke(*same)
+    assert status == 0, err
+    assert tokens.read_bytes() == (toy_run / "cache" / "tokens.safetensors").read_bytes()  # made anew, and kept

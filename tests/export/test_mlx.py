@@ -98,3 +98,13 @@ def test_mlx_lm_computes_what_the_frozen_model_computes(tmp_path: Path, spec: st
     (tmp_path / "out" / "config.json").write_text("{}")
     with pytest.raises(VerifyError, match="mlx-lm failed"):
         mlx_engine.logits(tmp_path / "out", [[1, 2]])
+
+
+def test_a_tensor_of_zeros_has_its_place(tmp_path: Path) -> None:
+    model = qwen2()
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight.zero_()
+    frozen = freeze(model, tmp_path / "run")
+    assert not frozen.codes("model.layers.0.mlp.up_proj").codes.any()
+    export_mlx(frozen, tmp_path / "out")
+    assert check_mlx(tmp_path / "out", frozen) == []

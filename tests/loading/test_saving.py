@@ -116,11 +116,15 @@ def test_a_head_of_its_own_is_said_to_be_one(parent_copy: Path, tmp_path: Path) 
     assert "lm_head.weight" in load_file(tmp_path / "child" / "model.safetensors")
 
 
-def test_a_tokenizer_that_is_a_link_to_elsewhere_is_refused_before_training(parent_copy: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["tokenizer.json", "spiece.model", "vocab.txt", "chat_template.jinja"])
+def test_a_tokenizer_that_is_a_link_to_elsewhere_is_refused_before_training(
+    parent_copy: Path, tmp_path: Path, name: str
+) -> None:
     source = loading.resolve(str(parent_copy))
     loading.require_own_tokenizer(source)
-    (parent_copy / "tokenizer.json").rename(tmp_path / "tokenizer.json")
-    (parent_copy / "tokenizer.json").symlink_to(tmp_path / "tokenizer.json")
+    (tmp_path / name).write_text("{}")
+    (parent_copy / name).unlink(missing_ok=True)
+    (parent_copy / name).symlink_to(tmp_path / name)
     with pytest.raises(ConfigError, match=r"a link to .* given to nobody\. Put the file itself there: cp -L"):
         loading.require_own_tokenizer(source)
 

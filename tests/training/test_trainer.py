@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 import toy_models
+from naive_order import batch_indices
 from torch import nn
 from toy_training import blocks, converted, log_rows, trainer
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import hestia
-from hestia.data import batch_indices
 from hestia.errors import ConfigError
 from hestia.evaluation import model_logits, score
 from hestia.nn import knobs_of, quantized_modules

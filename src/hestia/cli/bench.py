@@ -58,7 +58,9 @@ def table(record: dict[str, Any]) -> str:
     """The record of ``compare_speed`` for people."""
     threads, bandwidth = record["threads"], record["bandwidth_gb_per_s"]
     place = f"{threads} thread{'s' if threads > 1 else ''}"
-    if bandwidth is None:
+    if bandwidth is None and not record["gpu_layers"]:
+        place += ", memory's speed could not be measured: no bound is known"
+    elif bandwidth is None:
         place += f", {'all' if record['gpu_layers'] < 0 else record['gpu_layers']} layers on the GPU: no bound is known"
     else:
         place += f", memory read at {bandwidth:.1f} GB/s; bound: bandwidth over the bytes that a token reads"

@@ -39,7 +39,7 @@ def command(model: str | None, config: str | None, as_json: bool, **typed: Any) 
     from ..files import write_text
     from ..jobs import calibrate_model
 
-    options = options_from(config, {"model": model, "allow_partial": True, **typed}, A_RUNS_OWN)
+    options = options_from(config, {"model": model, **typed}, A_RUNS_OWN)
     require_model(options)
     path = output_file(options.out or "sensitivity.json", (".safetensors", ".svg"))
     kept = path.with_suffix(".partial.safetensors")  # a calibration that was killed goes on from there

@@ -18,7 +18,7 @@ from .shared import DATA, MACHINE, JobCommand, job_options, json_option, options
 @click.option("--protocol", type=click.Choice(["hestia"]), help="the paper's packing of all of --data")
 @job_options(
     (*DATA, *MACHINE, "eval_tokens"),
-    leave_out=("eval_data", "held_out_share"),
+    leave_out=("eval_data", "held_out_share", "seed"),
     data="text to score: files, saved data sets or hub ids",
     eval_tokens="most tokens of --data to score, evenly spread",
 )

@@ -85,12 +85,13 @@ def _alone(path: Path, as_json: bool) -> None:
         raise VerifyError(f"{path}: {what} are not those of run {claims.run!r} that it names")
 
 
-def greedy_samples(path: Path, run: Path, tokens: int = 48) -> list[dict[str, str]]:
+def greedy_samples(path: Path, run: Path) -> list[dict[str, str]]:
     """The report's prompts, continued greedily by llama.cpp, beside what the frozen model wrote.
 
     Raises:
         ExportError: llama-cpp-python is not installed.
     """
+    from ..evaluation.diagnostics import NEW_TOKENS
     from ..export import llama_cpp
     from ..files import read_json
 
@@ -98,7 +99,7 @@ def greedy_samples(path: Path, run: Path, tokens: int = 48) -> list[dict[str, st
         {
             "prompt": sample["prompt"],
             "frozen": sample["quantized"],
-            "llama.cpp": llama_cpp.generate(path, sample["prompt"], tokens).text,
+            "llama.cpp": llama_cpp.generate(path, sample["prompt"], NEW_TOKENS).text,
         }
         for sample in read_json(run / "diagnostics.json").get("samples", [])
     ]

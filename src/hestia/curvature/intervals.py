@@ -17,16 +17,15 @@ from collections.abc import Sequence
 CONFIDENCE = 0.95
 
 
-def log_mean_interval(samples: Sequence[float], confidence: float = CONFIDENCE) -> tuple[float, float]:
+def log_mean_interval(samples: Sequence[float]) -> tuple[float, float]:
     """Mean ``m`` and half-width ``h`` of the t interval of the mean of natural logs.
 
-        m = mean(log S),    h = t_{(1 + confidence) / 2, n - 1} * sd(log S) / sqrt(n)
+        m = mean(log S),    h = t_{0.975, n - 1} * sd(log S) / sqrt(n)
 
     ``exp(m - h) .. exp(m + h)`` is the interval of the geometric mean.
 
     Args:
         samples: at least two positive numbers, one a sequence.
-        confidence: in (0, 1).
 
     >>> m, h = log_mean_interval([1.0, math.e**2])
     >>> round(m, 12), round(h, 4)
@@ -35,7 +34,7 @@ def log_mean_interval(samples: Sequence[float], confidence: float = CONFIDENCE) 
     from scipy.special import stdtrit  # here, so that listing the recipes needs torch alone
 
     logs = [math.log(sample) for sample in samples]
-    quantile = float(stdtrit(len(logs) - 1, 0.5 * (1.0 + confidence)))
+    quantile = float(stdtrit(len(logs) - 1, 0.5 * (1.0 + CONFIDENCE)))
     return statistics.fmean(logs), quantile * statistics.stdev(logs) / math.sqrt(len(logs))
 
 
@@ -52,10 +51,10 @@ def jackknife_error(samples: Sequence[float]) -> float:
     return statistics.stdev(samples) / math.sqrt(len(samples))
 
 
-def mean_interval(samples: Sequence[float], confidence: float = CONFIDENCE) -> tuple[float, float]:
+def mean_interval(samples: Sequence[float]) -> tuple[float, float]:
     """Mean and half-width of the ordinary t interval, for samples that may be negative.
 
-        h = t_{(1 + confidence) / 2, n - 1} * sd(S) / sqrt(n)
+        h = t_{0.975, n - 1} * sd(S) / sqrt(n)
 
     Tails are heavy, so it covers less than it promises (0.79 for a nominal 0.95 where it was measured): good enough to
     ask whether a signed estimate is distinguishable from zero, not to quote.
@@ -65,7 +64,7 @@ def mean_interval(samples: Sequence[float], confidence: float = CONFIDENCE) -> t
     """
     from scipy.special import stdtrit
 
-    quantile = float(stdtrit(len(samples) - 1, 0.5 * (1.0 + confidence)))
+    quantile = float(stdtrit(len(samples) - 1, 0.5 * (1.0 + CONFIDENCE)))
     return statistics.fmean(samples), quantile * jackknife_error(samples)
 
 

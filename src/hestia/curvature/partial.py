@@ -68,9 +68,9 @@ class Partial:
         announce(f"{self.path}: {len(rows)} sequences were measured before; going on from there")
         return rows
 
-    def save(self, rows: Sequence[Row], diagonals: Diagonals | None, *, now: bool = False) -> None:
-        """Write them, if the last writing is old enough or ``now``."""
-        if not now and time.monotonic() - self._written < SECONDS:
+    def save(self, rows: Sequence[Row], diagonals: Diagonals | None) -> None:
+        """Write them, if the last writing is old enough."""
+        if time.monotonic() - self._written < SECONDS:
             return
         names = names_of(rows)
         samples, present = to_matrices(rows, names)
@@ -80,10 +80,6 @@ class Partial:
         with replacing(self.path) as temporary:
             save_file(tensors, temporary, {"schema": SCHEMA, "key": self.key, "names": json.dumps(names)})
         self._written = time.monotonic()
-
-    def remove(self) -> None:
-        """The calibration is finished and kept elsewhere."""
-        self.path.unlink(missing_ok=True)
 
 
 def key_of(

@@ -2,14 +2,13 @@
 
 from .blocks import TokenizedText, pack_all, prepare
 from .documents import Document, read_documents
-from .order import batch_indices, epoch_order
+from .order import epoch_order
 from .packing import Blocks
 
 __all__ = [
     "Blocks",
     "Document",
     "TokenizedText",
-    "batch_indices",
     "epoch_order",
     "pack_all",
     "prepare",

@@ -33,11 +33,13 @@ class TokenizedText:
         held_out: blocks to evaluate on. No document that equals one of theirs is trained on; a passage that recurs in
             another document may be.
         record: how both came to be, for tokens.json and report.json.
+        fresh: made now, and not found in a cache.
     """
 
     train: Blocks
     held_out: Blocks
     record: dict[str, Any]
+    fresh: bool = True
 
 
 def prepare(
@@ -52,6 +54,7 @@ def prepare(
     held_out_share: float = 0.05,
     seed: int = 0,
     cache: Path | None = None,
+    keep: bool = True,
     max_train_tokens: int | None = None,
     max_held_out_tokens: int | None = None,
     begun: Mapping[str, Mapping[str, Any]] | None = None,
@@ -71,7 +74,8 @@ def prepare(
         column: what counts of a row; None: ``messages``, else ``text``.
         held_out_share: of the tokens, in (0, 0.5).
         seed: decides which documents are held out and which are sampled.
-        cache: a folder to keep the result in; a matching one is loaded instead of tokenizing again.
+        cache: a folder of an earlier result; a matching one is loaded instead of tokenizing again.
+        keep: whether a fresh result is written to ``cache``.
         max_train_tokens: tokenize only about so many, of documents sampled by seed, and cut there.
         max_held_out_tokens: read hub data sets in ``eval_sources`` for so many; files are read whole.
         begun: hub data set as given -> the fingerprint to keep to; the hub is not asked for today's.
@@ -110,41 +114,36 @@ def prepare(
     key = _key(made_from)
     if cache is not None and (found := token_cache.load(cache, key)) is not None:
         # Names of files are no part of the key; the record tells today's.
-        return TokenizedText(found[0], found[1], {**found[2], **made_from})
+        return TokenizedText(found[0], found[1], {**found[2], **made_from}, fresh=False)
 
     train = [_pinned(*pair) for pair in zip(train, made_from["data"], strict=True)]
     how = Reading(separator, column)
     documents, hub_rows = _read(train, how, "reading", most)
-    eval_documents = None
+    given = None
     if evaluation is not None:
         evaluation = [_pinned(*pair) for pair in zip(evaluation, made_from["eval_data"], strict=True)]
-        eval_documents, more = _read(evaluation, how, "reading held-out text", most_held_out)
+        given, more = _read(evaluation, how, "reading held-out text", most_held_out)
         hub_rows += more
     _check_reading(how, [*train, *(evaluation or [])])
 
-    held_out_documents = None
-    dropped = 0
-    if eval_documents is not None:
-        digests = {document.digest for document in eval_documents}
-        fresh = [document for document in documents if document.digest not in digests]
-        if not fresh:
+    held_out, dropped = None, 0
+    if given is not None:
+        kept = _without(documents, given)
+        if not kept:
             raise ConfigError(
                 f"--data {_names(train)}: every document is also in --eval-data {_names(evaluation or [])}; "
                 f"give other text to evaluate on, or leave out --eval-data to hold a part out"
             )
-        dropped = len(documents) - len(fresh)
-        documents = fresh
-        held_out_documents = tokenize(eval_documents, tokenizer, chosen_joiner)
+        documents, dropped = kept, len(documents) - len(kept)
+        held_out = tokenize(given, tokenizer, chosen_joiner)
 
     if enough is not None:
         documents = [documents[i] for i in permutation(len(documents), seed, SAMPLE_STREAM).tolist()]
     pieces = tokenize(documents, tokenizer, chosen_joiner, enough=enough)
-    documents = documents[: len(pieces)]
-
-    if held_out_documents is not None and eval_documents is not None:
-        parts = Split(pieces, held_out_documents, dropped, "the given files", (len(pieces), len(held_out_documents)))
+    if held_out is None:
+        parts = split(documents[: len(pieces)], pieces, share=held_out_share, seq_len=seq_len, seed=seed)
     else:
-        parts = split(documents, pieces, share=held_out_share, seq_len=seq_len, seed=seed)
+        parts = Split(pieces, held_out, dropped, "the given files", (len(pieces), len(held_out)))
     train_blocks, train_empty = pack(parts.train, seq_len, what=f"--data {_names(train)}", limit=max_train_tokens)
     held_out_blocks, held_out_empty = pack(
         parts.held_out, seq_len, what="the held-out text" if evaluation is None else f"--eval-data {_names(evaluation)}"
@@ -168,7 +167,7 @@ def prepare(
         record["hub_rows"] = hub_rows
     if empty := train_empty + held_out_empty:
         announce(f"{empty:,} blocks of {seq_len} tokens are left out: none of their tokens is the assistant's")
-    if cache is not None:
+    if cache is not None and keep:
         token_cache.save(cache, key, train_blocks, held_out_blocks, record)
     return TokenizedText(train_blocks, held_out_blocks, record)
 
@@ -250,6 +249,12 @@ def _read(
             )
             announce(f"{source.given}: {extent.rows:,} rows read{'' if extent.whole else ', the rest not looked at'}")
     return documents, hub_rows
+
+
+def _without(documents: Sequence[Document], others: Sequence[Document]) -> list[Document]:
+    """The documents that equal none of the others."""
+    digests = {document.digest for document in others}
+    return [document for document in documents if document.digest not in digests]
 
 
 def _characters(tokens: int | None, seq_len: int) -> int | None:

@@ -12,8 +12,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..errors import ConfigError
-
 _WORD = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
 
@@ -37,27 +35,6 @@ def epoch_order(blocks: int, seed: int, epoch: int) -> Tensor:
     True
     """
     return torch.from_numpy(permutation(blocks, seed, epoch))
-
-
-def batch_indices(blocks: int, batch_size: int, seed: int, step: int) -> Tensor:
-    """The blocks of batch ``step``, int64 [batch_size]: items step*batch_size... of epoch 0, 1, 2, ... in a row.
-
-    An epoch's remainder opens the batch that the next epoch fills up; nothing is dropped.
-
-    Raises:
-        ConfigError: no blocks, an empty batch or a negative step.
-    """
-    if blocks < 1 or batch_size < 1 or step < 0:
-        raise ConfigError(f"no batch {step} of {batch_size} out of {blocks} blocks: all three must be positive")
-    epoch, at = divmod(step * batch_size, blocks)
-    parts: list[Tensor] = []
-    missing = batch_size
-    while missing:
-        part = epoch_order(blocks, seed, epoch)[at : at + missing]
-        parts.append(part)
-        missing -= len(part)
-        epoch, at = epoch + 1, 0
-    return torch.cat(parts)
 
 
 def _mix(words: NDArray[np.uint64]) -> NDArray[np.uint64]:

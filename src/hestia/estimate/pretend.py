@@ -29,6 +29,7 @@ from transformers import AutoModelForCausalLM
 
 from ..nn import apply
 from ..plans import Plan
+from ..training.config import set_up
 from ..training.distillation import Distillation, piece
 from ..training.teacher import HeadInput, hold_in_bf16
 from .live import LiveBytes
@@ -125,13 +126,7 @@ def _run(config: Any, step: Step, trust_remote_code: bool) -> Work:
         if step.teaching and step.bf16:
             hold_in_bf16(model)
         model.train(step.training)
-        if step.checkpointing:
-            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-            enable({"use_reentrant": False})
-        if not step.train_embeddings:
-            for module in model.modules():
-                if isinstance(module, nn.Embedding):
-                    module.requires_grad_(False)
+        set_up(model, train_embeddings=step.train_embeddings, checkpointing=step.checkpointing)
         ids = torch.zeros(step.batch, step.tokens, dtype=torch.long)
         student = None if step.teacher is None else _Student(model, step, live)
         spared = step.teaching and spares_head(model)

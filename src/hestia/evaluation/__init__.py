@@ -5,11 +5,12 @@ finished runs against each other (``comparison``).
 from .comparison import Comparison, ScoredRun, compare_runs
 from .harness import run_tasks
 from .paired import PairedDifference, gap_closed, holm, paired_difference, paired_p_value
-from .protocols import ProtocolPerplexity, hestia_protocol_perplexity
+from .protocols import PAPER_TOKENS, ProtocolPerplexity, hestia_protocol_perplexity
 from .scoring import Logits, Score, model_logits, score
 from .shared import shared_score
 
 __all__ = [
+    "PAPER_TOKENS",
     "Comparison",
     "Logits",
     "PairedDifference",

@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from ..errors import ConfigError
+from ..options import BYSTANDERS
 from .paired import PairedDifference, holm, paired_difference, paired_p_value
 
 _SAME = 1e-3  # nats a block: one model scored twice in fp32, on any two machines, differs by less
@@ -27,7 +28,7 @@ _SAME = 1e-3  # nats a block: one model scored twice in fp32, on any two machine
 SEEDS_TO_CLAIM = 3
 """Common seeds that a claim about two methods takes, at least: an interval of two has one degree of freedom."""
 
-_FREE = frozenset({"seed", "out", "device", "threads", "report_to", "log_every", "save_every", "plan"})
+_FREE = BYSTANDERS | {"seed", "plan"}
 """Options that make no other arm; of a plan its digest counts, not its place."""
 
 

@@ -14,6 +14,9 @@ from ..quant import Quantizer
 from ..quant.grouping import to_groups
 
 SHOWN_TENSORS = 8
+NEW_TOKENS = 48
+"""How far a sample goes on; `hestia verify --samples` has llama.cpp go as far."""
+
 _EDGES = 81
 _RANGE = 4.0
 
@@ -63,7 +66,7 @@ def continuations(
     *,
     count: int = 5,
     prompt_tokens: int = 24,
-    new_tokens: int = 48,
+    new_tokens: int = NEW_TOKENS,
 ) -> list[dict[str, str]]:
     """Greedy continuations of the same held-out prompts by parent and quantized model."""
     samples: list[dict[str, str]] = []

@@ -19,6 +19,9 @@ from ..data import Blocks
 from ..errors import ConfigError
 from .scoring import Logits, Score, score
 
+PAPER_TOKENS = 2048
+"""The longest sequence of the paper's evaluation."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ProtocolPerplexity:

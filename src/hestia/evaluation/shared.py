@@ -20,7 +20,6 @@ def shared_score(
     blocks: Blocks,
     *,
     parent: Logits | None = None,
-    batch_size: int | None = None,
     description: str = "evaluating",
 ) -> Score:
     """``score``, called by every process with the same blocks; alone it is ``score`` itself.
@@ -30,7 +29,7 @@ def shared_score(
     """
     world = processes.world_size()
     if world == 1:
-        return score(logits, blocks, parent=parent, batch_size=batch_size, description=description)
+        return score(logits, blocks, parent=parent, description=description)
     count = len(blocks)
     mine = range(processes.rank(), count, world)
     sums = torch.zeros(4, count, dtype=torch.float64)  # NLL and KL of a block, its tokens, and where the two agree
@@ -38,7 +37,7 @@ def shared_score(
     found, failure = None, None
     if bool(share.with_target.any()):
         try:
-            found = score(logits, share, parent=parent, batch_size=batch_size, description=description)
+            found = score(logits, share, parent=parent, description=description)
         except (ConfigError, GuardError) as error:
             failure = error
     _raise_together(failure)

@@ -21,7 +21,6 @@ import numpy as np
 import torch
 
 from ..errors import ExportError, PlanError
-from ..quant.grids import Grid
 from ..targets import BF16, F16, F32, StorageType, Target
 from .digest import codes_digest
 from .frozen import FrozenModel
@@ -277,23 +276,13 @@ def _entries(
 
 def _quantized(frozen: FrozenModel, target: Target, name: str, path: str, heads: int, *, fallback: bool) -> Entry:
     tensor = frozen.codes(path)
-    levels = _levels(tensor.codes)
-    grid = Grid(tuple(sorted(levels if len(levels) > 1 else levels | {0, 1})))
     try:
-        storage = target.storage(grid, tensor.group_size, tensor.shape, fallback=fallback)
+        storage = target.storage(tensor.grid(), tensor.group_size, tensor.shape, fallback=fallback)
     except PlanError as error:
         raise PlanError(f"{path}: {error}") from None
     if storage is F16:
         storage = _smallest_exact(tensor.dense())
     return Entry(name, f"{path}.weight", tensor.shape, storage, path=path, heads=heads)
-
-
-def _levels(codes: torch.Tensor) -> set[int]:
-    """The codes that occur."""
-    seen = np.zeros(256, np.int64)
-    for part in codes.split(max(1, PIECE // max(1, codes.shape[1]))):
-        seen += np.bincount(part.numpy().reshape(-1).view(np.uint8), minlength=256)
-    return {int(v) for v in np.flatnonzero(seen).astype(np.uint8).view(np.int8)}
 
 
 def _smallest_exact(tensor: torch.Tensor) -> StorageType:

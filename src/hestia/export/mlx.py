@@ -24,7 +24,6 @@ from torch import Tensor
 
 from ..errors import ExportError, PlanError
 from ..loading import rope_keys
-from ..quant.grids import Grid
 from ..quant.grouping import GroupSize
 from ..targets import MLX2, scale_group, span
 from .frozen import FrozenModel
@@ -145,8 +144,7 @@ def _entries(frozen: FrozenModel) -> Iterator[Entry]:
 def _affine(frozen: FrozenModel, path: str, group: int) -> Iterator[Entry]:
     weight, dtype = frozen.codes(path), frozen.tensor(f"{path}.weight").dtype
     rows, columns = weight.shape
-    levels = {int(weight.codes.min()), 0, int(weight.codes.max())}
-    refusal = MLX2.refusal(Grid(tuple(sorted(levels))), weight.group_size, weight.shape)
+    refusal = MLX2.refusal(weight.grid(), weight.group_size, weight.shape)
     if refusal is not None:
         raise PlanError(f"{path}: {refusal}")
     if not torch.equal(weight.scales.to(dtype).float(), weight.scales):

@@ -97,8 +97,7 @@ def refit(
     weights = 0
     for path in frozen.quantized:
         tensor = frozen.codes(path)
-        present = set(tensor.codes.unique().tolist())
-        grid = Grid(tuple(sorted(present if len(present) > 1 else present | {0, 1})))
+        grid = tensor.grid()
         if _held(target, grid, tensor):
             continue
         refusal = storage.refusal(grid, length, tensor.shape)

@@ -48,7 +48,7 @@ def compare_speed(
     Returns:
         ``{"threads", "gpu_layers", "bandwidth_gb_per_s", "files": [{"name", "bytes", "bytes_per_token", "types", tokens
         per second of "decode", "prompt" and "bound", "share_of_bound", "times_first", "rounds"}]}``; with layers on a
-        GPU, whose memory is not measured, bandwidth, bound and share are None.
+        GPU, whose memory is not measured, and where this machine's could not be, bandwidth, bound and share are None.
 
     Raises:
         ConfigError: no such file.
@@ -62,7 +62,7 @@ def compare_speed(
     turns = [(round_, path) for round_ in range(rounds) for path in paths]
     for round_, path in progress.track(turns, "measuring", total=len(turns)):
         if path == paths[0] and not gpu_layers:
-            bandwidth = max(bandwidth, read_bandwidth(threads))
+            bandwidth = max(bandwidth, read_bandwidth(threads) or 0.0)
         context = prompt_tokens + tokens + 8
         with Session(path, context=context, threads=threads, gpu_layers=gpu_layers) as session:
             session.bench(min(8, prompt_tokens), 2)  # touches every page of the file
@@ -73,7 +73,7 @@ def compare_speed(
     first = max(decode for decode, _ in speeds[paths[0]])
     for path in paths:
         decode, prompt = (max(values) for values in zip(*speeds[path], strict=True))
-        bound = None if gpu_layers else bandwidth / read[path]
+        bound = bandwidth / read[path] or None
         files.append(
             {
                 "name": path.name,
@@ -94,7 +94,7 @@ def compare_speed(
         "tokens": tokens,
         "threads": threads,
         "gpu_layers": gpu_layers,
-        "bandwidth_gb_per_s": None if gpu_layers else bandwidth / 1e9,
+        "bandwidth_gb_per_s": bandwidth / 1e9 or None,
         "files": files,
     }
 
@@ -108,12 +108,15 @@ def bytes_per_token(path: Path) -> int:
     return sum(sizes.values())
 
 
-def read_bandwidth(threads: int) -> float:
-    """Bytes a second that ``threads`` threads read from memory; measured in a process of its own."""
+def read_bandwidth(threads: int) -> float | None:
+    """Bytes a second that ``threads`` threads read from memory, in a process of its own; None where it failed.
+
+    It takes 1 GiB, which a small container may not have.
+    """
     names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
     environment = {**os.environ, **dict.fromkeys(names, str(threads))}
-    done = subprocess.run([sys.executable, "-c", _PROBE], capture_output=True, text=True, check=True, env=environment)
-    return float(done.stdout)
+    done = subprocess.run([sys.executable, "-c", _PROBE], capture_output=True, text=True, check=False, env=environment)
+    return float(done.stdout) if done.returncode == 0 else None
 
 
 def _types(path: Path) -> dict[str, int]:

@@ -45,7 +45,8 @@ class Verification:
         engine: what ran the file, with its version.
         notes: what was not checked, and why; files in a folder that no loader reads.
         details: what else was measured: ``kl_emulated`` and ``kl_bound``, ``nll`` of frozen model, engine and emulation
-            with its bound, ``tokens``, ``tokenizer`` (strings compared), ``head`` where embeddings or head are rounded.
+            with its bound, ``tokens``, ``tokenizer`` (strings compared), ``head_nll_change`` where embeddings or head
+            are rounded.
     """
 
     target: str

@@ -20,7 +20,7 @@ from .sources import Source
 TERMS = ("LICENSE*", "NOTICE*", "USE_POLICY*")
 """The terms of a parent, which its child is under as well."""
 
-COPIED = (
+TOKENIZER = (
     "tokenizer*",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -29,9 +29,10 @@ COPIED = (
     "spiece.model",
     "chat_template*",
     "additional_chat_templates/*.jinja",
-    "generation_config.json",
-    *TERMS,
 )
+"""The files of a tokenizer and its templates."""
+
+COPIED = (*TOKENIZER, "generation_config.json", *TERMS)
 """Files of a parent that its frozen child carries byte for byte."""
 
 _READS_THE_FILE = (None, "PreTrainedTokenizerFast", "TokenizersBackend")
@@ -133,9 +134,8 @@ def require_own_tokenizer(source: Source) -> None:
     if not source.is_local:
         return
     folder = Path(source.location)
-    for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "merges.txt"):
-        path = folder / name
-        if path.is_file() and _leads_out(path, folder):
+    for path in _matching(folder, TOKENIZER):
+        if _leads_out(path, folder):
             raise ConfigError(
                 f"{path}: a link to {path.resolve()}, out of the model's folder; what lies there is given to nobody. "
                 f"Put the file itself there: cp -L {path} {path}.file && mv {path}.file {path}"

@@ -99,8 +99,8 @@ class QuantLinear(nn.Linear):
         else:
             self.bias.data = bias
 
-    def hard(self) -> Tensor:
-        """The hard, unsnapped ``level Q(w / step)`` that corrections pull to, detached."""
+    def unsnapped(self) -> Tensor:
+        """The hard ``level Q(w / step)`` before the level is snapped, which corrections pull to; detached."""
         one = torch.ones((), dtype=torch.float32, device=self.weight.device)
         out = self.quantizer.fake(whole(self.weight.detach()), one, torch.zeros_like(one), self._whole_held()).detach()
         return shared_as(self.weight, out)

@@ -106,7 +106,6 @@ def _config_for(work: Workspace, rate: float, steps: int, *, save: bool) -> Trai
         distill=None
         if o.teacher is None
         else Distillation(divergence=o.distill, weight=o.distill_weight, noise=o.distill_noise),
-        teacher=o.teacher or "",
         bf16=work.bf16,
         gradient_checkpointing=o.gradient_checkpointing,
         compile=o.compile,

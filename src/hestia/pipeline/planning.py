@@ -71,9 +71,10 @@ def _first_plan(work: Workspace, given: Plan | None) -> Plan:
     if not widths_may_differ(work.options) or work.options.sensitivity is not None:
         return _make_plan(work, work.options.sensitivity)
     if work.options.calibrate == 0:
+        o = work.options
+        asked = "--max-kl" if o.max_kl is not None else "--widths" if o.widths else f"--bits {o.bits:g}"
         raise ConfigError(
-            f"--calibrate 0 leaves nothing to spend --bits {work.options.bits:g} by; "
-            "give --sensitivity FILE, or let it calibrate"
+            f"--calibrate 0 leaves nothing to spend {asked} by; give --sensitivity FILE, or let it calibrate"
         )
     return _make_plan(work, None, alike=True)
 

@@ -18,11 +18,11 @@ from transformers import PreTrainedModel, set_seed
 
 from .. import loading, processes
 from ..data import cache as token_cache
-from ..errors import ConfigError, DiskSpaceError, ExportError, HestiaError, PlanError, VerifyError
+from ..errors import ConfigError, DiskSpaceError, HestiaError, VerifyError
 from ..export.frozen import CODES_FILE, FrozenModel
 from ..files import TEMPORARY, read_json, require_inside, sweep, write_text
 from ..lock import LOCK_FILE, locked
-from ..options import Options, load_config
+from ..options import BYSTANDERS, Options, load_config
 from ..plans import Plan
 from ..progress import announce as say
 from ..resources import free_disk
@@ -111,7 +111,7 @@ class Run:
         if (self.work.folder / OPTIONS_FILE).is_file():
             check_inputs(self.work)
         plan = plan_without_curvature(self.work, self.given_plan)
-        self._check_inputs(trains=plan.trains)
+        self._refuse_early(trains=plan.trains)
         work, options = self.work, self.work.options
         teacher = options.teacher if plan.trains else None
         open_yet = calibrates(options) and widths_may_differ(options)
@@ -156,7 +156,7 @@ class Run:
         work, started = self.work, time.perf_counter()
         plan = plan_without_curvature(work, self.given_plan)
         text = work.text
-        self._check_inputs(trains=plan.trains)
+        self._refuse_early(trains=plan.trains)
         self._open_folder()
         say(f"{len(text.train):,} training blocks, {len(text.held_out):,} held-out blocks of {work.seq_len} tokens")
         plan = plan_run(work, self.given_plan, plan)
@@ -196,7 +196,7 @@ class Run:
         for name in plan.targets:
             try:
                 made.append(deliver(self.work, plan, name, frozen, _entries(before)))
-            except (ExportError, PlanError, VerifyError) as error:
+            except (ConfigError, VerifyError) as error:
                 refused.append((name, error))
         if not made:
             raise refused[0][1]
@@ -214,11 +214,10 @@ class Run:
         recorded = folder / OPTIONS_FILE
         if recorded.is_file():
             before = Options(**load_config(recorded))
-            ignored = {"out", "threads", "device", "report_to", "log_every", "save_every"}
             differing = [
                 f"{item.name} is {getattr(before, item.name)!r} there and {getattr(options, item.name)!r} here"
                 for item in dataclasses.fields(Options)
-                if item.name not in ignored and _meant(before, item.name) != _meant(options, item.name)
+                if item.name not in BYSTANDERS and _meant(before, item.name) != _meant(options, item.name)
             ]
             if differing:
                 more = "Choose another --out"
@@ -230,7 +229,7 @@ class Run:
         elif folder.exists() and (not folder.is_dir() or any(not _left_behind(path) for path in folder.iterdir())):
             raise ConfigError(f"{folder} exists and is not a run of hestia; choose another --out")
 
-    def _check_inputs(self, *, trains: bool) -> None:
+    def _refuse_early(self, *, trains: bool) -> None:
         """Refuse what stops a later stage: too little text, an odd batch, a wrong teacher, damaged weights, no room."""
         self.work.tuning_count()
         _ = self.work.batch_size
@@ -260,8 +259,9 @@ class Run:
         if processes.first():
             write_text(work.folder / OPTIONS_FILE, work.options.to_yaml())
             keep_inputs(work)
-            if not (work.folder / CACHE_FOLDER).is_dir():
-                text, cache = work.text, work.folder / CACHE_FOLDER
+            text = work.text
+            if text.fresh:
+                cache = work.folder / CACHE_FOLDER
                 token_cache.save(cache, text.record["key"], text.train, text.held_out, text.record)
             work.stopwatch.keep()
         processes.barrier()
@@ -299,7 +299,9 @@ def _meant(options: Options, name: str) -> Any:
     value = getattr(options, name)
     if name in ("data", "eval_data"):
         return [Path(given).resolve() if Path(given).exists() else given for given in value]
-    return Path(value).resolve() if name in ("model", "teacher") and value and Path(value).is_dir() else value
+    if name in ("model", "teacher", "sensitivity", "plan") and value and Path(value).exists():
+        return Path(value).resolve()
+    return value
 
 
 def _left_behind(path: Path) -> bool:

@@ -111,7 +111,7 @@ class Workspace:
 
     @cached_property
     def text(self) -> TokenizedText:
-        """Training and held-out blocks; tokenized once and cached in the run."""
+        """Training and held-out blocks; of a run that is resumed from its cache."""
         text = prepare_text(self.options, self.tokenizer, self.seq_len, self._cache(), self.hub_data())
         loading.check_vocabulary(self.source, self.config, int(text.record["max_token_id"]))
         return text

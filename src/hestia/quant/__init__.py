@@ -9,7 +9,7 @@ from .held import HeldRule
 from .importance import Saliency, WeightedRule
 from .learned import LearnedLevel, LearnedRule, LearnedStep, StretchedElastic
 from .quantizer import Quantizer, fake_quantize
-from .scales import TWN, AbsMax, AbsMean, Gaussian, LeastSquares, RootMeanSquare, ScaleRule, snap
+from .scales import TWN, AbsMax, AbsMean, FittedLevel, Gaussian, LeastSquares, RootMeanSquare, ScaleRule, snap
 from .shifts import DeadZone, OutputShift
 from .spec import QuantSpec
 
@@ -28,6 +28,7 @@ __all__ = [
     "DampedFourier",
     "DeadZone",
     "Estimator",
+    "FittedLevel",
     "Gaussian",
     "Grid",
     "GroupSize",

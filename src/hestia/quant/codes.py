@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from .grids import Grid
 from .grouping import GroupSize, group_shape
+
+PIECE = 1 << 21
+"""Codes that are counted at a time."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +33,14 @@ class QuantizedTensor:
     def shape(self) -> tuple[int, int]:
         """(out_features, in_features)."""
         return self.codes.shape[0], self.codes.shape[1]
+
+    def grid(self) -> Grid:
+        """The integers that occur, as a grid; 0 and 1 with them where only one does, which is none."""
+        seen = np.zeros(256, np.int64)
+        for part in self.codes.split(max(1, PIECE // max(1, self.shape[1]))):
+            seen += np.bincount(part.numpy().reshape(-1).view(np.uint8), minlength=256)
+        levels = {int(v) for v in np.flatnonzero(seen).astype(np.uint8).view(np.int8)}
+        return Grid(tuple(sorted(levels if len(levels) > 1 else levels | {0, 1})))
 
     def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """``codes * scales`` as a matrix ``[O, I]``, multiplied in fp32 and then cast."""

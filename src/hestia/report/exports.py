@@ -20,7 +20,7 @@ class Verification:
         differences: what else differs, kept tensors and metadata too; ``notes``: what could not be checked.
         ok: the verdict of ``verify`` itself; None where it gave none.
         kl_emulated: the KL of an emulation of the engine's rounding of activations; ``kl_bound``: what is allowed.
-        nll_frozen, nll_engine: nats a token on ``tokens`` held-out tokens; ``nll_bound``: the change that is allowed.
+        nll_frozen, nll_engine: nats a token on ``tokens`` held-out tokens.
         strings, strings_equal: strings that were tokenized by both, and alike.
         head_nll_change: what rounding the embedding and head cost, nats a token; None where they are exact.
     """
@@ -36,7 +36,6 @@ class Verification:
     kl_bound: float | None = None
     nll_frozen: float | None = None
     nll_engine: float | None = None
-    nll_bound: float | None = None
     tokens: int | None = None
     strings: int | None = None
     strings_equal: int | None = None
@@ -89,7 +88,6 @@ def read_export(entry: Object, run: Path) -> Export:
             kl_bound=number(checked.raw.get("kl_bound")),
             nll_frozen=number(mapping(checked.raw.get("nll")).get("frozen")),
             nll_engine=number(mapping(checked.raw.get("nll")).get("engine")),
-            nll_bound=number(mapping(checked.raw.get("nll")).get("bound")),
             tokens=whole(checked.raw.get("tokens")),
             strings=whole(mapping(checked.raw.get("tokenizer")).get("strings")),
             strings_equal=whole(mapping(checked.raw.get("tokenizer")).get("equal")),

@@ -165,7 +165,7 @@ def correct(layers: Iterable[QuantLinear], optimizer: torch.optim.Optimizer, cor
         )
     for layer in trained:
         state = optimizer.state.get(layer.weight, {})
-        correction(layer.weight, layer.hard(), state, rates[id(layer.weight)], t)
+        correction(layer.weight, layer.unsnapped(), state, rates[id(layer.weight)], t)
 
 
 def _rates(optimizer: torch.optim.Optimizer) -> dict[int, float]:

@@ -1,4 +1,4 @@
-"""TrainConfig: how a model is trained, and which part of that moves a weight."""
+"""TrainConfig: how a model is trained, and which part of that moves a weight; and the model made ready for it."""
 
 from __future__ import annotations
 
@@ -7,11 +7,24 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import nn
+
 from ..errors import ConfigError
 from ..schedules import LearningRateSchedule
 from .distillation import Distillation
 
-_BYSTANDERS = {"log_every", "eval_every", "save_every", "eval_blocks", "keep", "report_to", "device", "teacher"}
+_BYSTANDERS = {"log_every", "eval_every", "save_every", "eval_blocks", "keep", "report_to", "device"}
+
+
+def set_up(model: Any, *, train_embeddings: bool, checkpointing: bool) -> None:
+    """Freeze a model's embeddings, and let it recompute activations, where that is asked for."""
+    if not train_embeddings:
+        for module in model.modules():
+            if isinstance(module, nn.Embedding):
+                module.requires_grad_(False)
+    if checkpointing:  # transformers renamed it on the way to 6.0
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +41,6 @@ class TrainConfig:
         scale_rate, norm_rate, embedding_rate: factors on the learning rate of learned scales, of norms and biases (all
             other vectors), and of embeddings (with a tied head).
         distill: the teacher's share in the loss; None trains on cross entropy alone.
-        teacher: the teacher's name or path, for the record; the model itself is given to the trainer.
         train_embeddings: False freezes embeddings, and with them a tied head.
         bf16: bf16 autocast over fp32 weights.
         gradient_checkpointing: recompute activations in the backward pass.
@@ -57,7 +69,6 @@ class TrainConfig:
     norm_rate: float = 1.0
     embedding_rate: float = 1.0
     distill: Distillation | None = None
-    teacher: str = ""
     train_embeddings: bool = True
     bf16: bool = True
     gradient_checkpointing: bool = False

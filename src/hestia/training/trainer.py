@@ -32,7 +32,7 @@ from ..progress import announce
 from . import checkpoints, fingerprints
 from .arguments import arguments
 from .callback import QATCallback
-from .config import TrainConfig, that_moves
+from .config import TrainConfig, set_up, that_moves
 from .guards import Interrupted, StopSignals, check_gradients, check_loss, check_state
 from .optimizer import adamw, scheduler
 from .progress import ProgressBar
@@ -93,14 +93,7 @@ class HestiaTrainer(Trainer):
         self._head_input = None if teacher is None else _head_input(model, train)
         self._input_ids: Tensor | None = None
         self._train, self._fingerprint = train, None
-        if not config.train_embeddings:
-            for module in model.modules():
-                if isinstance(module, nn.Embedding):
-                    module.requires_grad_(False)
-        if config.gradient_checkpointing:
-            # transformers renamed it on the way to 6.0
-            enable: Any = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-            enable({"use_reentrant": False})
+        set_up(model, train_embeddings=config.train_embeddings, checkpointing=config.gradient_checkpointing)
         noise = {} if config.distill is None else {"noise": config.distill.noise, "vocabulary": _vocabulary(model)}
         stream = BlockStream(train, config.steps * config.batch_size, config.seed, **noise)
         self._use_cache = getattr(getattr(model, "config", None), "use_cache", None)

@@ -1,6 +1,5 @@
 """From samples to a number a tensor: how much would quantizing it hurt? One score a file, each with its paper."""
 
-from ..temperatures import temperature_factors
 from .baq import BAQ
 from .base import Evidence, Score
 from .delta_loss import DeltaLoss
@@ -23,5 +22,4 @@ __all__ = [
     "Quadratic",
     "Score",
     "hestia_scores",
-    "temperature_factors",
 ]
