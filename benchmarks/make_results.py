@@ -82,20 +82,29 @@ def exports_table(found: dict[str, dict[str, dict[str, Any]]]) -> str:
         "| run | target | bytes | codes equal | engine | largest logit difference | KL |",
         "|---|---|--:|---|---|--:|--:|",
     ]
+    earlier = False
     for runs in found.values():
         for run in runs.values():
             for export in run["exports"]:
                 check = export["verify"]
+                old = export["target"].startswith("gguf") and "kl_bound" not in check
+                earlier |= old
                 cells = (
                     run["name"],
                     export["target"],
-                    f"{export['bytes']:,}",
+                    f"{export['bytes']:,}{'*' if old else ''}",
                     "yes" if check["codes_equal"] else "NO",
                     check["engine"] or "not installed",
                     _number(check["max_abs_logit_diff"]),
                     _number(check["kl"]),
                 )
                 lines.append(f"| {' | '.join(cells)} |")
+    if earlier:
+        lines += [
+            "",
+            "\\* Written by an earlier exporter, which stored the embedding in F32 where F16 or BF16 is exact, and "
+            "verified without a bound on KL, perplexity or the tokenizer.",
+        ]
     return "\n".join(lines)
 
 

@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gguf
@@ -268,3 +269,25 @@ def test_only_what_comes_from_the_hub_has_an_address() -> None:
     assert delivery._parent({"name": "gpt2", "commit": "0" * 40}, None) == Parent("gpt2")
     assert delivery._parent(None, "mit") is delivery._parent({"name": ""}, "mit") is None
     assert os.fsencode(delivery._parent({"name": "\ud800"}, None).name) == b"?"  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("primary", "signed", "low", "told"),
+    [
+        ("trace", False, 1.0, 2.0),
+        ("trace", True, -1.0, 3.0),
+        ("kl:ternary", False, 1.0, None),
+        ("eigenvalue", True, 1.0, None),
+    ],
+)
+def test_a_refit_expects_its_loss_from_a_trace_alone(
+    run: Path, monkeypatch: pytest.MonkeyPatch, primary: str, signed: bool, low: float, told: float | None
+) -> None:
+    """Of a signed estimate what scores use: the Gauss-Newton value where its interval is not positive."""
+    tensor = SimpleNamespace(trace=2.0, value=3.0 if low <= 0.0 else 2.0, signed=signed)
+    found = SimpleNamespace(primary=primary, tensors={"a": tensor})
+    monkeypatch.setattr(delivery.curvature.Sensitivity, "load", lambda path: found)
+    given: list[Any] = []
+    monkeypatch.setattr(delivery, "refit_scales", lambda frozen, target, traces, text: given.append(traces))
+    export_and_verify(FrozenModel(run), "hf", run / "again", fallback=False, refit=True)
+    assert given == [None if told is None else {"a": told}]

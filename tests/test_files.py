@@ -141,3 +141,39 @@ def test_only_files_with_an_end_are_read(tmp_path: Path) -> None:
         handle.truncate(files.LARGEST_TEXT + 1)  # a hole: it takes no room
     with pytest.raises(ConfigError, match="bytes are too many"):
         files.read_json(tmp_path / "large.json")
+
+
+def test_a_folder_that_was_set_aside_comes_back_where_no_other_stands(tmp_path: Path) -> None:
+    """A process that is killed between the two renames leaves nothing under the name itself."""
+    folder, aside = tmp_path / "model", tmp_path / ".model.123.aside.tmp"
+    new = tmp_path / ".model.123.tmp"
+    for place, content in ((aside, "old"), (new, "new")):
+        place.mkdir()
+        (place / "a").write_text(content, encoding="utf-8")
+    files.sweep(tmp_path)
+    assert (folder / "a").read_text(encoding="utf-8") == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+    aside.mkdir()
+    files.sweep(tmp_path)
+    assert (folder / "a").read_text(encoding="utf-8") == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def test_an_earlier_folder_comes_back_where_the_new_one_cannot_take_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "model"
+    with files.replacing_folder(folder) as temporary:
+        (temporary / "a").write_text("1", encoding="utf-8")
+    rename = os.replace
+
+    def failing(source: Path, target: Path) -> None:
+        if Path(target) == folder and "aside" not in Path(source).name:
+            raise KeyboardInterrupt
+        rename(source, target)
+
+    monkeypatch.setattr(os, "replace", failing)
+    with pytest.raises(KeyboardInterrupt), files.replacing_folder(folder) as temporary:
+        (temporary / "a").write_text("2", encoding="utf-8")
+    assert (folder / "a").read_text(encoding="utf-8") == "1"
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]

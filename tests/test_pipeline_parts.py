@@ -74,7 +74,9 @@ def test_a_second_export_to_one_path_takes_the_place_of_the_first(
     monkeypatch.setattr(delivery, "publish", lambda run, record: kept.update(record))
     write_json(tmp_path / "report.json", {"schema": 1, "exports": [{"path": "a", "v": 1}, {"path": "b"}]})
     delivery._record(tmp_path, {"path": "a", "v": 2})
-    assert kept["exports"] == [{"path": "b"}, {"path": "a", "v": 2}]
+    assert kept["exports"] == [{"path": "a", "v": 2}, {"path": "b"}], "the first stays the one that the table tells of"
+    delivery._record(tmp_path, {"path": "c", "target": "hf"})
+    assert [entry["path"] for entry in kept["exports"]] == ["a", "b", "c"]
 
 
 def test_of_later_exports_those_stay_that_the_run_does_not_make_itself(tmp_path: Path) -> None:

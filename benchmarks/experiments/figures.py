@@ -145,7 +145,7 @@ def ranking_figure(stage: Stage, folder: Path | None = None) -> str | None:
         d = row.difference
         assert d is not None
         colour = _colour(stage, stage.arm(row.name))
-        fill = colour if len(row.nll) >= SEEDS_TO_CLAIM else "none"
+        fill = colour if row.pairs >= SEEDS_TO_CLAIM else "none"
         around = [[d.mean - d.low], [d.high - d.mean]]
         axis.errorbar(d.mean, place, xerr=around, fmt="o", capsize=3, color=colour, markerfacecolor=fill)
     axis.axvline(0.0, color=GREY, linewidth=1)

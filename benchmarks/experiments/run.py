@@ -175,6 +175,7 @@ class Worker:
             if path.is_file():
                 require_same(load_result(job, self.results), self.parent.record, self.texts.record)
                 self.checked.add(path)
+                shutil.rmtree(self.place(job), ignore_errors=True)  # of a process that ended between the two
                 continue
             try:
                 check_possible(job)
@@ -189,9 +190,13 @@ class Worker:
             found = Found.ELSEWHERE  # in another process, or the tuning runs that it waits for are
         return found
 
+    def place(self, job: Job) -> Path:
+        """The folder of a job's checkpoints, while it has no result."""
+        return self.given.work / f"stage_{self.stage.name}" / f"{job.name}-{job.digest()[:8]}"
+
     def run_alone(self, job: Job, path: Path) -> bool:
         """Run a job unless another process is at it; whether its result is there now."""
-        work = self.given.work / f"stage_{self.stage.name}" / f"{job.name}-{job.digest()[:8]}"
+        work = self.place(job)
         work.mkdir(parents=True, exist_ok=True)
         with ExitStack() as held:
             try:

@@ -44,6 +44,7 @@ class Row:
         adjusted_p: Holm's.
         cost: processor seconds a token, as a multiple of the baseline's.
         means: of KL, top-1, zero share and flip rate; None where a run has none.
+        pairs: how many of the seeds the baseline has too; of the baseline and the control, its own.
         planned: how many seeds the stage asks for.
         bits: stored bits a weight, scales included, of an arm that names the format of its files; else None.
     """
@@ -57,18 +58,19 @@ class Row:
     adjusted_p: float | None
     cost: float | None
     means: Mapping[str, float | None]
+    pairs: int
     planned: int
     bits: float | None = None
 
     @property
     def verdict(self) -> str:
         """win, loss, tie, or why there is none yet."""
-        return _verdict(len(self.nll), self.planned, self.difference, self.adjusted_p)
+        return _verdict(self.pairs, self.planned, self.difference, self.adjusted_p)
 
     @property
     def rank(self) -> tuple[bool, float]:
         """Where it stands: arms with too few seeds last, then by the difference to the baseline over common seeds."""
-        return len(self.nll) < SEEDS_TO_CLAIM, self.difference.mean if self.difference else 0.0
+        return self.pairs < SEEDS_TO_CLAIM, self.difference.mean if self.difference else 0.0
 
 
 def final_records(stage: Stage, folder: Path) -> dict[str, Records]:
@@ -156,6 +158,7 @@ def _rows(stage: Stage, records: Records) -> list[Row]:
                 adjusted_p=None,
                 cost=_cost(runs, baseline),
                 means=_means(list(runs.values())),
+                pairs=len(runs if name in (stage.baseline, stage.control) else shared),
                 planned=len(stage.final.seeds),
                 bits=_stored_bits(stage.arm(name).target, list(runs.values())),
             )
@@ -487,10 +490,15 @@ def _provenance(stage: Stage, folder: Path, parent: Mapping[str, Any], everythin
         )
     elsewhere = "; ".join(sorted({_place(run) for run in tuned} - places.keys()))
     torches = sorted({r["versions"]["torch"] for r in runs})
-    versions = sorted({r["versions"].get("hestia-lm") or f"at {_short(r['commit'])}" for r in runs})
+    versions = sorted({r["versions"].get("hestia-lm", "") for r in runs} - {""})
+    commits = sorted({_short(r.get("commit")) for r in runs})
+    at = f"at {commits[0]}" if len(commits) == 1 else f"at {len(commits)} commits"
+    changed = sum(str(r.get("commit")).endswith("+") for r in runs)
+    if changed:
+        at += f" ({changed} of {len(runs)} final runs with changes beside theirs)"
     return (
         f"Machine: {where}. {f'Tuned on {elsewhere}. ' if elsewhere else ''}"
-        f"torch {', '.join(torches)}, hestia {', '.join(versions)}."
+        f"torch {', '.join(torches)}, hestia {' '.join([', '.join(versions), at]).strip()}."
     )
 
 

@@ -43,7 +43,7 @@ from hestia.provenance import machine, versions
 from hestia.quant import GroupSize
 from hestia.recipes import Recipe
 from hestia.schedules import LearningRateSchedule
-from hestia.training import Distillation, HestiaTrainer, QATCallback, TrainConfig, checkpoints
+from hestia.training import Distillation, HestiaTrainer, Interrupted, QATCallback, TrainConfig, checkpoints
 from hestia.training.trainer import CHECKPOINTS
 
 COMMAND = "python benchmarks/experiments/run.py"
@@ -226,6 +226,8 @@ def run_job(
     }
     try:
         trainer.fit(checkpoints.newest(work / CHECKPOINTS))
+        if trainer.stopped is not None:  # in the last step
+            raise Interrupted(f"{job.name}: stopped; it goes on at the next call", trainer.stopped)
         if times.paused:
             raise Paused(f"the time is up; {job.name} goes on at the next call")
         record |= {"diverged": None, **_measure(job, parent, texts, model, before)}

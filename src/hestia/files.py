@@ -26,6 +26,9 @@ LARGEST_TEXT = 1 << 31
 TEMPORARY = re.compile(r"\..+\.tmp")
 """Names of what is being written, or was when its process ended."""
 
+_ASIDE = re.compile(r"\.(?P<name>.+)\.\d+\.aside\.tmp")
+"""Names of folders that others were about to replace."""
+
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
@@ -46,21 +49,29 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def replacing_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder beside ``path`` that takes its place when the block ends well, or else vanishes."""
+    """A temporary folder beside ``path`` that takes its place when the block ends well, or else vanishes.
+
+    An earlier folder is set aside and deleted when the new one stands; ``sweep`` puts it back where none does.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}.aside.tmp")
+    for left in (temporary, aside):
+        shutil.rmtree(left, ignore_errors=True)
     temporary.mkdir()
     try:
         yield temporary
-        for entry in temporary.rglob("*"):
+        for entry in (*temporary.rglob("*"), temporary):
             flush(entry)
         if path.exists():
-            shutil.rmtree(path)
+            os.replace(path, aside)
         os.replace(temporary, path)
         flush(path.parent)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if not path.exists() and aside.exists():
+            os.replace(aside, path)
+        for left in (temporary, aside):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def flush(path: Path) -> None:
@@ -74,7 +85,10 @@ def flush(path: Path) -> None:
 
 def sweep(folder: Path) -> None:
     """Remove what processes that ended while writing into ``folder`` left there; nobody may be writing now."""
-    for path in folder.iterdir() if folder.is_dir() else ():
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        aside = _ASIDE.fullmatch(path.name)
+        if aside is not None and not (folder / aside["name"]).exists() and not path.is_symlink():
+            os.replace(path, folder / aside["name"])
         if TEMPORARY.fullmatch(path.name) and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 

@@ -14,11 +14,12 @@ from . import curvature, loading, processes, recipes
 from .data import Blocks, TokenizedText, epoch_order, pack_all, prepare, read_documents
 from .data.sources import resolve
 from .errors import ConfigError
-from .evaluation import PAPER_TOKENS, Logits, hestia_protocol_perplexity, model_logits, run_tasks, score
+from .evaluation import PAPER_TOKENS, Logits, check_tasks, hestia_protocol_perplexity, model_logits, run_tasks, score
 from .export import llama_cpp
 from .export.frozen import MODEL_FOLDER
 from .export.gguf_reader import open_checked
 from .export.precheck import check_targets
+from .mixed import is_mixed
 from .nn import select
 from .options import Options, count
 from .planner import plan as make_plan
@@ -47,10 +48,22 @@ def plan_model(options: Options) -> Plan:
     config = loading.load_config(source, trust_remote_code=options.trust_remote_code)
     empty = loading.empty_model(source, config, trust_remote_code=options.trust_remote_code)
     loading.require_trainable(source, config, empty)
+    tell_unread_sensitivity(options)
     made = plan_of(empty, options)
     tokenizer = loading.tokenizer_folder(source) if (Path(source.location) / "tokenizer.json").is_file() else None
     check_targets(made.targets, config, Path(source.location), tokenizer, head=options.head)
     return made
+
+
+def tell_unread_sensitivity(options: Options) -> None:
+    """Say so where ``--sensitivity`` is given and nothing reads it."""
+    recipe = recipes.get(options.recipe, **options.options)
+    mixed = is_mixed(recipe, options.bits, options.mix(), options.max_kl)
+    if options.sensitivity is not None and not recipe.uses_curvature and not mixed:
+        announce(
+            f"--sensitivity {options.sensitivity} changes nothing: recipe {options.recipe} reads no curvature, and all "
+            "tensors get one width"
+        )
 
 
 def plan_of(model: PreTrainedModel, options: Options, **instead: Any) -> Plan:
@@ -126,11 +139,18 @@ def evaluate_model(
         raise ConfigError("--against compares on --data; give that too, or leave --against out: --tasks do without")
     if packed and (against is None or tasks):
         raise ConfigError("a .gguf file needs --against (its run or parent, for the tokenizer) and cannot run --tasks")
+    folder = Path(tasks_dir) if tasks_dir is not None else None
+    if tasks:
+        check_tasks(tasks, folder, limit)
+    elif folder is not None or limit is not None:
+        raise ConfigError(f"--{'limit' if folder is None else 'tasks-dir'} is of --tasks; give those too")
     packed_logits = _llama_logits(Path(options.model)) if packed else None
     source = _model_source(against if packed and against is not None else options.model)
     config = loading.load_config(source, trust_remote_code=options.trust_remote_code)
     tokenizer = loading.load_tokenizer(source, trust_remote_code=options.trust_remote_code)
     seq_len = longest_block(config, options, PAPER_TOKENS if protocol == "hestia" else DEFAULT_BLOCK)
+    if against is not None and not packed:
+        _require_same_tokens(tokenizer, against, options)
     model: Any = None
     if packed:
         assert packed_logits is not None
@@ -150,7 +170,6 @@ def evaluate_model(
             parent = model_logits(parent_model.to(device))
         record |= score(logits, blocks, parent=parent).to_json()
     if tasks:
-        folder = Path(tasks_dir) if tasks_dir else None
         record["tasks"] = run_tasks(model, tokenizer, tasks, data_dir=folder, limit=limit)
     return record
 
@@ -159,6 +178,17 @@ def _model_source(name: str) -> loading.Source:
     """A model folder, a hub id, or the frozen model of a run."""
     frozen = Path(name) / MODEL_FOLDER
     return loading.resolve(str(frozen) if frozen.is_dir() else name)
+
+
+def _require_same_tokens(tokenizer: PreTrainedTokenizerBase, against: str, options: Options) -> None:
+    """Refuse a model whose ids mean other tokens: a divergence between the two would mean nothing."""
+    theirs = loading.load_tokenizer(_model_source(against), trust_remote_code=options.trust_remote_code)
+    other = loading.first_other_token(theirs, tokenizer)
+    if other is not None:
+        raise ConfigError(
+            f"--against {against} has another tokenizer: its token {other[0]} is {other[1]!r}, the model's "
+            f"{other[2]!r}; KL compares models with one tokenizer"
+        )
 
 
 def _llama_logits(path: Path) -> Logits:

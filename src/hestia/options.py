@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -93,7 +94,7 @@ class Options:
     )
     warmup: float = _option(0.05, "share of the run that warms up the learning rate")
     lr_decay: float = _option(0.2, "share of the run over which the learning rate decays at the end")
-    lr_final: float = _option(0.1, "learning rate at the end, as a share of the peak")
+    lr_final: float = _option(0.1, "learning rate at the end, as a share of the one before the decay")
     second_stage: float | None = _option(None, "share of the run after which a second, lower rate holds")
     second_factor: float = _option(0.5, "the second stage's rate, as a share of the peak")
     weight_decay: float = _option(0.01, "AdamW's weight decay on matrices")
@@ -132,6 +133,9 @@ class Options:
             object.__setattr__(self, item.name, _coerce(item.name, getattr(self, item.name), _HINTS[item.name]))
         if self.teacher == "none":
             object.__setattr__(self, "teacher", None)
+        object.__setattr__(self, "target", tuple(dict.fromkeys(self.target)))
+        if not self.target:
+            raise ConfigError("--target: no file format is given; name one, such as hf")
         if self.text_column == "":
             raise ConfigError("--text-column is the name of a column; leave it out for messages, else text")
         _choice("embeddings", self.embeddings, ("train", "freeze"))
@@ -275,7 +279,9 @@ def count(text: str, name: str) -> int:
         ConfigError: no number from 1 to 10^18; ``name`` is the option it stands for.
     """
     units = {"k": 10**3, "m": 10**6, "b": 10**9}
-    lowered = text.strip().lower().replace(",", "").replace("_", "")
+    lowered = text.strip().lower().replace("_", "")
+    if re.fullmatch(r"\d{1,3}(,\d{3})+[kmb]?", lowered):  # and no decimal comma
+        lowered = lowered.replace(",", "")
     factor = units.get(lowered[-1:], 1)
     try:
         value = round(float(lowered[:-1] if factor > 1 else lowered) * factor)

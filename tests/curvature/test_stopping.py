@@ -126,3 +126,11 @@ def test_a_budget_that_ends_first_is_said(weights: tuple[nn.Module, dict[str, nn
 def test_by_default_the_rule_is_that_of_the_guide() -> None:
     """32 sequences, 10 % of the mean, a rank correlation of 0.98: numbers that users are told."""
     assert (Stopping().start, Stopping().half_width, Stopping().rank_agreement) == (32, 0.10, 0.98)
+
+
+def test_an_estimate_that_may_be_negative_is_judged_by_the_interval_that_the_artefact_has() -> None:
+    """Also where all of its samples happen to be positive."""
+    samples = {"a": [1.0, 9.0, 2.0, 1.5], "b": [4.0, 5.0, 3.0, 4.5], "c": [0.5, 0.25, 0.75, 0.5]}
+    relative = [half / mean for mean, half in map(mean_interval, samples.values())]
+    assert Stopping().progress(samples, signed=True)[0] == pytest.approx(float(np.median(relative)))
+    assert Stopping().progress(samples)[0] != pytest.approx(float(np.median(relative)))

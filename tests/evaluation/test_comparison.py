@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from hestia.errors import ConfigError
-from hestia.evaluation import ScoredRun, compare_runs, paired_difference, paired_p_value
+from hestia.evaluation import ScoredRun, compare_runs, over_blocks, paired_difference, paired_p_value
 from hestia.evaluation.comparison import pairable, scored_run
 from hestia.options import Options
 
@@ -23,7 +23,7 @@ def run(arm: str, seed: int, blocks: tuple[float, ...], parent: tuple[float, ...
 def test_two_runs_are_paired_over_blocks() -> None:
     (found,) = compare_runs([run("a", 0, (3.0, 3.5, 4.0)), run("b", 0, (2.9, 3.39, 3.91))])
     assert (found.over, found.name, found.reference, found.adjusted_p) == ("blocks", "b-0", "a-0", None)
-    assert found.difference == paired_difference([2.9, 3.39, 3.91], [3.0, 3.5, 4.0])
+    assert found.difference == over_blocks([2.9, 3.39, 3.91], [3.0, 3.5, 4.0])
     assert found.claimed and found.difference.mean < 0
 
 
@@ -103,6 +103,23 @@ def test_every_other_option_makes_an_arm(told: dict[str, Any]) -> None:
     assert arm(options(**told)) != arm(options())
 
 
+def test_an_arm_is_what_was_meant_not_how_it_was_typed() -> None:
+    """The recipe's options as they were, text by its digests, numbers by their value."""
+    spelled = options(tokens="2000000", eval_tokens="131072", lr="0.001")
+    assert arm(spelled) == arm(options(tokens="2M", eval_tokens="131_072", lr="1e-3"))
+    assert arm(options(), recipe_options={"temperature": 0.05}) != arm(options(), recipe_options={"temperature": 0.1})
+    typed = options(options={"temperature": 0.1})
+    assert arm(typed, recipe_options={"temperature": 0.1}) == arm(options(), recipe_options={"temperature": 0.1})
+
+    def text(path: str, sha256: str) -> dict[str, Any]:
+        return {"data": [{"given": path, "kind": "text", "files": [{"path": path, "sha256": sha256}]}]}
+
+    elsewhere = {**options(), "data": ("./b.txt",)}
+    assert arm(options(), data=text("a.txt", "ab")) == arm(elsewhere, data=text("./b.txt", "ab"))
+    assert arm(options(), data=text("a.txt", "ab")) != arm(options(), data=text("a.txt", "cd"))
+    assert arm(options()) == arm({**options(), "model": "./m"}), "runs of other parents are not paired"
+
+
 def test_arms_are_told_by_what_was_asked_and_plans_by_their_content() -> None:
     assert arm(options(), learning_rate=1e-3) == arm(options(), learning_rate=3e-3), "what the pilot chose"
     assert arm(options(options={"a": 1, "b": 2})) == arm(options(options={"b": 2, "a": 1}))
@@ -118,7 +135,9 @@ def test_blocks_are_weighted_by_their_tokens_where_the_scores_tell_them() -> Non
     (plain,) = compare_runs([first, second])
     (weighted,) = compare_runs([first, dataclasses.replace(second, block_tokens=(255, 5, 5))])
     assert plain.difference.mean < 0 < weighted.difference.mean
-    assert weighted.difference == paired_difference([3.1, 1.0, 1.1], [3.0, 1.5, 1.4], weights=[255, 5, 5])
+    pairs = [3.1, 1.0, 1.1], [3.0, 1.5, 1.4]
+    assert weighted.difference == over_blocks(*pairs, [255, 5, 5])
+    assert weighted.difference.mean == pytest.approx(paired_difference(*pairs, weights=[255, 5, 5]).mean)
     (weighted,) = compare_runs([dataclasses.replace(first, block_tokens=(255, 5, 5)), second])
     assert weighted.difference.mean > 0, "the first run's, where the second does not tell them"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from scipy.stats import ttest_rel
 
 from hestia.errors import ConfigError
-from hestia.evaluation import PairedDifference, gap_closed, holm, paired_difference, paired_p_value
+from hestia.evaluation import PairedDifference, gap_closed, holm, over_blocks, paired_difference, paired_p_value
 
 numbers = st.floats(-100, 100)
 
@@ -158,3 +159,26 @@ def test_gap_closed():
     assert gap_closed(3.5, baseline=3.0, control=2.0) == -0.5
     with pytest.raises(ConfigError, match="no gap"):
         gap_closed(2.0, baseline=2.0, control=2.0)
+
+
+def test_blocks_that_follow_each_other_are_one_pair() -> None:
+    """Where neighbours differ alike, an interval of single blocks is far too narrow."""
+    generator = random.Random(0)
+    held = {"blocks": 0, "stretches": 0}
+    for _ in range(300):
+        level, differences = 0.0, []
+        for _ in range(216):
+            level = 0.9 * level + generator.gauss(0.0, 1.0)  # mean 0
+            differences.append(level)
+        zeros = [0.0] * len(differences)
+        held["blocks"] += not paired_difference(differences, zeros).excludes_zero
+        held["stretches"] += not over_blocks(differences, zeros).excludes_zero
+    assert held["blocks"] < 0.5 * 300 and held["stretches"] > 0.85 * 300
+
+
+@given(st.lists(st.tuples(st.floats(0.1, 9.0), st.floats(0.1, 9.0), st.integers(1, 255)), min_size=2, max_size=70))
+def test_stretches_have_the_mean_of_their_blocks(rows: list[tuple[float, float, int]]) -> None:
+    ours, theirs, tokens = map(list, zip(*rows, strict=True))
+    found = over_blocks(ours, theirs, tokens)
+    assert found.mean == pytest.approx(paired_difference(ours, theirs, weights=tokens).mean, abs=1e-9)
+    assert found.n == max(2, round(len(rows) ** (1 / 3)))

@@ -18,6 +18,7 @@ from hestia.quant import (
     Softmax,
     Tanh,
     Trust,
+    fake_quantize,
 )
 
 GRIDS = [TERNARY, BINARY, INT2, Grid((-8, -1, 0, 3))]
@@ -139,18 +140,18 @@ def test_estimators_travel_as_json_and_name_the_nearest() -> None:
         Estimator.make("softmaxx")
 
 
-def test_trust_reaches_half_of_the_smallest_step_beyond_the_ends() -> None:
-    uneven = Grid((-8, -1, 0, 3))
-    assert Trust().gain(torch.tensor([-1.4, 0.9, 1.4, 3.4, 3.6]), uneven, tau(0, torch.float32)).tolist() == [
-        1.0,
-        0.0,
-        0.0,
-        1.0,
-        0.0,
-    ]
+def test_trust_reaches_half_a_step_beyond_the_ends() -> None:
+    z = torch.tensor([-2.6, -2.4, -0.5, 1.4, 1.6])
+    assert Trust().gain(z, INT2, tau(0, torch.float32)).tolist() == [0.0, 1.0, 1.0, 1.0, 0.0]
 
 
 def test_a_tanh_of_no_sharpness_is_the_identity_and_of_the_most_is_finite() -> None:
     z = torch.linspace(-1.4, 1.4, 9)
     assert bool(Tanh().gain(z.clone(), TERNARY, tau(1.0, torch.float32)).isfinite().all())
     assert torch.equal(Tanh().gain(z.clone(), TERNARY, tau(0.0, torch.float32)), torch.ones_like(z))
+
+
+def test_trust_wants_levels_that_are_equally_far_apart() -> None:
+    """Elsewhere a weight between two of them may be farther from both than half of the smallest step."""
+    with pytest.raises(ConfigError, match="must be equally far apart"):
+        fake_quantize(torch.ones(1, 4), levels=[-2, -1, 1, 2], estimator="trust")

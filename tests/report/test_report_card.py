@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
@@ -129,3 +130,16 @@ def test_a_file_that_no_engine_ran_says_so(tmp_path: Path) -> None:
         "its bytes verified; llama-cpp-python not installed: engine check skipped)",
         "verified)",
     ]
+
+
+@pytest.mark.parametrize(("recipe", "trained"), [("hearth", True), ("round_to_nearest", False)])
+def test_what_is_kept_was_trained_along(recipe: str, trained: bool, tmp_path: Path) -> None:
+    _, text = card(tmp_path, recipe=recipe)
+    assert "stay in full precision" in text and ("were trained along" in text) is trained
+    assert "written elsewhere" not in text
+
+
+def test_a_file_elsewhere_is_named_without_its_place(tmp_path: Path) -> None:
+    gguf, folder = report()["exports"]
+    _, text = card(tmp_path, exports=[{**gguf, "path": "../../somewhere/m.gguf"}, folder])
+    assert "what was written elsewhere is named only" in text and "somewhere" not in text and "m.gguf" in text

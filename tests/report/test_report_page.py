@@ -163,7 +163,7 @@ def test_the_pilots_losses_are_not_called_held_out(full: str) -> None:
     ("primary", "signed", "said", "unsaid"),
     [
         ("trace", False, ("the trace of its curvature, geometric mean over 64", "not the trace beside it"), ()),
-        ("trace", True, ("the trace of its curvature, mean over 64", "covers the mean."), ("geometric",)),
+        ("trace", True, ("the trace of its curvature, mean over 64", "covers the mean, nominally"), ("geometric",)),
         ("eigenvalue", True, ("largest in magnitude, mean over 64", "eigenvalue ± standard error"), ("trace",)),
         ("kl:ternary", False, ("alone is rounded to ternary: KL in nats per token", "KL ± standard error"), ("trace",)),
         ("<b>new", False, ("What was measured of each weight matrix: <b>new, geometric mean",), ("trace",)),

@@ -108,7 +108,8 @@ def test_the_verdict_of_a_good_run_leads_with_the_loss(tmp_path: Path) -> None:
     [
         ({"nll": nll(3.3, 3.5, 3.6)}, "Training did not help"),
         ({"nll": nll(3.3, 7.9, 4.3)}, "will hardly write sense; more --tokens, or more --bits, bring it nearer (perp"),
-        ({"nll": nll(3.3, 7.9, 3.1)}, "better than its parent because it was trained on text of this kind"),
+        ({"nll": nll(3.3, 7.9, 3.1)}, "better than its parent because it was trained on more text of this kind"),
+        ({"nll": nll(3.3, 3.29, 3.29), "recipe": "round_to_nearest"}, "better than its parent is chance, on this text"),
         ({"baselines": [{"recipe": "bitnet_ste", "nll": 3.5}]}, "bitnet_ste did better here: 3.500"),
         (
             {"nll_interval": {"quantized_minus_round_to_nearest": {"mean": -0.01, "low": -0.03, "high": 0.01}}},

@@ -121,7 +121,6 @@ def test_every_random_generator_comes_back(finished: Finished, tmp_path: Path) -
         lambda folder: (folder / "state.json").unlink(),
         lambda folder: (folder / "optimizer.safetensors").unlink(),
         lambda folder: (folder / "state.json").write_text("{", encoding="utf-8"),
-        lambda folder: (folder / "state.json").write_text('{"schema": 1}', encoding="utf-8"),
         lambda folder: _flip(folder / "model.safetensors"),
         lambda folder: _flip(folder / "random.safetensors"),
         lambda folder: _truncate(folder / "optimizer.safetensors"),
@@ -148,11 +147,33 @@ def _truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1])
 
 
-def test_newest_of_nothing_is_none(tmp_path: Path) -> None:
+def test_newest_of_nothing_is_none_and_of_ruins_refused(tmp_path: Path) -> None:
+    """To begin again at the first step, and delete what stands there, is nothing to do unasked."""
     assert checkpoints.newest(tmp_path / "none") is None
+    assert checkpoints.newest(tmp_path) is None
     (tmp_path / "step-000001").mkdir()
     (tmp_path / "step-000002").write_text("a file", encoding="utf-8")
-    assert checkpoints.newest(tmp_path) is None
+    with pytest.raises(ConfigError, match="no checkpoint in it is complete; delete it to train from the first step"):
+        checkpoints.newest(tmp_path)
+
+
+def test_a_checkpoint_of_another_version_is_refused_and_stays(finished: Finished, tmp_path: Path) -> None:
+    root = Path(shutil.copytree(finished[2], tmp_path / "checkpoints"))
+    state = root / "step-000006" / "state.json"
+    state.write_text(json.dumps({**json.loads(state.read_text()), "schema": checkpoints.SCHEMA + 1}))
+    with pytest.raises(ConfigError, match=rf"step-000006: a checkpoint of schema {checkpoints.SCHEMA + 1}, and this"):
+        checkpoints.newest(root)
+    assert state.is_file()
+
+
+def test_loaded_moments_are_no_map_of_the_file(finished: Finished, tmp_path: Path) -> None:
+    """A deleted checkpoint would keep its blocks on the disk until the process ends."""
+    folder = Path(shutil.copytree(finished[2] / "step-000006", tmp_path / "step-000006"))
+    model, plan = converted()
+    going_on = trainer(tmp_path / "run", model, plan, save_every=2, steps=8)
+    going_on.create_optimizer_and_scheduler(8)
+    checkpoints.load_optimizer(folder, model, going_on.optimizer, going_on.lr_scheduler)
+    assert str(folder) not in Path("/proc/self/maps").read_text()
 
 
 def test_the_newest_is_the_highest_step_also_beyond_a_million(finished: Finished, tmp_path: Path) -> None:

@@ -271,8 +271,21 @@ def test_a_trainer_that_never_saves_does_not_save_on_a_signal_either(tmp_path: P
 
 def test_a_signal_in_the_last_step_lets_the_run_end_well(tmp_path: Path) -> None:
     model, plan = converted()
-    trainer(tmp_path, model, plan, callbacks=[At(5, lambda _: os.kill(os.getpid(), signal.SIGINT))]).fit()
+    work = trainer(tmp_path, model, plan, callbacks=[At(5, lambda _: os.kill(os.getpid(), signal.SIGINT))])
+    work.fit()
     assert log_rows(tmp_path)[-1]["step"] == 6
+    assert work.stopped == 130, "the caller is told, and stops after what is left to save"
+
+
+def test_a_log_that_cannot_be_written_ends_no_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, plan = converted()
+    work = trainer(tmp_path, model, plan)
+    (tmp_path / "log.jsonl").mkdir()
+    work.fit()
+    assert work.state.global_step == work.config.steps
+    assert capsys.readouterr().err.count("log.jsonl: a line could not be written") == 1
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from ..errors import ConfigError
-from .shared import gpu_layers_option, json_option, show, threads_option
+from .shared import gpu_layers_option, json_option, output_file, show, threads_option
 
 
 @click.command(name="bench")
@@ -40,6 +40,7 @@ def command(
     for file in files:
         if Path(file).suffix != ".gguf":
             raise ConfigError(f"{file}: not a .gguf file")
+    path = None if out is None else output_file(out)
     record = compare_speed(
         [Path(f) for f in files],
         prompt_tokens=prompt_tokens,
@@ -48,9 +49,9 @@ def command(
         threads=threads,
         gpu_layers=gpu_layers,
     )
-    if out is not None:
+    if path is not None:
         where = {"command": command_line(), "versions": versions(), "machine": machine(torch.device("cpu"))}
-        write_json(Path(out), {**record, **where})
+        write_json(path, {**record, **where})
     show(record, as_json, table(record))
 
 

@@ -23,8 +23,8 @@ def command(runs: tuple[str, ...], as_json: bool) -> None:
     """The headline numbers of several RUNs in one table.
 
     Runs from one parent on the same held-out blocks are also compared with the first RUN, with 95 % intervals of the
-    paired difference: over blocks always, over seeds where two settings (run.yaml but for the seed) were run with the
-    same two or more seeds.
+    paired difference: over stretches of the held-out text always, over seeds where two settings (run.yaml but for the
+    seed) were run with the same two or more seeds.
     """
     from ..evaluation.comparison import compare_runs, pairable, scored_run
     from ..files import read_json
@@ -66,7 +66,7 @@ def differences(found: Sequence[Comparison]) -> list[str]:
         if comparison.over == "seeds":
             pair = f"the methods of {pair}"
         text = f"{pair}: {d.mean:+.4f} [{d.low:+.4f}, {d.high:+.4f}] nats a token"
-        over = f"95 % over {d.n} {comparison.over}"
+        over = f"95 % over {d.n} {'stretches of text' if comparison.over == 'blocks' else 'seeds'}"
         if comparison.adjusted_p is not None:
             over += f", Holm p {comparison.adjusted_p:.2g}"
         verdict = "no difference can be claimed"

@@ -49,7 +49,8 @@ def command(
     from ..pipeline import export_and_verify, record_export
 
     name, path = find_target(target).name, Path(out)
-    head_type(head)
+    if head_type(head) is not None and not name.startswith("gguf"):
+        raise ConfigError(f"--head {head} is of .gguf files, and {name} is a folder; leave it out")
     if name.startswith("gguf") != (path.suffix == ".gguf"):
         kind = "a file; name it NAME.gguf" if name.startswith("gguf") else "a folder; leave out .gguf"
         raise ConfigError(f"--out {path}: {name} is {kind}")

@@ -90,7 +90,9 @@ def summary(run: Path) -> str:
         verified = "verified" if check is not None and check.codes_equal else "NOT VERIFIED"
         if check is not None and check.codes_equal and not check.engine:
             verified = "; ".join(("its bytes verified", *check.notes))
-        lines.append(f"{export.target}: {run / export.path}  ({verified})")
+        where = f"{export.path}, outside of the run" if export.outside else run / export.path
+        lines.append(f"{export.target}: {where}  ({verified})")
+        lines += [printable(export.head)] if export.head else []
     lines += [printable(f"{name}: NOT WRITTEN ({why})") for name, why in record.refused.items()]
     lines += far_from_parent(record)
     lines.append(f"report: {run / 'report.html'}")

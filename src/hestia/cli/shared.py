@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import types
 import typing
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,7 +14,7 @@ import click
 
 from ..errors import ConfigError
 from ..files import finite, require_writable
-from ..options import SECTIONS, Options, load_config
+from ..options import PLANNING, SECTIONS, Options, load_config
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -82,7 +82,8 @@ def _shown(default: Any) -> str:
 def options_from(config: str | None, typed: dict[str, Any], leave_out: Iterable[str] = ()) -> Options:
     """The options: what was typed, over the configuration file, over the defaults.
 
-    Recipe options are taken one by one; those of a file that names another recipe than was typed are left out.
+    Recipe options are taken one by one; those of a file that names another recipe than was typed are left out. A typed
+    --tokens or --bits also takes the place of the file's steps or max_kl.
 
     Args:
         config: the file, if there is one.
@@ -90,18 +91,52 @@ def options_from(config: str | None, typed: dict[str, Any], leave_out: Iterable[
         leave_out: keys of the file that mean something else to this verb.
 
     Raises:
-        ConfigError: an unknown key or a bad value.
+        ConfigError: an unknown key or a bad value; options that leave each other nothing to say.
     """
-    values = load_config(Path(config)) if config else {}
+    if config == "":
+        raise ConfigError("--config is empty; name a YAML file, or leave it out")
+    values = {} if config is None else load_config(Path(config))
+    _check_left_out(config, values, leave_out)
     values = {key: value for key, value in values.items() if key not in leave_out}
-    same_recipe = typed.get("recipe") in (None, values.get("recipe"))
+    typed = {key: value for key, value in typed.items() if value is not None and value != ()}
+    _check_typed(typed, plan=typed.get("plan", values.get("plan")))
+    for key, rival in {"tokens": "steps", "bits": "max_kl"}.items():
+        if key in typed:
+            values.pop(rival, None)
+    if typed.get("recipe") not in (None, values.get("recipe", Options.recipe)):
+        values.pop("options", None)
     for key, value in typed.items():
-        if value is None or value == ():
-            continue
         if key == "options":
-            value = {**(values.get(key) or {} if same_recipe else {}), **recipe_options(value)}
+            there = values.get(key) or {}
+            value = {**there, **recipe_options(value)} if isinstance(there, Mapping) else there  # refused with a reason
         values[key] = value
     return Options(**values)
+
+
+def _check_left_out(config: str | None, values: Mapping[str, Any], leave_out: Iterable[str]) -> None:
+    """Refuse the file of a run by a plan to a verb that makes plans: what the plan decided is not in it."""
+    if "plan" in leave_out and values.get("plan") is not None:
+        raise ConfigError(
+            f"{config} is of a run by {values['plan']}, and leaves out what that plan decided; give those options here"
+        )
+
+
+def _check_typed(typed: Mapping[str, Any], *, plan: Any) -> None:
+    """Refuse what was typed in vain: two answers to one question, or an answer that something else has given.
+
+    Raises:
+        ConfigError: it was.
+    """
+    for one, other in (("steps", "tokens"), ("max_kl", "bits")):
+        if one in typed and other in typed:
+            raise ConfigError(f"--{one.replace('_', '-')} is instead of --{other}; leave one of them out")
+    decided = ["--option" if k == "options" else f"--{k.replace('_', '-')}" for k in typed if k in PLANNING]
+    if plan is not None and decided:
+        raise ConfigError(f"--plan {plan} has decided {', '.join(decided)}; leave it out, or plan again with it")
+    if typed.get("teacher") == "none":
+        ignored = [f"--{k.replace('_', '-')}" for k in typed if k.startswith("distill")]
+        if ignored:
+            raise ConfigError(f"--teacher none leaves nothing for {', '.join(ignored)} to say; leave it out")
 
 
 def recipe_options(pairs: Iterable[str]) -> dict[str, Any]:

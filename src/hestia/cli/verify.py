@@ -30,6 +30,8 @@ def command(path: str, run: str | None, target: str | None, samples: bool, no_en
     if not file.exists():
         raise ConfigError(f"{path}: no such file or folder")
     home = Path(run) if run is not None else run_of(file)
+    if samples:
+        _check_samples(file, home)
     if home is None:
         _alone(file, as_json)
         return
@@ -61,6 +63,20 @@ def command(path: str, run: str | None, target: str | None, samples: bool, no_en
             lines.append(f"llama.cpp  {sample['llama.cpp']}")
     show(record, as_json, "\n".join(lines))
     require_ok(result)
+
+
+def _check_samples(file: Path, run: Path | None) -> None:
+    """Refuse --samples before anything is compared, where there is nothing to continue or nothing that continues.
+
+    Raises:
+        ConfigError: it is so.
+    """
+    from ..export import llama_cpp
+
+    if run is None or not (run / "diagnostics.json").is_file():
+        raise ConfigError("--samples continues the prompts of a run's diagnostics.json; there is none, leave it out")
+    if file.suffix != ".gguf" or not llama_cpp.available():
+        raise ConfigError("--samples has llama.cpp continue them: it needs a .gguf file and llama-cpp-python")
 
 
 def _alone(path: Path, as_json: bool) -> None:

@@ -161,9 +161,9 @@ def _rows(
         if stopping is None:
             return rows, f"all {len(rows)} sequences were used"
         samples = {path: _columns(rows, path, primary, estimator)[primary] for path in problem.weights}
-        width, agreement = stopping.progress(samples)
+        width, agreement = stopping.progress(samples, estimator.signed)
         found = f"median half-width {width:.1%}, split-half rank agreement {agreement:.3f}"
-        if stopping.enough(samples):
+        if stopping.enough(samples, estimator.signed):
             return rows, f"settled after {len(rows)} sequences: {found}"
     return rows, f"the budget of {len(rows)} sequences ended first: {found}"
 

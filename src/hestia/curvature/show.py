@@ -82,6 +82,8 @@ def _doubts(sensitivity: Sensitivity) -> list[str]:
     lines = []
     if any(tensor.geometric_mean is not None for tensor in tensors):
         lines.append("95 %: interval of the geometric mean over sequences, which lies below the plain mean in column 3")
+    if any(tensor.signed for tensor in tensors):
+        lines.append("95 %: nominal; where it was measured, such intervals of signed samples covered 79 %")
     heavy = sum(tensor.largest_share is not None and tensor.largest_share > LARGE_SHARE for tensor in tensors)
     if heavy:
         lines.append(

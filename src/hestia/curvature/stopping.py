@@ -4,7 +4,7 @@
 
 h_i is the half-width of tensor i's 95 % log-mean interval, in natural logs (0.10 is about 10 %). The split takes every
 second sequence; both halves rank the tensors by their mean log. The thresholds are those at which a 42-tensor model was
-found settled (128 sequences); the rule of ranks must not be applied to arithmetic means, whose halves disagree longer.
+found settled (128 sequences). Halves of arithmetic means, all that a signed estimate has, disagree longer.
 """
 
 from __future__ import annotations
@@ -42,9 +42,13 @@ class Stopping:
                 f"{self.half_width}, {self.rank_agreement}"
             )
 
-    def progress(self, samples: Mapping[str, Sequence[float]]) -> tuple[float, float]:
-        """(median half-width, split-half Spearman) of the samples so far: module path -> one number a sequence."""
-        positive = all(sample > 0.0 for column in samples.values() for sample in column)
+    def progress(self, samples: Mapping[str, Sequence[float]], signed: bool = False) -> tuple[float, float]:
+        """(median half-width, split-half Spearman) of the samples so far: module path -> one number a sequence.
+
+        Of an estimate that may be negative (``signed``), or where a sample is 0, the artefact has intervals of the
+        plain mean, and so they decide.
+        """
+        positive = not signed and all(sample > 0.0 for column in samples.values() for sample in column)
         widths, first, second = [], [], []
         for column in samples.values():
             if positive:
@@ -59,7 +63,7 @@ class Stopping:
         agreement = spearman(first, second) if len(first) > 1 else 1.0
         return statistics.median(widths), agreement
 
-    def enough(self, samples: Mapping[str, Sequence[float]]) -> bool:
+    def enough(self, samples: Mapping[str, Sequence[float]], signed: bool = False) -> bool:
         """Whether both thresholds hold."""
-        width, agreement = self.progress(samples)
+        width, agreement = self.progress(samples, signed)
         return width <= self.half_width and agreement >= self.rank_agreement

@@ -3,8 +3,8 @@ finished runs against each other (``comparison``).
 """
 
 from .comparison import Comparison, ScoredRun, compare_runs
-from .harness import run_tasks
-from .paired import PairedDifference, gap_closed, holm, paired_difference, paired_p_value
+from .harness import check_tasks, run_tasks
+from .paired import PairedDifference, gap_closed, holm, over_blocks, paired_difference, paired_p_value
 from .protocols import PAPER_TOKENS, ProtocolPerplexity, hestia_protocol_perplexity
 from .scoring import Logits, Score, model_logits, score
 from .shared import shared_score
@@ -17,11 +17,13 @@ __all__ = [
     "ProtocolPerplexity",
     "Score",
     "ScoredRun",
+    "check_tasks",
     "compare_runs",
     "gap_closed",
     "hestia_protocol_perplexity",
     "holm",
     "model_logits",
+    "over_blocks",
     "paired_difference",
     "paired_p_value",
     "run_tasks",

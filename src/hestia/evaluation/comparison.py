@@ -20,16 +20,16 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from ..errors import ConfigError
-from ..options import BYSTANDERS
-from .paired import PairedDifference, holm, paired_difference, paired_p_value
+from ..options import BYSTANDERS, count
+from .paired import PairedDifference, holm, over_blocks, paired_difference, paired_p_value
 
 _SAME = 1e-3  # nats a block: one model scored twice in fp32, on any two machines, differs by less
 
 SEEDS_TO_CLAIM = 3
 """Common seeds that a claim about two methods takes, at least: an interval of two has one degree of freedom."""
 
-_FREE = BYSTANDERS | {"seed", "plan"}
-"""Options that make no other arm; of a plan its digest counts, not its place."""
+_FREE = BYSTANDERS | {"seed", "plan", "model"}
+"""Options that make no other arm; of a plan its digest counts, and runs of another parent are not paired anyway."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +59,7 @@ class Comparison:
     """One run or arm minus the first one; negative is better.
 
     Attributes:
-        over: what a pair is.
+        over: what a pair is: stretches of blocks (see ``over_blocks``) or seeds.
         name, reference: run names over blocks; over seeds, the first run of either arm.
         difference: mean and 95 % t interval.
         adjusted_p: Holm's p over all arms compared; None over blocks.
@@ -101,9 +101,7 @@ def compare_runs(runs: Sequence[ScoredRun]) -> list[Comparison]:
             over="blocks",
             name=run.name,
             reference=first.name,
-            difference=paired_difference(
-                run.block_nll, first.block_nll, weights=run.block_tokens or first.block_tokens
-            ),
+            difference=over_blocks(run.block_nll, first.block_nll, run.block_tokens or first.block_tokens),
         )
         for run in others
         if len(first.block_nll) > 1
@@ -144,8 +142,8 @@ def scored_run(
     Raises:
         ConfigError: they lack what a comparison needs.
     """
-    settings = {key: value for key, value in (options or {"run": name}).items() if key not in _FREE}
     try:
+        settings = {"run": name} if options is None else _settings(report, options)
         quantized, parent = scores["quantized"], scores["parent"]
         tokens = quantized.get("block_tokens")
         return ScoredRun(
@@ -159,3 +157,28 @@ def scored_run(
         )
     except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
         raise ConfigError(f"{name}: no per-block losses to compare by ({type(error).__name__}: {error})") from None
+
+
+def _settings(report: dict[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """What makes an arm: the options by their meaning, not as they were typed.
+
+    Of the recipe all its options as they were, whatever today's defaults are; of text the digests; of numbers values.
+    """
+    settings = {key: value for key, value in options.items() if key not in _FREE}
+    settings["options"] = report.get("recipe_options", settings.get("options"))
+    read = report.get("data")
+    for key in ("data", "eval_data"):
+        if isinstance(read, dict) and key in read:
+            settings[key] = _without_places(read[key])
+    for key in ("tokens", "eval_tokens"):
+        if key in settings:
+            settings[key] = count(str(settings[key]), key)
+    if settings.get("lr", "auto") != "auto":
+        settings["lr"] = float(settings["lr"])
+    return settings
+
+
+def _without_places(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _without_places(v) for k, v in value.items() if k not in ("given", "path")}
+    return [_without_places(v) for v in value] if isinstance(value, list) else value

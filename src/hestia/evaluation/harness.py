@@ -122,15 +122,10 @@ def run_tasks(
         ConfigError: lm-eval is not installed, an unknown task, a damaged file (named with its line), a limit below 1.
         GuardError: the model gives log-probabilities that are NaN or infinite, which lm-eval would count as correct.
     """
-    if limit is not None and limit < 1:
-        raise ConfigError(f"limit is a number of items, 1 or more, got {limit}")
-    if not tasks:
-        raise ConfigError("no tasks given; name at least one, such as 'blimp'")
-    try:
-        from lm_eval.evaluator import evaluate
-        from lm_eval.models.huggingface import HFLM
-    except ImportError as error:
-        raise ConfigError(f"tasks need lm-eval ({error}); write: pip install 'hestia-lm[eval]'") from None
+    check_tasks(tasks, data_dir, limit)
+    from lm_eval.evaluator import evaluate
+    from lm_eval.models.huggingface import HFLM
+
     if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
         raise ConfigError("the tokenizer has neither BOS nor EOS: lm-eval has nothing to put before a first sentence")
 
@@ -148,8 +143,31 @@ def run_tasks(
     return {name: _summary(name, output["results"][name], output["samples"][name]) for name in loaded["tasks"]}
 
 
-def _registered(tasks: Sequence[str]) -> Any:
-    """Tasks of lm-eval's registry, zero-shot unless a task says otherwise."""
+def check_tasks(tasks: Sequence[str], data_dir: Path | None, limit: int | None) -> None:
+    """Refuse what ``run_tasks`` would, before any model is loaded; the items of a local task are read.
+
+    Raises:
+        ConfigError: lm-eval is not installed, an unknown task, a damaged file (named with its line), a limit below 1.
+    """
+    if limit is not None and limit < 1:
+        raise ConfigError(f"limit is a number of items, 1 or more, got {limit}")
+    if not tasks:
+        raise ConfigError("no tasks given; name at least one, such as 'blimp'")
+    try:
+        import lm_eval.evaluator
+        import lm_eval.models.huggingface  # noqa: F401
+    except ImportError as error:
+        raise ConfigError(f"tasks need lm-eval ({error}); write: pip install 'hestia-lm[eval]'") from None
+    if data_dir is None:
+        with _quiet():
+            _known(tasks)
+    else:
+        for path in _files(tasks, data_dir):
+            _read(path, limit)
+
+
+def _known(tasks: Sequence[str]) -> Any:
+    """lm-eval's manager, which has these tasks."""
     from lm_eval.tasks import TaskManager
 
     manager = TaskManager()
@@ -160,6 +178,23 @@ def _registered(tasks: Sequence[str]) -> Any:
                 f"lm-eval has no task {name!r}; close names: {', '.join(close) or 'none'} "
                 "(`lm-eval ls tasks` lists all; a folder of jsonl files needs --tasks-dir)"
             )
+    return manager
+
+
+def _files(tasks: Sequence[str], data_dir: Path) -> list[Path]:
+    """The file of every local task."""
+    files = {path.stem: path for path in sorted(data_dir.glob("*.jsonl"))}
+    if not files:
+        raise ConfigError(f"{data_dir}: no such folder, or no .jsonl file in it")
+    for name in tasks:
+        if name not in files:
+            raise ConfigError(f"{data_dir}: no {name}.jsonl; {nearest(name, files)}")
+    return [files[name] for name in tasks]
+
+
+def _registered(tasks: Sequence[str]) -> Any:
+    """Tasks of lm-eval's registry, zero-shot unless a task says otherwise."""
+    manager = _known(tasks)
     try:
         loaded = manager.load(list(tasks))
     except (OSError, ValueError) as error:
@@ -176,14 +211,9 @@ def _local(tasks: Sequence[str], data_dir: Path, limit: int | None, folder: Path
     """Tasks of ``data_dir``; the items that count are copied to ``folder``, where datasets keeps its cache too."""
     from lm_eval.tasks import TaskManager
 
-    files = {path.stem: path for path in sorted(data_dir.glob("*.jsonl"))}
-    if not files:
-        raise ConfigError(f"{data_dir}: no such folder, or no .jsonl file in it")
     configs = []
-    for name in tasks:
-        if name not in files:
-            raise ConfigError(f"{data_dir}: no {name}.jsonl; {nearest(name, files)}")
-        kind, items = _read(files[name], limit)
+    for name, path in zip(tasks, _files(tasks, data_dir), strict=True):
+        kind, items = _read(path, limit)
         copied = folder / f"{name}.jsonl"
         copied.write_text("".join(json.dumps(item) + "\n" for item in items), encoding="utf-8")
         config: dict[str, Any] = {

@@ -108,7 +108,7 @@ def _exactly(engine: str, reference: Tensor, other: Tensor, token_ids: Tensor, t
     if not largest <= tolerance:  # "not <=" rather than ">": a NaN must fail
         differences.append(f"logits: differ by {largest:.3g} in {engine} from the frozen model, allowed {tolerance:g}")
     frozen, packed = (float(token_nll(x, token_ids).mean()) for x in (reference, other))
-    details = {"nll": {"frozen": frozen, "engine": packed, "bound": tolerance}, "tokens": token_ids.numel()}
+    details = {"nll": {"frozen": frozen, "engine": packed, "bound": tolerance}, "tokens": token_ids[:, 1:].numel()}
     return Ran(engine, largest, kl, differences, [], details)
 
 
@@ -180,7 +180,7 @@ def _judge(engine: str, token_ids: Tensor, computed: dict[str, Tensor], *, only_
         "kl_emulated": kl_emulated,
         "kl_bound": kl_bound(kl_emulated),
         "nll": {k: means[k] for k in ("frozen", "engine", "emulation")} | {"bound": bound},
-        "tokens": token_ids.numel(),
+        "tokens": token_ids[:, 1:].numel(),
         "tokenizer": {"strings": tokens.strings, "equal": tokens.equal},
     }
     if computed["head"] is not reference:

@@ -123,6 +123,21 @@ def expected_layout(file: File, frozen: FrozenModel, target: Target) -> Layout:
     return exact if same else layout_of(frozen, target, fallback=True, head=head)
 
 
+def rounded_tensors(path: Path, frozen: FrozenModel, target: str) -> list[str]:
+    """A sentence for the embedding and for the head where the file does not hold every number of it: those are kept
+    tensors that ``--head`` rounded, and the comparison is with what rounding gives.
+    """
+    from .gguf import head_record
+
+    layout = expected_layout(read(path), frozen, target_by_name(target))
+    stored = head_record(frozen, layout, "")["tensors"]
+    return [
+        f"{name} is stored as {found['type']}, which rounds it (relative error {found['relative_error']:.2g})"
+        for name, found in stored.items()
+        if found["largest_error"] > 0
+    ]
+
+
 def file_target(path: Path) -> str:
     """The target that a GGUF file says it is: ``gguf:tq2_0``.
 

@@ -8,7 +8,7 @@ from .configs import load_config
 from .models import cast_parameters, empty_model, load_model, parent_dtype, require_trainable
 from .saving import COPIED, TERMS, copied, require_own_tokenizer, rope_keys, save, tokenizer_folder
 from .sources import Source, config_source, content, display_name, fingerprint, license_of, resolve
-from .tokenizers import check_vocabulary, hard_texts, load_tokenizer
+from .tokenizers import check_vocabulary, first_other_token, hard_texts, load_tokenizer
 
 __all__ = [
     "COPIED",
@@ -22,6 +22,7 @@ __all__ = [
     "display_name",
     "empty_model",
     "fingerprint",
+    "first_other_token",
     "hard_texts",
     "license_of",
     "load_config",

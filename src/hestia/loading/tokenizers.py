@@ -134,3 +134,17 @@ def check_vocabulary(source: Source, config: Any, largest: int) -> None:
             f"{source.name}: its tokenizer makes token id {largest}, the model knows {size} tokens; "
             "they do not belong together"
         )
+
+
+def first_other_token(one: Any, other: Any) -> tuple[int, str, str] | None:
+    """The first id that is another token in each of two tokenizers, and both; None where all they share are alike.
+
+    Added tokens do not count: a chat version of the same model may name them anew.
+    """
+    here, there = _ordinary_tokens(one), _ordinary_tokens(other)
+    place = next((i for i in sorted(here.keys() & there.keys()) if here[i] != there[i]), None)
+    return None if place is None else (place, here[place], there[place])
+
+
+def _ordinary_tokens(tokenizer: Any) -> dict[int, str]:
+    return {i: text for text, i in tokenizer.get_vocab().items() if i not in tokenizer.added_tokens_decoder}

@@ -140,7 +140,9 @@ def export_and_verify(
     if refit:
         traces = None
         if (run / SENSITIVITY_FILE).is_file():
-            traces = curvature.Sensitivity.load(run / SENSITIVITY_FILE).traces
+            found = curvature.Sensitivity.load(run / SENSITIVITY_FILE)
+            if found.primary == "trace":  # a divergence or an eigenvalue is none
+                traces = {path: t.value if t.signed else t.trace for path, t in found.tensors.items()}
         text = token_ids if token_ids is not None else kept_text(run)
         say(f"re-fitting scales to {target}")
         changed = refit_scales(frozen, find_target(target), traces, text)
@@ -180,9 +182,11 @@ def record_export(run: Path, entry: dict[str, Any]) -> None:
 
 def _record(run: Path, entry: dict[str, Any]) -> None:
     record = read_json(run / REPORT_FILE)
-    others = [e for e in record.get("exports", []) if e.get("path") != entry["path"]]
+    there = record.get("exports", [])
+    exports = [entry if e.get("path") == entry["path"] else e for e in there]
+    exports += [] if entry in exports else [entry]
     refused = {name: why for name, why in (record.pop("refused", None) or {}).items() if name != entry["target"]}
-    publish(run, {**record, "exports": [*others, entry], **({"refused": refused} if refused else {})})
+    publish(run, {**record, "exports": exports, **({"refused": refused} if refused else {})})
 
 
 def digest(path: Path) -> str:

@@ -11,12 +11,13 @@ from ..errors import ConfigError
 from ..evaluation import model_logits, shared_score
 from ..evaluation.diagnostics import histograms
 from ..export.save import write_frozen
-from ..files import read_json, write_json
+from ..files import write_json
 from ..jobs import TUNING_BLOCKS
 from ..plans import Plan
 from ..progress import announce as say
+from ..provenance import machine, versions
 from ..resources import release
-from ..training import Distillation, HestiaTrainer, TrainConfig, checkpoints, pilot
+from ..training import Distillation, HestiaTrainer, Interrupted, TrainConfig, checkpoints, pilot
 from ..training.teacher import hold_in_bf16
 from ..training.trainer import LOG_FILE
 from ..training.watch import collapsed
@@ -25,14 +26,20 @@ from .workspace import Workspace
 
 
 def train_and_freeze(work: Workspace, plan: Plan) -> None:
-    """Train the model by its plan, from its newest checkpoint if there is one, and save it frozen."""
+    """Train the model by its plan, from its newest checkpoint if there is one, and save it frozen.
+
+    Raises:
+        Interrupted: by a signal; where it came in the last step, the model is frozen first.
+    """
     config = _train_config(work, plan) if plan.trains else None
+    stopped: int | None = None
     model: Any = nn.apply(work.load_model(), plan)
     if config is not None:
         checkpoint = checkpoints.newest(work.folder / "checkpoints") if work.resume else None
         trainer = _trainer(work, model, plan, config, f"training {plan.recipe['name']}")
         work.stopwatch.measure("train", lambda: trainer.fit(checkpoint))
         work.stopwatch.at_least("train", trainer.trained)
+        stopped = trainer.stopped
     if not processes.first():
         return
     diagnostics = histograms(model, work.load_model())
@@ -43,20 +50,25 @@ def train_and_freeze(work: Workspace, plan: Plan) -> None:
     write_json(work.folder / DIAGNOSTICS_FILE, {**diagnostics, "collapsed": lost})
     dtype = loading.parent_dtype(work.source, work.config)
     write_frozen(model, codes, work.folder, work.source, dtype, work.tokenizer)
+    if stopped is not None:  # in the last step
+        raise Interrupted("stopped when the training was done; the model is frozen. Continue with --resume.", stopped)
 
 
 def trial(work: Workspace, plan: Plan, rate: float, steps: int) -> float:
     """Hard loss on the tuning blocks after a whole run in miniature: ``steps`` steps, schedules included."""
     release()  # the trial before
     model = nn.apply(work.load_model(), plan)
-    _trainer(work, model, plan, _config_for(work, rate, steps, save=False), f"pilot at {rate:g}").fit()
+    trainer = _trainer(work, model, plan, _config_for(work, rate, steps, save=False), f"pilot at {rate:g}")
+    trainer.fit()
+    if trainer.stopped is not None:  # in the last step
+        raise Interrupted("stopped in the learning-rate pilot. Continue with --resume.", trainer.stopped)
     return shared_score(model_logits(model), work.tuning, description="pilot loss").nll
 
 
 def _train_config(work: Workspace, plan: Plan) -> TrainConfig:
     o, path = work.options, work.folder / TRAINING_FILE
-    if work.resume and path.is_file():
-        return _config_for(work, float(read_json(path)["learning_rate"]), work.steps, save=True)
+    if work.settled:
+        return _config_for(work, float(work.settled["learning_rate"]), work.steps, save=True)
     rate = o.learning_rate() or _pilot(work, plan)
     config = _config_for(work, rate, work.steps, save=True)
     release()  # the last trial
@@ -68,7 +80,8 @@ def _train_config(work: Workspace, plan: Plan) -> TrainConfig:
     if processes.first():
         precision = "bf16" if work.bf16 else "fp32"
         settings = {"learning_rate": rate, "steps": work.steps, "batch_size": work.batch_size, "precision": precision}
-        write_json(path, {**settings, "parent_hard_loss": unseen})
+        where = {"machine": machine(work.device), "versions": versions()}
+        write_json(path, {**settings, "parent_hard_loss": unseen, **where})
     return config
 
 
@@ -146,23 +159,24 @@ def check_teacher(work: Workspace) -> None:
         raise ConfigError(
             f"--teacher {work.teacher.name} has a vocabulary of {theirs:,}, the parent one of {ours:,}; take another"
         )
+    longest = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if longest is not None and work.seq_len > longest:
+        raise ConfigError(
+            f"--teacher {work.teacher.name} has {longest} positions, a block {work.seq_len} tokens: give --seq-len "
+            f"{longest}, or take another"
+        )
     try:
         tokenizer = loading.load_tokenizer(work.teacher, trust_remote_code=work.options.trust_remote_code)
     except ConfigError as error:
         say(f"--teacher {work.teacher.name}: no tokenizer can be read ({error}); its tokens are taken for the parent's")
         return
-    taught, mine = _ordinary_tokens(tokenizer), _ordinary_tokens(work.tokenizer)
-    other = next((i for i in sorted(taught.keys() & mine.keys()) if taught[i] != mine[i]), None)
+    other = loading.first_other_token(tokenizer, work.tokenizer)
     if other is not None:
+        place, theirs_is, ours_is = other
         raise ConfigError(
-            f"--teacher {work.teacher.name} has another tokenizer than the parent: its token {other} is "
-            f"{taught[other]!r}, the parent's {mine[other]!r}; take one of the same family"
+            f"--teacher {work.teacher.name} has another tokenizer than the parent: its token {place} is "
+            f"{theirs_is!r}, the parent's {ours_is!r}; take one of the same family"
         )
-
-
-def _ordinary_tokens(tokenizer: Any) -> dict[int, str]:
-    """id -> token, without added ones, which a chat version of the same model may name anew."""
-    return {i: text for text, i in tokenizer.get_vocab().items() if i not in tokenizer.added_tokens_decoder}
 
 
 def _teacher(work: Workspace) -> Any:

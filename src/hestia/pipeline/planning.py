@@ -11,7 +11,7 @@ from .. import curvature, loading, nn, processes, recipes
 from ..errors import ConfigError
 from ..export.precheck import check_targets
 from ..files import sha256, write_bytes
-from ..jobs import calibrate_on, plan_of
+from ..jobs import calibrate_on, plan_of, tell_unread_sensitivity
 from ..mixed import candidates, is_mixed
 from ..options import Options
 from ..planner import require_curvature
@@ -65,9 +65,16 @@ def _first_plan(work: Workspace, given: Plan | None) -> Plan:
     estimator = curvature.CurvatureEstimator.make(work.options.estimator)  # unknown even where nothing is measured
     if calibrates(work.options):
         require_curvature(_recipe(work.options), estimator.primary, estimator.name)
+        if widths_may_differ(work.options) and not estimator.measures_damage:
+            raise ConfigError(
+                f"--estimator {estimator.name} does not measure what a width costs, which a plan of several widths is "
+                "made from: take gnb, fisher or kl"
+            )
     if given is not None:
         nn.apply(work.empty_model(), given)  # refuses a plan of another model
         return given
+    if processes.first():
+        tell_unread_sensitivity(work.options)
     if not widths_may_differ(work.options) or work.options.sensitivity is not None:
         return _make_plan(work, work.options.sensitivity)
     if work.options.calibrate == 0:

@@ -60,8 +60,8 @@ def record_of(work: Workspace, plan: Plan, scores: dict[str, Any], exports: list
         "parent_dtype": str(loading.parent_dtype(work.source, work.config)).removeprefix("torch."),
         "data": work.text.record,
         "command": command_line(),
-        "versions": versions(),
-        "machine": machine(work.device),
+        "versions": training.get("versions") or versions(),  # those that trained, not those that finished the run
+        "machine": training.get("machine") or machine(work.device),
         "started": work.stopwatch.started.isoformat(timespec="seconds"),
     }
 

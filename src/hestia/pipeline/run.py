@@ -19,15 +19,15 @@ from transformers import PreTrainedModel, set_seed
 from .. import loading, processes
 from ..data import cache as token_cache
 from ..errors import ConfigError, DiskSpaceError, HestiaError, VerifyError
-from ..export.frozen import CODES_FILE, FrozenModel
-from ..files import TEMPORARY, read_json, require_inside, sweep, write_text
+from ..export.frozen import CODES_FILE, REFITS_FOLDER, FrozenModel
+from ..files import TEMPORARY, read_json, require_inside, sweep, write_json, write_text
 from ..lock import LOCK_FILE, locked
-from ..options import BYSTANDERS, Options, load_config
+from ..options import BYSTANDERS, Options, count, load_config
 from ..plans import Plan
 from ..progress import announce as say
 from ..resources import free_disk
 from ..training import checkpoints
-from .artefacts import CACHE_FOLDER, EXPORTS_FOLDER, OPTIONS_FILE, PLAN_FILE, REPORT_FILE
+from .artefacts import CACHE_FOLDER, EXPORTS_FILE, EXPORTS_FOLDER, OPTIONS_FILE, PLAN_FILE, REPORT_FILE
 from .delivery import deliver
 from .fitting import check_teacher, train_and_freeze
 from .inputs import check_inputs, keep_inputs
@@ -147,7 +147,7 @@ class Run:
             self._check_folder()  # again: someone may have been here meanwhile
             require_inside(folder)
             exports = folder / EXPORTS_FOLDER
-            for place in (folder, folder / CACHE_FOLDER, exports, *exports.glob("*")):
+            for place in (folder, folder / CACHE_FOLDER, folder / REFITS_FOLDER, exports, *exports.glob("*")):
                 sweep(place)
         check_inputs(self.work)
         self._taken = True
@@ -181,6 +181,7 @@ class Run:
         if refused:
             record["refused"] = {name: str(error) for name, error in refused}
         publish(work.folder, record)
+        (work.folder / EXPORTS_FILE).unlink(missing_ok=True)
         for name, error in refused[1:]:
             say(f"{name}: {error}")
         if refused:
@@ -193,9 +194,12 @@ class Run:
         """The entries of the files, and why others could not be written: one format's refusal costs no other's file."""
         made: list[dict[str, Any]] = []
         refused: list[tuple[str, HestiaError]] = []
+        kept = self.work.folder / EXPORTS_FILE  # of a call that ended between two files
+        earlier = [*_entries(before), *(_entries(_read_or_empty(kept)) if self.work.resume else [])]
         for name in plan.targets:
             try:
-                made.append(deliver(self.work, plan, name, frozen, _entries(before)))
+                made.append(deliver(self.work, plan, name, frozen, earlier))
+                write_json(kept, {"schema": 1, "exports": made})
             except (ConfigError, VerifyError) as error:
                 refused.append((name, error))
         if not made:
@@ -269,8 +273,12 @@ class Run:
 
 def _report_before(folder: Path) -> dict[str, Any]:
     """The report of a run that is resumed though it was finished; empty where there is none that can be read."""
+    return _read_or_empty(folder / REPORT_FILE)
+
+
+def _read_or_empty(file: Path) -> dict[str, Any]:
     try:
-        return read_json(folder / REPORT_FILE)
+        return read_json(file)
     except ConfigError:
         return {}
 
@@ -295,13 +303,15 @@ def _made_later(
 
 
 def _meant(options: Options, name: str) -> Any:
-    """An option's value; of a folder or file the path, however it was written: MODEL, MODEL/ or ./MODEL."""
+    """An option's value, however it was written: MODEL, MODEL/ or ./MODEL, 2M or 2000000."""
     value = getattr(options, name)
     if name in ("data", "eval_data"):
         return [Path(given).resolve() if Path(given).exists() else given for given in value]
     if name in ("model", "teacher", "sensitivity", "plan") and value and Path(value).exists():
         return Path(value).resolve()
-    return value
+    if name in ("tokens", "eval_tokens"):
+        return count(value, name)
+    return options.learning_rate() if name == "lr" else value
 
 
 def _left_behind(path: Path) -> bool:

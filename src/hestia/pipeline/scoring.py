@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from .. import loading, nn, processes, recipes
 from ..data import Blocks
-from ..evaluation import Score, model_logits, paired_difference, shared_score
+from ..evaluation import Score, model_logits, over_blocks, shared_score
 from ..evaluation.diagnostics import continuations
 from ..export.frozen import MODEL_FOLDER
 from ..files import read_json, write_json
@@ -43,7 +43,7 @@ def score_run(work: Workspace, plan: Plan, reference: dict[str, Any] | None = No
         return {}
     ours, theirs = of_frozen["block_nll"], of_rounded["block_nll"]
     tokens = of_frozen["block_tokens"]
-    interval = paired_difference(ours, theirs, weights=tokens).to_json() if len(ours) > 1 else None
+    interval = over_blocks(ours, theirs, tokens).to_json() if len(ours) > 1 else None
     diagnostics = read_json(work.folder / DIAGNOSTICS_FILE)
     diagnostics["samples"] = continuations(parent, frozen, work.tokenizer, blocks)
     write_json(work.folder / DIAGNOSTICS_FILE, diagnostics)

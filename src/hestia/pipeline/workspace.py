@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from ..jobs import (
 from ..options import Options, count, load_config
 from ..schedules import LearningRateSchedule
 from ..training import check_loggers
-from .artefacts import CACHE_FOLDER, INPUTS_FILE, OPTIONS_FILE, TIMING_FILE
+from .artefacts import CACHE_FOLDER, INPUTS_FILE, OPTIONS_FILE, TIMING_FILE, TRAINING_FILE
 from .stopwatch import Stopwatch
 
 HUB = "hub"
@@ -153,19 +154,28 @@ class Workspace:
         return spread(self.text.held_out, count(self.options.eval_tokens, "eval_tokens") // self.seq_len)
 
     @cached_property
+    def settled(self) -> dict[str, Any]:
+        """training.json of a run that is resumed: what it began to train with, whatever machine goes on; else empty."""
+        path = self.folder / TRAINING_FILE
+        return read_json(path) if self.resume and path.is_file() else {}
+
+    @cached_property
     def batch_size(self) -> int:
         """Blocks a step."""
-        return batch_and_steps(self.options, self.seq_len, processes.world_size())[0]
+        begun = self.settled.get("batch_size", self.options.batch_size)
+        return batch_and_steps(replace(self.options, batch_size=begun), self.seq_len, processes.world_size())[0]
 
     @cached_property
     def steps(self) -> int:
         """Optimizer steps."""
-        return batch_and_steps(self.options, self.seq_len, processes.world_size())[1]
+        computed = batch_and_steps(self.options, self.seq_len, processes.world_size())[1]
+        return int(self.settled.get("steps", computed))
 
     @cached_property
     def bf16(self) -> bool:
         """Whether training runs under bf16 autocast."""
-        return in_bf16(self.options, self.config, self.device)
+        begun = self.settled.get("precision")
+        return in_bf16(self.options, self.config, self.device) if begun is None else begun == "bf16"
 
 
 def _mapping(value: Any) -> dict[str, Any]:

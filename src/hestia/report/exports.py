@@ -54,6 +54,7 @@ class Export:
     Attributes:
         head: sentences about embeddings and head that were rounded on request; empty where all is exact.
         refit: a sentence about scales that were re-fitted on request; empty where none was.
+        outside: written elsewhere than into the run; ``path`` is then its name alone.
     """
 
     target: str
@@ -63,6 +64,7 @@ class Export:
     verify: Verification | None
     head: str = ""
     refit: str = ""
+    outside: bool = False
 
 
 def read_export(entry: Object, run: Path) -> Export:
@@ -71,7 +73,8 @@ def read_export(entry: Object, run: Path) -> Export:
     for root in (run, run.resolve()):
         if path.is_relative_to(root):
             path = path.relative_to(root)
-    if ".." in path.parts:  # a card is published, the folders around the run are not
+    outside = ".." in path.parts or path.is_absolute()
+    if outside:  # a card is published, the folders around the run are not
         path = Path(path.name)
     verify = entry.raw.get("verify")
     if verify is not None:
@@ -101,6 +104,7 @@ def read_export(entry: Object, run: Path) -> Export:
         verify=verify,
         head=_head_sentence(entry, verify),
         refit=_refit_sentence(entry),
+        outside=outside,
     )
 
 
@@ -112,6 +116,8 @@ def _head_sentence(entry: Object, verify: Verification | None) -> str:
     types = ", ".join(f"{name} as {mapping(t).get('type')}" for name, t in mapping(head.get("tensors")).items())
     change = verify.head_nll_change if verify is not None else None
     cost = "its cost was not measured" if change is None else f"this moves the NLL by {change:+.2g} nats a token"
+    if change is not None and verify is not None and verify.tokens:
+        cost += f", on {verify.tokens} held-out tokens"
     return text(f"On request {types}, which rounds: {cost}.")
 
 

@@ -195,6 +195,7 @@ class _HistogramFigure:
     histogram: Histogram
     drawing: Markup | None
     shares: CodeShares
+    has_thresholds: bool
 
 
 def _histograms(record: RunRecord) -> list[_HistogramFigure]:
@@ -204,10 +205,14 @@ def _histograms(record: RunRecord) -> list[_HistogramFigure]:
     chosen = [every[round(i * (len(every) - 1) / max(1, count - 1))] for i in range(count)]
     figures: list[_HistogramFigure] = []
     for i, histogram in enumerate(chosen):
-        levels = wording.levels_of(record.layers.get(histogram.path)) or (-1.0, 0.0, 1.0)
+        layer = record.layers.get(histogram.path)
+        levels = wording.levels_of(layer) or (-1.0, 0.0, 1.0)
         thresholds = [0.5 * (a + b) for a, b in zip(levels, levels[1:], strict=False)]
+        if isinstance(layer, dict) and layer.get("block"):  # zeros are counted in blocks: no size decides alone
+            thresholds = []
         drawing = plots.weights(histogram, thresholds, name=f"weights{i}")
-        figures.append(_HistogramFigure(histogram, _svg(drawing), record.codes.get(histogram.path, CodeShares())))
+        shares = record.codes.get(histogram.path, CodeShares())
+        figures.append(_HistogramFigure(histogram, _svg(drawing), shares, bool(thresholds)))
     return figures
 
 

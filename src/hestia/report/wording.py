@@ -190,8 +190,10 @@ def verdict(record: RunRecord) -> Verdict:
             sentence = f"{subject} predicts held-out text {fixed(parent - ours)} nats per token better than its parent"
             sentence += f" {change}"
             cautions.append(
-                "It is better than its parent because it was trained on text of this kind and the parent was not; "
-                "that gain comes from the training, not from the quantization."
+                "Rounding cannot teach it anything: that it is better than its parent is chance, on this text."
+                if record.recipe == "round_to_nearest"
+                else "It is better than its parent because it was trained on more text of this kind; that gain comes "
+                "from the training, not from the quantization."
             )
         if record.recipe == "round_to_nearest":
             sentence += "; it was rounded, not trained."

@@ -184,7 +184,8 @@ def load_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.Optimi
     state: dict[int, dict[str, Tensor]] = {}
     for index, parameter in enumerate(ordered):
         prefix = names[id(parameter)] + "/"
-        entry = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+        # copies: what was loaded is a map of the file, whose blocks a deleted checkpoint would keep
+        entry = {k.removeprefix(prefix): v.clone() for k, v in tensors.items() if k.startswith(prefix)}
         if entry:
             state[index] = entry
     record = optimizer.state_dict()
@@ -235,15 +236,40 @@ def complete(folder: Path) -> bool:
 
 
 def newest(root: Path) -> Path | None:
-    """The newest complete checkpoint under ``root``; incomplete ones are passed over, and named on standard error."""
+    """The newest complete checkpoint under ``root``; None where there is none at all.
+
+    Incomplete ones are passed over, and named on standard error.
+
+    Raises:
+        ConfigError: one is of another version of hestia, or none is complete: training again from the first step, and
+            deleting them on the way, is nothing to do unasked.
+    """
     for folder in _unfinished(root):
         announce(f"{folder}: not a checkpoint; the process ended while it was being written")
-    for folder in _newest_first(root):
+    there = _newest_first(root)
+    for folder in there:
+        other = _other_schema(folder)
+        if other is not None:
+            raise ConfigError(
+                f"{folder}: a checkpoint of schema {other}, and this version of hestia reads {SCHEMA}; go on with the "
+                f"version that wrote it, or delete {root} to train from the first step"
+            )
         why = damage(folder)
         if why is None:
             return folder
         announce(f"{folder}: passed over, it is incomplete: {why}")
+    if there:
+        raise ConfigError(f"{root}: no checkpoint in it is complete; delete it to train from the first step")
     return None
+
+
+def _other_schema(folder: Path) -> int | None:
+    """The schema number of a checkpoint's state.json where it can be read and is not today's."""
+    try:
+        found = json.loads((folder / STATE).read_text(encoding="utf-8")).get("schema")
+    except (OSError, ValueError, AttributeError):
+        return None
+    return found if isinstance(found, int) and found != SCHEMA else None
 
 
 def sweep(root: Path) -> None:

@@ -84,6 +84,7 @@ class HestiaTrainer(Trainer):
         self._earlier, self._took, self._began = 0.0, 0.0, time.perf_counter()
         self._spikes, self._step_loss = SpikeWatch(), 0.0
         self._collapsed: dict[str, str] = {}
+        self._log_failed = False
         self._signals = StopSignals()
         self._bar = ProgressBar(description, "loss" if config.distill is None else "loss to the teacher")
         self._started: tuple[float, int] | None = None
@@ -146,12 +147,17 @@ class HestiaTrainer(Trainer):
             self._bar.close()
             self._took = time.perf_counter() - self._began
         check_state(self.accelerator.unwrap_model(self.model), self.state.global_step, self._last_checkpoint_name())  # type: ignore[arg-type]
-        if self._signals.requested is not None and self.state.global_step < self.config.steps:
+        if self.stopped is not None and self.state.global_step < self.config.steps:
             saved = f"saved to {self.last_checkpoint}" if self.last_checkpoint else "there was nothing to save yet"
             raise Interrupted(
                 f"stopped at step {self.state.global_step} of {self.config.steps}; {saved}. Continue with --resume.",
-                self._signals.requested,
+                self.stopped,
             )
+
+    @property
+    def stopped(self) -> int | None:
+        """The exit status that a signal asked for; where it came in the last step ``fit`` returned, and this tells."""
+        return self._signals.requested
 
     @property
     def trained(self) -> float:
@@ -304,8 +310,14 @@ class HestiaTrainer(Trainer):
             self._append(row)
 
     def _append(self, row: dict[str, Any]) -> None:
-        with open(self.folder / LOG_FILE, "a", encoding="utf-8") as handle:
-            handle.write(json.dumps(row) + "\n")
+        """A line of the log; a disk that refuses it, for a minute or for good, ends no training."""
+        try:
+            with open(self.folder / LOG_FILE, "a", encoding="utf-8") as handle:
+                handle.write(json.dumps(row) + "\n")
+        except OSError as error:
+            if not self._log_failed:
+                announce(f"{self.folder / LOG_FILE}: a line could not be written ({error}); training goes on")
+            self._log_failed = True
 
     def _knob_numbers(self) -> dict[str, float]:
         model = self.accelerator.unwrap_model(self.model)  # type: ignore[arg-type]

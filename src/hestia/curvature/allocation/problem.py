@@ -188,7 +188,7 @@ class Allocation:
 
 def up(bits: float) -> float:
     """Rounded up to four decimals: what is printed is always enough."""
-    return math.ceil(bits * 1e4 - 1e-6) / 1e4
+    return math.ceil(bits * 1e4 - 1e-9) / 1e4
 
 
 def _damage(damage: Damage, path: str, width: float) -> float:

@@ -222,6 +222,11 @@ class CurvatureEstimator(Member, ABC):
     needs_candidates: ClassVar[bool] = False
     """Whether it measures nothing without a candidate quantizer."""
 
+    @property
+    def measures_damage(self) -> bool:
+        """Whether it tells what every candidate quantizer would cost, which plans of several widths are made from."""
+        return self.squares or self.needs_candidates
+
     def stand_in(self) -> CurvatureEstimator | None:
         """What replaces a signed estimate that is not surely positive, in the same primary quantity; None: ``gnb``."""
         return None

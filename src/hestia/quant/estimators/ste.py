@@ -67,14 +67,14 @@ class ClippedSTE(STE):
 
 
 @dataclass(frozen=True)
-class Trust(STE):
+class Trust(Staircase):
     """QuEST's trust estimator: a gradient only where rounding moved the weight by at most ``reach`` half steps.
 
     Inside the grid's range every weight is that near its level, so ``reach = 1`` blocks what lies beyond the outer
     levels by more than half a step: |z| > 1.5 on the ternary grid, |z| > 2 on {-1, 1}, whose step is 2.
 
     Raises:
-        ConfigError: a reach that is not positive: nothing would be trusted.
+        ConfigError: a reach that is not positive: nothing would be trusted; or levels not equally far apart.
     """
 
     name: ClassVar[str] = "trust"
@@ -84,5 +84,5 @@ class Trust(STE):
         self.require_positive("reach")
 
     def gain(self, z: Tensor, grid: Grid, temperature: Tensor) -> Tensor:  # type: ignore[override]
-        half_step = 0.5 * min(b - a for a, b in zip(grid.values, grid.values[1:], strict=False))
-        return (grid.round(z).sub_(z).abs_() <= self.reach * half_step).to(z.dtype)
+        assert grid.distance is not None
+        return (grid.round(z).sub_(z).abs_() <= self.reach * 0.5 * grid.distance).to(z.dtype)
