@@ -56,6 +56,8 @@ def replacing_folder(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     aside = path.with_name(f".{path.name}.{os.getpid()}.aside.tmp")
+    if not path.exists() and aside.exists():  # of a process of this number that was killed between the two renames
+        os.replace(aside, path)
     for left in (temporary, aside):
         shutil.rmtree(left, ignore_errors=True)
     temporary.mkdir()
