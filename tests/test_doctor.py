@@ -104,12 +104,11 @@ def test_engines_that_are_missing_come_with_their_install_line(monkeypatch: pyte
 
 
 def test_an_engine_without_a_version_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Built by hand, it can be imported and has no metadata; with metadata its version is told."""
+    """Built by hand, it can be imported and has no metadata; others stand among the versions."""
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: "there")
     monkeypatch.setattr(doctor, "versions", lambda: {"lm-eval": "0.4.13"})
-    llama, lm_eval = doctor._engines()
-    assert (llama.status, lm_eval.status) == ("ok", "ok")
-    assert llama.found.startswith("version unknown") and lm_eval.found.startswith("0.4.13")
+    (llama,) = doctor._engines()
+    assert llama.status == "ok" and llama.found.startswith("version unknown")
 
 
 def test_the_command_prints_every_check_and_its_status_says_whether_all_is_well(

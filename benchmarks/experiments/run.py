@@ -16,7 +16,7 @@ import shutil
 import sys
 import time
 from collections import Counter
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -175,7 +175,7 @@ class Worker:
             if path.is_file():
                 require_same(load_result(job, self.results), self.parent.record, self.texts.record)
                 self.checked.add(path)
-                shutil.rmtree(self.place(job), ignore_errors=True)  # of a process that ended between the two
+                self.tidy(job)
                 continue
             try:
                 check_possible(job)
@@ -193,6 +193,13 @@ class Worker:
     def place(self, job: Job) -> Path:
         """The folder of a job's checkpoints, while it has no result."""
         return self.given.work / f"stage_{self.stage.name}" / f"{job.name}-{job.digest()[:8]}"
+
+    def tidy(self, job: Job) -> None:
+        """Remove what a process left that ended between the result and its own tidying up."""
+        place = self.place(job)
+        if place.is_dir():
+            with suppress(BusyError), locked(place):
+                shutil.rmtree(place, ignore_errors=True)
 
     def run_alone(self, job: Job, path: Path) -> bool:
         """Run a job unless another process is at it; whether its result is there now."""

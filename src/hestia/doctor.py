@@ -195,8 +195,8 @@ def _engines() -> Iterator[Check]:
     ):
         if importlib.util.find_spec(module) is None:
             yield Check(package, "note", f"not installed ({gives})", install)
-        else:
-            yield Check(package, "ok", f"{versions().get(package, 'version unknown')} ({gives})")
+        elif package not in versions():  # else it stands among the versions
+            yield Check(package, "ok", f"version unknown ({gives})")
 
 
 def _quantizer() -> str:

@@ -182,7 +182,11 @@ def _model_source(name: str) -> loading.Source:
 
 def _require_same_tokens(tokenizer: PreTrainedTokenizerBase, against: str, options: Options) -> None:
     """Refuse a model whose ids mean other tokens: a divergence between the two would mean nothing."""
-    theirs = loading.load_tokenizer(_model_source(against), trust_remote_code=options.trust_remote_code)
+    try:
+        theirs = loading.load_tokenizer(_model_source(against), trust_remote_code=options.trust_remote_code)
+    except ConfigError as error:
+        announce(f"--against {against}: no tokenizer can be read ({error}); its tokens are taken for the model's")
+        return
     other = loading.first_other_token(theirs, tokenizer)
     if other is not None:
         raise ConfigError(
@@ -284,10 +288,14 @@ def prepare_text(
     seq_len: int,
     cache: Path | None,
     begun: Mapping[str, Mapping[str, Any]] | None = None,
+    batch: int | None = None,
 ) -> TokenizedText:
-    """Training and held-out blocks as the options ask for; ``cache`` is only read, ``begun`` pins hub data sets."""
+    """Training and held-out blocks as the options ask for; ``cache`` is only read, ``begun`` pins hub data sets.
+
+    ``batch`` is that of a run that goes on, whatever today's number of processes would make it.
+    """
     tokens = count(options.tokens, "tokens")
-    batch, _ = batch_and_steps(options, seq_len, processes.world_size())
+    batch = batch or batch_and_steps(options, seq_len, processes.world_size())[0]
     if options.steps is not None:
         tokens = options.steps * (options.batch_size or max(batch, LARGEST_DEFAULT_BATCH)) * seq_len
     return prepare(

@@ -18,6 +18,7 @@ from hestia.errors import ConfigError
 from hestia.options import Options, count
 from hestia.pipeline.run import _meant
 from hestia.pipeline.workspace import Workspace
+from hestia.training import HestiaTrainer
 
 
 @pytest.fixture
@@ -72,8 +73,9 @@ def test_what_would_be_typed_in_vain_is_refused(typed: dict[str, Any], says: str
 def test_files_that_say_too_little_or_something_odd(config: Callable[..., str]) -> None:
     with pytest.raises(ConfigError, match="--config is empty"):
         options_from("", {"model": "m"})
-    with pytest.raises(ConfigError, match=r"is of a run by plan\.json, and leaves out what that plan decided"):
+    with pytest.raises(ConfigError, match=r"follows plan\.json, and says nothing of what that plan decided"):
         options_from(config(plan="plan.json"), {}, ("out", "plan"))
+    assert options_from(config(plan="plan.json"), {"group_size": "64"}, ("out", "plan")).group_size == "64"
     with pytest.raises(ConfigError, match="options"):
         options_from(config(options=["a=1"]), {"options": ("b=2",)})
 
@@ -248,3 +250,32 @@ def test_what_no_block_holds_is_no_default(toy_parent: Path) -> None:
     positions = config.max_position_embeddings
     assert jobs.longest_block(config, Options(model="m")) == min(jobs.DEFAULT_BLOCK, positions)
     assert jobs.longest_block(config, Options(model="m"), 8) == 8
+
+
+# --- a signal in the last step ---------------------------------------------------------------------------------------
+
+
+def test_a_signal_in_the_last_step_stops_the_run_when_the_model_is_frozen(
+    invoke: Invoke, toy_parent: Path, toy_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lean: None
+) -> None:
+    run = tmp_path / "run"
+    words = ["quantize", toy_parent, "--data", toy_text, "--out", run, *QUICK, *CALIBRATED]
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            HestiaTrainer, "stopped", property(lambda trainer: 143 if trainer.state.global_step == 8 else None)
+        )
+        status, _, err = invoke(*words)
+    assert status == 143 and "stopped when the training was done; the model is frozen" in err
+    assert (run / "codes.safetensors").is_file() and not (run / "scores.json").exists()
+    monkeypatch.setattr(HestiaTrainer, "fit", lambda *given: pytest.fail("trained again"))
+    assert invoke(*words, "--resume")[0] == 0
+
+
+def test_a_signal_in_the_last_step_of_a_trial_stops_the_pilot(
+    invoke: Invoke, toy_parent: Path, toy_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(HestiaTrainer, "stopped", property(lambda work: 130 if work.state.global_step else None))
+    words = ["quantize", toy_parent, "--data", toy_text, "--out", tmp_path / "run", *QUICK, *CALIBRATED, "--lr", "auto"]
+    status, _, err = invoke(*words, "--steps", "40")
+    assert status == 130 and "stopped in the learning-rate pilot" in err
+    assert not (tmp_path / "run" / "training.json").exists()

@@ -366,10 +366,10 @@ def test_gguf_is_held_to_what_its_rounding_explains(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(engines.llama_cpp, "available", lambda: False)
     result = verify(file, frozen.run, token_ids=ids)
     assert result.ok and result.engine is None
-    rounds, skipped = result.notes
+    skipped, rounds = result.notes
     assert rounds.startswith(f"token_embd.weight is stored as {head.upper()}, which rounds it (relative error 0.0")
     assert skipped == "llama-cpp-python not installed: engine check skipped"
-    assert verify(file, frozen.run, engine=False).notes[0] == rounds, "whether it is run or not"
+    assert rounds in verify(file, frozen.run, engine=False).notes
 
 
 def test_an_exact_head_costs_nothing_and_is_not_said_to_be_rounded(

@@ -322,3 +322,32 @@ def test_a_bad_buffer_is_found_and_named() -> None:
     model, _ = converted()
     model.register_buffer("odd", torch.tensor([1.0, math.nan]))
     assert bad_state(model) == "the first bad buffer is odd (NaN)"
+
+
+def test_after_a_line_that_failed_the_next_begins_on_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full disk takes half a line, without its end."""
+    from hestia.training import logfile
+
+    log = tmp_path / "log.jsonl"
+    logfile.append_row(log, {"step": 1})
+
+    class Full:
+        def __enter__(self) -> Full:
+            return self
+
+        def __exit__(self, *exception: object) -> None:
+            raise OSError(28, "No space left on device")
+
+        def write(self, text: str) -> None:
+            with log.open("a") as handle:
+                handle.write(text[:4])
+
+    said: list[str] = []
+    monkeypatch.setattr(logfile, "announce", said.append)
+    with monkeypatch.context() as patch:
+        patch.setattr("builtins.open", lambda *given, **more: Full())
+        logfile.append_row(log, {"step": 2})
+        logfile.append_row(log, {"step": 3})
+    logfile.append_row(log, {"step": 4})
+    lines = log.read_text().splitlines()
+    assert [lines[0], lines[-1]] == ['{"step": 1}', '{"step": 4}'] and len(said) == 1

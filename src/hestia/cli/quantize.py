@@ -92,7 +92,7 @@ def summary(run: Path) -> str:
             verified = "; ".join(("its bytes verified", *check.notes))
         where = f"{export.path}, outside of the run" if export.outside else run / export.path
         lines.append(f"{export.target}: {where}  ({verified})")
-        lines += [printable(export.head)] if export.head else []
+        lines += [printable(export.head)] if export.head and check is not None and check.engine else []
     lines += [printable(f"{name}: NOT WRITTEN ({why})") for name, why in record.refused.items()]
     lines += far_from_parent(record)
     lines.append(f"report: {run / 'report.html'}")

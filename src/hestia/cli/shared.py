@@ -96,9 +96,13 @@ def options_from(config: str | None, typed: dict[str, Any], leave_out: Iterable[
     if config == "":
         raise ConfigError("--config is empty; name a YAML file, or leave it out")
     values = {} if config is None else load_config(Path(config))
-    _check_left_out(config, values, leave_out)
-    values = {key: value for key, value in values.items() if key not in leave_out}
     typed = {key: value for key, value in typed.items() if value is not None and value != ()}
+    if "plan" in leave_out and values.get("plan") is not None and not typed.keys() & set(PLANNING):
+        raise ConfigError(
+            f"{config} follows {values['plan']}, and says nothing of what that plan decided; give those options here, "
+            "or take `plan` out of it"
+        )
+    values = {key: value for key, value in values.items() if key not in leave_out}
     _check_typed(typed, plan=typed.get("plan", values.get("plan")))
     for key, rival in {"tokens": "steps", "bits": "max_kl"}.items():
         if key in typed:
@@ -110,15 +114,10 @@ def options_from(config: str | None, typed: dict[str, Any], leave_out: Iterable[
             there = values.get(key) or {}
             value = {**there, **recipe_options(value)} if isinstance(there, Mapping) else there  # refused with a reason
         values[key] = value
-    return Options(**values)
-
-
-def _check_left_out(config: str | None, values: Mapping[str, Any], leave_out: Iterable[str]) -> None:
-    """Refuse the file of a run by a plan to a verb that makes plans: what the plan decided is not in it."""
-    if "plan" in leave_out and values.get("plan") is not None:
-        raise ConfigError(
-            f"{config} is of a run by {values['plan']}, and leaves out what that plan decided; give those options here"
-        )
+    options = Options(**values)
+    if "head" in typed and options.plan is None and not any(name.startswith("gguf") for name in options.target):
+        raise ConfigError(f"--head {options.head} is of .gguf files, and none is asked for; leave it out")
+    return options
 
 
 def _check_typed(typed: Mapping[str, Any], *, plan: Any) -> None:

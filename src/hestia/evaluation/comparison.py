@@ -3,8 +3,8 @@
 Two runs can be paired where the parent scored the same on every held-out block: that is the same parent and the same
 text, whatever the records call them. Then
 
-    over blocks    d_i = nll(run, block i) - nll(first run, block i), weighted by the block's tokens: these two very
-                   models, on other such text
+    over blocks    d_i = nll(run, block i) - nll(first run, block i), weighted by the block's tokens, in stretches of
+                   consecutive blocks: these two very models, on other such text
     over seeds     d_k = nll(arm, seed k) - nll(first run's arm, seed k): the two methods, trained again
 
 An arm is what the run was told (run.yaml) but its seed and what decides no number (``_FREE``); the rate that a pilot

@@ -102,7 +102,7 @@ def over_blocks(a: Sequence[float], b: Sequence[float], weights: Sequence[float]
 
     The pairs are round(N^(1/3)) stretches of consecutive blocks, two at least: what blocks share with their neighbours
     then lies inside a pair. On windows of 64 to 512 blocks of three test files it held the mean of the whole file in
-    0.5 to 1.0 of cases, where intervals of single blocks did in 0.2 to 0.9 (docs/log.md, 2026-11-28): other documents
+    0.5 to 1.0 of cases, where intervals of single blocks did in 0.2 to 0.8 (docs/log.md, 2026-11-28): other documents
     differ more than a few stretches can tell.
 
     Args:

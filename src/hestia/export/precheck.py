@@ -32,8 +32,6 @@ def check_targets(
     Raises:
         ExportError: one cannot; what stands in its way is named.
     """
-    if head != "auto" and not any(target.startswith("gguf:") for target in targets):
-        raise ExportError(f"--head {head} is of .gguf files, and none is asked for; leave it out")
     record = json.loads(config.to_json_string(use_diff=True))  # what the frozen model's config.json will say
     place = where / "config.json"
     for target in targets:

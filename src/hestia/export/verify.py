@@ -105,10 +105,6 @@ def verify(
     differences = check(path, frozen, name)
     codes_equal = not differences
     notes = _bystanders(path, frozen) if path.is_dir() else []
-    if name.startswith("gguf") and codes_equal:
-        from .gguf_check import rounded_tensors
-
-        notes += rounded_tensors(path, frozen, name)
     largest = kl = used = None
     details: dict[str, Any] = {}
     if not codes_equal:
@@ -129,6 +125,10 @@ def verify(
         if text is None and used is not None:
             details = {key: value for key, value in details.items() if key not in ("nll", "head_nll_change")}
             notes.append(f"run on pseudo-random tokens, because {run} keeps no {PROBE_FILE}: no perplexity")
+    if name.startswith("gguf") and codes_equal and "head_nll_change" not in details:
+        from .gguf_check import rounded_tensors  # where no engine has told what that costs
+
+        notes += rounded_tensors(path, frozen, name)
     return Verification(
         target=name,
         codes_equal=codes_equal,

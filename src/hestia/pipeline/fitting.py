@@ -18,18 +18,18 @@ from ..progress import announce as say
 from ..provenance import machine, versions
 from ..resources import release
 from ..training import Distillation, HestiaTrainer, Interrupted, TrainConfig, checkpoints, pilot
+from ..training.logfile import LOG_FILE
 from ..training.teacher import hold_in_bf16
-from ..training.trainer import LOG_FILE
 from ..training.watch import collapsed
 from .artefacts import DIAGNOSTICS_FILE, TRAINING_FILE
 from .workspace import Workspace
 
 
-def train_and_freeze(work: Workspace, plan: Plan) -> None:
+def train_and_freeze(work: Workspace, plan: Plan) -> int | None:
     """Train the model by its plan, from its newest checkpoint if there is one, and save it frozen.
 
-    Raises:
-        Interrupted: by a signal; where it came in the last step, the model is frozen first.
+    Returns:
+        The exit status that a signal in the last step asks of this process, now that the model is frozen; else None.
     """
     config = _train_config(work, plan) if plan.trains else None
     stopped: int | None = None
@@ -41,7 +41,7 @@ def train_and_freeze(work: Workspace, plan: Plan) -> None:
         work.stopwatch.at_least("train", trainer.trained)
         stopped = trainer.stopped
     if not processes.first():
-        return
+        return stopped
     diagnostics = histograms(model, work.load_model())
     codes = nn.freeze(model)
     lost = collapsed(codes)
@@ -50,8 +50,7 @@ def train_and_freeze(work: Workspace, plan: Plan) -> None:
     write_json(work.folder / DIAGNOSTICS_FILE, {**diagnostics, "collapsed": lost})
     dtype = loading.parent_dtype(work.source, work.config)
     write_frozen(model, codes, work.folder, work.source, dtype, work.tokenizer)
-    if stopped is not None:  # in the last step
-        raise Interrupted("stopped when the training was done; the model is frozen. Continue with --resume.", stopped)
+    return stopped
 
 
 def trial(work: Workspace, plan: Plan, rate: float, steps: int) -> float:
@@ -60,8 +59,8 @@ def trial(work: Workspace, plan: Plan, rate: float, steps: int) -> float:
     model = nn.apply(work.load_model(), plan)
     trainer = _trainer(work, model, plan, _config_for(work, rate, steps, save=False), f"pilot at {rate:g}")
     trainer.fit()
-    if trainer.stopped is not None:  # in the last step
-        raise Interrupted("stopped in the learning-rate pilot. Continue with --resume.", trainer.stopped)
+    if stopped := processes.largest(trainer.stopped or 0):  # in the last step
+        raise Interrupted("stopped in the learning-rate pilot. Continue with --resume.", stopped)
     return shared_score(model_logits(model), work.tuning, description="pilot loss").nll
 
 
@@ -160,7 +159,7 @@ def check_teacher(work: Workspace) -> None:
             f"--teacher {work.teacher.name} has a vocabulary of {theirs:,}, the parent one of {ours:,}; take another"
         )
     longest = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if longest is not None and work.seq_len > longest:
+    if longest is not None and work.seq_len > longest and not work.begun:
         raise ConfigError(
             f"--teacher {work.teacher.name} has {longest} positions, a block {work.seq_len} tokens: give --seq-len "
             f"{longest}, or take another"

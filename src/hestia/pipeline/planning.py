@@ -55,7 +55,8 @@ def plan_without_curvature(work: Workspace, given: Plan | None) -> Plan:
     plan = _first_plan(work, given)
     o = work.options
     loading.require_trainable(work.source, work.config, work.empty_model())
-    loading.require_own_tokenizer(work.source)
+    if not work.begun:
+        loading.require_own_tokenizer(work.source)
     tokenizer = loading.tokenizer_folder(work.source)
     check_targets(plan.targets, work.config, Path(work.source.location), tokenizer, head=o.head)
     return plan

@@ -19,14 +19,14 @@ from transformers import PreTrainedModel, set_seed
 from .. import loading, processes
 from ..data import cache as token_cache
 from ..errors import ConfigError, DiskSpaceError, HestiaError, VerifyError
-from ..export.frozen import CODES_FILE, REFITS_FOLDER, FrozenModel
+from ..export.frozen import CODES_FILE, FrozenModel
 from ..files import TEMPORARY, read_json, require_inside, sweep, write_json, write_text
 from ..lock import LOCK_FILE, locked
 from ..options import BYSTANDERS, Options, count, load_config
 from ..plans import Plan
 from ..progress import announce as say
 from ..resources import free_disk
-from ..training import checkpoints
+from ..training import Interrupted, checkpoints
 from .artefacts import CACHE_FOLDER, EXPORTS_FILE, EXPORTS_FOLDER, OPTIONS_FILE, PLAN_FILE, REPORT_FILE
 from .delivery import deliver
 from .fitting import check_teacher, train_and_freeze
@@ -147,7 +147,7 @@ class Run:
             self._check_folder()  # again: someone may have been here meanwhile
             require_inside(folder)
             exports = folder / EXPORTS_FOLDER
-            for place in (folder, folder / CACHE_FOLDER, folder / REFITS_FOLDER, exports, *exports.glob("*")):
+            for place in (folder, folder / CACHE_FOLDER, exports, *exports.glob("*")):
                 sweep(place)
         check_inputs(self.work)
         self._taken = True
@@ -199,7 +199,8 @@ class Run:
         for name in plan.targets:
             try:
                 made.append(deliver(self.work, plan, name, frozen, earlier))
-                write_json(kept, {"schema": 1, "exports": made})
+                paths = {entry["path"] for entry in made}
+                write_json(kept, {"schema": 1, "exports": [*made, *(e for e in earlier if e.get("path") not in paths)]})
             except (ConfigError, VerifyError) as error:
                 refused.append((name, error))
         if not made:
@@ -208,8 +209,12 @@ class Run:
 
     def _frozen(self, plan: Plan) -> FrozenModel:
         if not (self.work.resume and (self.work.folder / CODES_FILE).is_file()):
-            train_and_freeze(self.work, plan)
+            stopped = train_and_freeze(self.work, plan)
             processes.barrier()
+            if asked := processes.largest(stopped or 0):
+                raise Interrupted(
+                    "stopped when the training was done; the model is frozen. Continue with --resume.", asked
+                )
         return FrozenModel(self.work.folder)
 
     def _check_folder(self) -> None:

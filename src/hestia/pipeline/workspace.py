@@ -113,12 +113,18 @@ class Workspace:
     @cached_property
     def text(self) -> TokenizedText:
         """Training and held-out blocks; of a run that is resumed from its cache."""
-        text = prepare_text(self.options, self.tokenizer, self.seq_len, self._cache(), self.hub_data())
+        batch = self.settled.get("batch_size")
+        text = prepare_text(self.options, self.tokenizer, self.seq_len, self._cache(), self.hub_data(), batch)
         loading.check_vocabulary(self.source, self.config, int(text.record["max_token_id"]))
         return text
 
     def _cache(self) -> Path | None:
         return self.folder / CACHE_FOLDER if (self.folder / OPTIONS_FILE).is_file() else None
+
+    @property
+    def begun(self) -> bool:
+        """Whether this continues a run: what such a one was allowed to begin with is not refused any more."""
+        return self.resume and (self.folder / OPTIONS_FILE).is_file()
 
     @cached_property
     def training(self) -> Blocks:

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from .. import processes
 from ..errors import GuardError
+from .logfile import append_row
 
 FACTOR = 3.0
 ROUNDS = ((4, 0.01, 12), (2, 0.04, 36))
@@ -80,8 +81,7 @@ def _run(trial: Callable[[float, int], float], rate: float, steps: int, log: Pat
     known = loss if math.isfinite(loss) else None
     row = {"pilot": {"learning_rate": rate, "steps": steps, "held_out_loss": known}}
     if processes.first():
-        with open(log, "a", encoding="utf-8") as handle:
-            handle.write(json.dumps(row) + "\n")
+        append_row(log, row)
     return math.inf if known is None else known
 
 

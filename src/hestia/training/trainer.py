@@ -34,13 +34,13 @@ from .arguments import arguments
 from .callback import QATCallback
 from .config import TrainConfig, set_up, that_moves
 from .guards import Interrupted, StopSignals, check_gradients, check_loss, check_state
+from .logfile import LOG_FILE, append_row
 from .optimizer import adamw, scheduler
 from .progress import ProgressBar
 from .stream import BlockStream, stack
 from .teacher import HeadInput, Teacher, plain_head
 from .watch import SpikeWatch, collapsed_layers, saturated_share
 
-LOG_FILE = "log.jsonl"
 CHECKPOINTS = "checkpoints"
 SAVE_SECONDS = 30 * 60.0
 """Seconds after which a run that saves at all is saved, wherever ``save_every`` stands."""
@@ -84,7 +84,6 @@ class HestiaTrainer(Trainer):
         self._earlier, self._took, self._began = 0.0, 0.0, time.perf_counter()
         self._spikes, self._step_loss = SpikeWatch(), 0.0
         self._collapsed: dict[str, str] = {}
-        self._log_failed = False
         self._signals = StopSignals()
         self._bar = ProgressBar(description, "loss" if config.distill is None else "loss to the teacher")
         self._started: tuple[float, int] | None = None
@@ -252,7 +251,7 @@ class HestiaTrainer(Trainer):
     def _report(self, row: dict[str, Any], message: str) -> None:
         if self.is_world_process_zero() and self.config.log_every:
             announce(message)
-            self._append({"step": self.state.global_step, **row})
+            append_row(self.folder / LOG_FILE, {"step": self.state.global_step, **row})
 
     def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """The Trainer's loss, or the teacher's, refused if it is not finite."""
@@ -307,17 +306,7 @@ class HestiaTrainer(Trainer):
             kinds = ("min", "mean", "max")
             if "temperature_mean" in row:
                 row["temperature"] = {kind: row.pop(f"temperature_{kind}") for kind in kinds}
-            self._append(row)
-
-    def _append(self, row: dict[str, Any]) -> None:
-        """A line of the log; a disk that refuses it, for a minute or for good, ends no training."""
-        try:
-            with open(self.folder / LOG_FILE, "a", encoding="utf-8") as handle:
-                handle.write(json.dumps(row) + "\n")
-        except OSError as error:
-            if not self._log_failed:
-                announce(f"{self.folder / LOG_FILE}: a line could not be written ({error}); training goes on")
-            self._log_failed = True
+            append_row(self.folder / LOG_FILE, row)
 
     def _knob_numbers(self) -> dict[str, float]:
         model = self.accelerator.unwrap_model(self.model)  # type: ignore[arg-type]
