@@ -231,3 +231,10 @@ class TestLlamaCpp:
             else:
                 assert found.shape[0] == 3
         assert count < 100 or failed > 0
+
+
+def test_a_file_of_ours_without_its_hash_is_damaged(tiny: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "a.gguf"
+    path.write_bytes(tiny.replace(b"hestia.codes_sha256", b"hestia.codes_sha257"))
+    with pytest.raises(VerifyError, match=r"it has hestia\.[a-z_0-9]+ and no hestia\.codes_sha256"):
+        claims_of(path)

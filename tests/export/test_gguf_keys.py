@@ -52,3 +52,13 @@ def test_sampling_settings_are_told_only_where_the_model_samples(tmp_path: Path)
         export_gguf(frozen, target("gguf:q2_0"), tmp_path / f"{sample}.gguf")
         keys = dict(open_checked(tmp_path / f"{sample}.gguf").metadata)
         assert ("general.sampling.top_k" in keys) == sample and "hestia.generation_config" in keys
+
+
+def test_numbers_that_the_keys_cannot_hold_are_left_to_the_file_itself(tmp_path: Path) -> None:
+    frozen = make_run(tmp_path / "run")
+    odd = {"do_sample": True, "top_k": 20.0, "top_p": 1, "temperature": 1e400, "repetition_penalty": True, "min_p": "a"}
+    (frozen.folder / "generation_config.json").write_text(json.dumps(odd))
+    export_gguf(frozen, target("gguf:q2_0"), tmp_path / "a.gguf")
+    file = open_checked(tmp_path / "a.gguf")
+    keys = {key: raw.show(0) for key, raw in file.metadata if key.startswith("general.sampling.")}
+    assert keys == {"general.sampling.top_k": "20", "general.sampling.top_p": "1.0"}

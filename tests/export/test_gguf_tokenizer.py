@@ -314,3 +314,12 @@ def test_cutting_at_spaces_is_refused_where_a_token_spans_one(tmp_path: Path) ->
     vocabulary["a▁b"] = len(vocabulary)
     with pytest.raises(ExportError, match="cuts at spaces"):
         translate(tmp_path, record, rows=len(vocabulary))
+
+
+def test_a_character_that_is_no_token_is_where_llama_cpp_begins_all_the_same(tmp_path: Path) -> None:
+    record = byte_fallback()
+    vocabulary = record["model"]["vocab"]
+    record["model"]["merges"] = []
+    record["model"]["vocab"] = {t: i for t, i in vocabulary.items() if len(t) == 1 or t.startswith("<")} | {"ßy": 390}
+    with pytest.raises(ExportError, match=r"never make the token 'ßy', but llama\.cpp would, from 'ß' \+ 'y'"):
+        translate(tmp_path, record)

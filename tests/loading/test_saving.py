@@ -149,3 +149,15 @@ def test_what_could_not_be_handed_back_is_refused(parent_copy: Path, config: dic
             loading.require_trainable(source, model.config, model)
     finally:
         type(model).__module__ = before
+
+
+def test_a_parent_s_generation_settings_that_saving_refuses_are_copied(parent_copy: Path, tmp_path: Path) -> None:
+    """A temperature without sampling: transformers refuses to write it, at the end of a night."""
+    settings = parent_copy / "generation_config.json"
+    settings.write_text(json.dumps({"temperature": 0.7, "top_p": 0.9}), encoding="utf-8")
+    source = loading.resolve(str(parent_copy))
+    model = loading.load_model(source)
+    model.generation_config.top_k = -1  # as a loop of one's own may have left it
+    loading.save(model, source, tmp_path / "child")
+    assert (tmp_path / "child" / "generation_config.json").read_bytes() == settings.read_bytes()
+    assert model.generation_config.top_k == -1

@@ -202,6 +202,9 @@ def claims_of(path: Path) -> Claims:
         counts[info.type_name] = counts.get(info.type_name, 0) + 1
     claimed = file.text("hestia.codes_sha256")
     if claimed is None:
+        ours = next((key for key, _ in file.metadata if key.startswith("hestia.")), None)
+        if ours is not None:
+            raise VerifyError(f"{path}: it has {ours} and no hestia.codes_sha256 that can be read: it is damaged")
         return Claims(None, None, None, None, None, counts)
     computed = _codes_digest(path, file)
     return Claims(
@@ -220,7 +223,7 @@ def _codes_digest(path: Path, file: File) -> str | None:
         table = {
             str(v[0]): (str(k), v[1], int(v[2])) for k, v in json.loads(file.text("hestia.quantized") or "").items()
         }
-    except (ValueError, TypeError, AttributeError, IndexError, KeyError):
+    except (ValueError, TypeError, AttributeError, IndexError, KeyError, RecursionError):
         raise VerifyError(f"{path}: hestia.quantized is damaged") from None
     infos = {info.name: info for info in file.tensors}
     digest = CodesDigest()

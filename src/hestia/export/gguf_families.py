@@ -193,6 +193,8 @@ def _gemma_keys(
         )
     if config.get("use_bidirectional_attention"):
         raise ExportError(f"{where}: use_bidirectional_attention has no GGUF export for {arch}")
+    if not config.get("sliding_window"):
+        raise ExportError(f"{where}: no sliding_window, and llama.cpp computes {arch} with one")
     window, period = int(config["sliding_window"]), family.window_period
     cycle = ["full_attention" if (i + 1) % period == 0 else "sliding_attention" for i in range(blocks)]
     if (config.get("layer_types") or cycle) != cycle:
@@ -250,6 +252,8 @@ def _rope(
         keys |= {"scaling.type": Value("str", "linear"), "scaling.factor": Value("f32", float(rope["factor"]))}
         return keys, ()
     if kind == "llama3" and family.arch == "llama":
+        if float(rope["low_freq_factor"]) == float(rope["high_freq_factor"]):
+            raise ExportError(f"{where}: rope type 'llama3' with low_freq_factor equal to high_freq_factor")
         return keys, _llama3_divisors(rope, head_size)
     kinds = "default" if family.window_period else "default, linear or llama3"
     raise ExportError(f"{where}: rope type {kind!r} has no GGUF export for {family.arch}: {kinds}")

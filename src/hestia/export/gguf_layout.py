@@ -15,6 +15,7 @@ import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import gguf as gguf_py
 import numpy as np
@@ -220,12 +221,20 @@ def _generation(frozen: FrozenModel) -> dict[str, Value]:
         settings = json.loads(text)
     except ValueError as error:
         raise ExportError(f"{file}: not JSON ({error})") from None
-    out = {"hestia.generation_config": Value("str", text)}
-    kinds = {"top_k": ("top_k", "i32"), "top_p": ("top_p", "f32"), "min_p": ("min_p", "f32")}
-    kinds |= {"temperature": ("temp", "f32"), "repetition_penalty": ("penalty_repeat", "f32")}
-    for key, (name, kind) in kinds.items():
-        if isinstance(settings.get(key), int | float) and settings.get("do_sample"):
-            out[f"general.sampling.{name}"] = Value(kind, settings[key])  # type: ignore[arg-type]
+    out: dict[str, Value] = {"hestia.generation_config": Value("str", text)}
+    names = {"top_k": "top_k", "top_p": "top_p", "min_p": "min_p"}
+    names |= {"temperature": "temp", "repetition_penalty": "penalty_repeat"}
+    for key, name in names.items():
+        number: Any = settings.get(key)
+        if not settings.get("do_sample") or isinstance(number, bool) or not isinstance(number, int | float):
+            continue
+        if not math.isfinite(number):  # the whole file lies beside, as text
+            continue
+        if key == "top_k":
+            if number == int(number) and abs(number) < 2**31:
+                out[f"general.sampling.{name}"] = Value("i32", int(number))
+        elif abs(number) < 1e38:  # what fp32 holds
+            out[f"general.sampling.{name}"] = Value("f32", float(number))
     return out
 
 

@@ -199,7 +199,8 @@ def _scores(path: Path, tokens: list[str], ranks: dict[tuple[str, ...], int]) ->
         rank = _completing_rank(token, ranks)
         if rank is None and len(token) > 1:
             splits = ((token[:i], token[i:]) for i in range(1, len(token)))
-            foreign = next((s for s in splits if s[0] in known and s[1] in known and s not in ranks), None)
+            # llama.cpp begins with characters, whether they are tokens or not, and looks the joined text up
+            foreign = next((s for s in splits if all(p in known or len(p) == 1 for p in s) and s not in ranks), None)
             if foreign is not None:
                 raise ExportError(
                     f"{path}: the merges never make the token {token!r}, but llama.cpp would, from "

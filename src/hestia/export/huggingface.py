@@ -173,7 +173,7 @@ def quantization_config(frozen: FrozenModel, scheme: Scheme) -> dict[str, Any]:
         ExportError: a quantized module is not an ``nn.Linear``, or transformers cannot build the model without remote
             code.
     """
-    if "quantization_config" in frozen.config:
+    if frozen.config.get("quantization_config"):
         raise ExportError(f"{frozen.folder / 'config.json'}: the model is already quantized by another method")
     linears = _linears(frozen.folder)
     for name in frozen.quantized:

@@ -10,7 +10,7 @@ from typing import Any
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors import SafetensorError
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from ..errors import ConfigError
 from ..files import as_os_error, read_json, readable, write_json
@@ -56,15 +56,20 @@ def save(
     embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
     if head is not None and head.weight is not embeddings.weight:
         model.config.tie_word_embeddings = False  # as it is, whatever the parent's config.json says
+    parent = tokenizer_folder(source)
+    settings = model.generation_config
+    if "generation_config.json" in copied and (parent / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig()  # the parent's own is copied; saving may refuse its values
     try:
         model.save_pretrained(folder)
     except SafetensorError as error:
         raise as_os_error(error, folder) from None
+    finally:
+        model.generation_config = settings
     for path in folder.glob("*.safetensors"):
         readable(path)
     saved = read_json(folder / "config.json")
     write_json(folder / "config.json", {**saved, **earlier_keys(saved)})
-    parent = tokenizer_folder(source)
     for path in _matching(parent, copied):
         if _leads_out(path, parent):
             announce(f"{path}: not copied, it is a link to {path.resolve()}, out of the model's folder")
