@@ -32,7 +32,7 @@ from typing import Any, Literal
 from ..errors import ExportError
 from ..files import read_json
 
-Kind = Literal["u32", "f32", "bool", "str", "str[]", "i32[]", "f32[]"]
+Kind = Literal["u32", "i32", "f32", "bool", "str", "str[]", "i32[]", "f32[]"]
 
 
 @dataclass(frozen=True)
