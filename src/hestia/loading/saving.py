@@ -21,7 +21,9 @@ TERMS = ("LICENSE*", "NOTICE*", "USE_POLICY*")
 """The terms of a parent, which its child is under as well."""
 
 TOKENIZER = (
-    "tokenizer*",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.*",
@@ -32,7 +34,7 @@ TOKENIZER = (
 )
 """The files of a tokenizer and its templates."""
 
-COPIED = (*TOKENIZER, "generation_config.json", *TERMS)
+COPIED = (*TOKENIZER, "tokenizer*", "generation_config.json", *TERMS)
 """Files of a parent that its frozen child carries byte for byte."""
 
 _READS_THE_FILE = (None, "PreTrainedTokenizerFast", "TokenizersBackend")
