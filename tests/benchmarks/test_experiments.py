@@ -18,6 +18,7 @@ import yaml
 from hestia import lock, recipes
 from hestia.errors import ConfigError
 from hestia.files import read_json, write_json
+from hestia.training import HestiaTrainer
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks" / "experiments"))
 
@@ -136,6 +137,16 @@ def test_a_stopped_job_goes_on_to_the_same_result(
     assert record["seconds_per_token"]["steps"] == job.steps - 3
     with pytest.raises(ConfigError, match="never made twice"):
         train_job.run_job(job, parent, texts, None, work, result)
+
+
+def test_a_signal_in_the_last_step_of_a_job_leaves_no_result(
+    toy_stage: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(HestiaTrainer, "stopped", property(lambda trainer: 143))
+        patch.setattr(HestiaTrainer, "fit", lambda *given: None)
+        assert runner.main([*toy_stage, "--only", "bitnet_*"]) == 143
+    assert not list((tmp_path / "results").rglob("*seed*.json"))
 
 
 def _given(arguments: list[str]) -> Any:

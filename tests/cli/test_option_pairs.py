@@ -11,11 +11,13 @@ from typing import Any
 import pytest
 import yaml
 from toy_runs import CALIBRATED, QUICK, Invoke
+from transformers import LlamaConfig
 
 from hestia import jobs, loading
 from hestia.cli.shared import options_from
 from hestia.errors import ConfigError
 from hestia.options import Options, count
+from hestia.pipeline import delivery
 from hestia.pipeline.run import _meant
 from hestia.pipeline.workspace import Workspace
 from hestia.training import HestiaTrainer
@@ -226,8 +228,6 @@ def test_exports_of_a_call_that_ended_between_two_are_not_made_again(
     run = tmp_path / "run"
     words = ["quantize", toy_parent, "--data", toy_text, "--out", run, *QUICK, *CALIBRATED]
     words += ["--target", "hf", "gguf:q4_0"]
-    from hestia.pipeline import delivery
-
     made: list[str] = []
     whole = delivery.export_and_verify
 
@@ -244,12 +244,10 @@ def test_exports_of_a_call_that_ended_between_two_are_not_made_again(
     assert [e["target"] for e in json.loads((run / "report.json").read_text())["exports"]] == ["hf", "gguf:q4_0"]
 
 
-def test_what_no_block_holds_is_no_default(toy_parent: Path) -> None:
-    """Every part of the default length is said in one place."""
-    config = loading.load_config(loading.resolve(str(toy_parent)))
-    positions = config.max_position_embeddings
-    assert jobs.longest_block(config, Options(model="m")) == min(jobs.DEFAULT_BLOCK, positions)
-    assert jobs.longest_block(config, Options(model="m"), 8) == 8
+@pytest.mark.parametrize(("positions", "tokens"), [(4096, 1024), (64, 64)])
+def test_a_block_is_as_long_as_the_model_reads_but_no_longer_than_a_thousand(positions: int, tokens: int) -> None:
+    config = LlamaConfig(max_position_embeddings=positions)
+    assert jobs.longest_block(config, Options(model="m")) == tokens
 
 
 # --- a signal in the last step ---------------------------------------------------------------------------------------
