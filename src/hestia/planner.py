@@ -19,7 +19,7 @@ from .nn.select import Selection, select, unwrapped
 from .plans import Kept, LayerPlan, Plan, Spending
 from .quant import GroupSize, QuantSpec
 from .recipes import Recipe
-from .targets import LLAMA_CPP_BIASES, Target
+from .targets import BIASES, Target
 from .targets import target as find_target
 
 SMALLEST_COVERAGE = 0.5
@@ -307,25 +307,29 @@ def _check_same_shape(model: nn.Module, sensitivity: Sensitivity) -> None:
 
 
 def _check_biases(model: nn.Module, recipe: str, paths: Sequence[str], targets: Sequence[str]) -> None:
-    """Refuse a shift where the frozen model could not hold it as a bias, in transformers or in llama.cpp."""
+    """Refuse a shift where the frozen model could not hold it as a bias, in transformers or in an engine."""
     config: Any = getattr(model, "config", None)
     if config is None:
         return
     advice = "Keep them with --skip, or choose a recipe without an output shift."
-    if options_for(model, paths) is None:
+    options = options_for(model, paths)
+    if options is None:
         held = set[str]().union(*(biased_layers(model, options) or () for options in OPTIONS))
         missing = [path for path in paths if path not in held]
         raise PlanError(
             f"recipe {recipe!r} freezes its shift into biases, and {type(model).__name__} has no bias for "
             f"{len(missing)} of {len(paths)} tensors, the first is {missing[0]}. {advice}"
         )
-    if any(name.startswith("gguf") for name in targets):
-        allowed = LLAMA_CPP_BIASES.get(str(config.model_type), frozenset())
-        missing = [path for path in paths if not any(path.endswith(suffix) for suffix in allowed)]
+    stored = sorted(biased_layers(model, options) or ())  # zeros too, where an option brings more than is shifted
+    for container, engine in (("gguf", "llama.cpp"), ("mlx", "mlx-lm")):
+        if not any(name.startswith(container) for name in targets):
+            continue
+        allowed = BIASES[engine].get(str(config.model_type), frozenset())
+        missing = [path for path in stored if not any(path.endswith(suffix) for suffix in allowed)]
         if missing:
             raise PlanError(
-                f"recipe {recipe!r} freezes its shift into biases, and llama.cpp loads none for {len(missing)} of "
-                f"{len(paths)} tensors of {config.model_type}, the first is {missing[0]}. {advice}"
+                f"recipe {recipe!r} freezes its shift into biases, and {engine} loads none for {len(missing)} of "
+                f"{len(stored)} tensors of {config.model_type}, the first is {missing[0]}. {advice}"
             )
 
 

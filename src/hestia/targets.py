@@ -236,12 +236,12 @@ HEAD_TYPES: dict[str, StorageType | None] = {"auto": None, "f32": F32, "f16": F1
 """How a GGUF file may store embeddings and head; None: the smallest dense type that keeps every number."""
 
 _QKV = frozenset(f"self_attn.{x}_proj" for x in "qkv")
-LLAMA_CPP_BIASES: dict[str, frozenset[str]] = {
-    "llama": _QKV | {"self_attn.o_proj"} | {f"mlp.{x}_proj" for x in ("gate", "up", "down")},
-    "qwen2": _QKV,
-    "qwen3": _QKV,
+_ALL = _QKV | {"self_attn.o_proj"} | {f"mlp.{x}_proj" for x in ("gate", "up", "down")}
+BIASES: dict[str, dict[str, frozenset[str]]] = {
+    "llama.cpp": {"llama": _ALL, "qwen2": _QKV, "qwen3": _QKV},
+    "mlx-lm": {"llama": _ALL, "smollm3": _ALL, "qwen2": _QKV},
 }
-"""``model_type`` -> the linear layers of a block whose bias llama.cpp loads if the file has one."""
+"""Engine -> ``model_type`` -> the linear layers of a block whose bias it loads if the file has one; none elsewhere."""
 
 
 _GGUF_TYPES = sorted(

@@ -18,6 +18,7 @@ from hestia.errors import ExportError
 from hestia.export import engines, export_model, llama_cpp, mlx_engine
 from hestia.export.gguf import export_gguf
 from hestia.export.gguf_check import check_gguf
+from hestia.export.gguf_families import window_of
 from hestia.export.gguf_reader import open_checked
 from hestia.export.huggingface import load, logits
 from hestia.export.mlx import export_mlx, mlx_config
@@ -26,6 +27,8 @@ from hestia.targets import target
 
 LINEAR = {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0}
 DEFAULT = {"rope_type": "default", "rope_theta": 1e4}
+LONG = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 32, "long_factor": [2.0] * 32}
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32}
 IDS = torch.tensor([[(i * 7919) % 380 for i in range(40)]])
 
 
@@ -108,6 +111,28 @@ def test_settings_that_llama_cpp_has_built_in_otherwise(
         ("Gemma 3", {"final_logit_softcapping": 30.0}, "mlx-lm has no final_logit_softcapping"),
         ("Gemma 3", {"use_bidirectional_attention": True}, "mlx-lm has no use_bidirectional_attention"),
         ("Gemma 3", {"rope_parameters": {"full_attention": DEFAULT, "sliding_attention": LINEAR}}, "windowed layers"),
+        (
+            "Gemma 3",
+            {"rope_parameters": {"full_attention": LONG, "sliding_attention": DEFAULT}},
+            "rope type 'longrope'",
+        ),
+        (
+            "Gemma 3",
+            {"attention_bias": True},
+            "attention_bias; mlx-lm loads no bias of self_attn.q_proj for gemma3_text",
+        ),
+        ("Qwen3", {"attention_bias": True}, "attention_bias; mlx-lm loads no bias of self_attn.q_proj for qwen3"),
+        (
+            "Qwen3",
+            {"rope_parameters": LONG},
+            r"rope type 'longrope'; checked in mlx-lm for qwen3: \('default', 'linear'",
+        ),
+        ("Qwen3", {"rope_parameters": {**YARN, "attention_factor": 1.5}}, "yarn with attention_factor 1.5"),
+        ("Qwen3", {"rope_parameters": {**YARN, "truncate": False}}, "yarn with truncate False"),
+        ("Qwen3", {"rope_parameters": {**YARN, "original_max_position_embeddings": None}}, "original_max_position_em"),
+        ("Gemma 2", {"rope_parameters": LINEAR, "sliding_window": 128}, r"rope type 'linear'.* gemma2: \('default',\)"),
+        ("Qwen2, biases", {"head_dim": 32}, "qwen2 in mlx-lm needs head_dim x heads"),
+        ("Llama, own head", {"partial_rotary_factor": 0.5}, "mlx-lm rotates whole heads of llama"),
         ("Llama, own head", {"hidden_act": "gelu"}, "llama in mlx-lm uses silu, the model gelu"),
     ],
 )
@@ -132,6 +157,34 @@ def test_the_rope_scaling_of_full_layers_is_where_mlx_lm_reads_it(tmp_path: Path
     if mlx_engine.available():
         result = verify(tmp_path / "out", frozen.run, token_ids=IDS)
         assert result.ok, result.differences
+
+
+@pytest.mark.skipif(not mlx_engine.available(), reason="mlx-lm is not installed")
+@pytest.mark.parametrize("rope", [YARN, {**YARN, "beta_fast": 16.0, "beta_slow": 2.0}, LINEAR])
+def test_scaled_rotations_are_computed_alike_by_mlx_lm(tmp_path: Path, rope: dict[str, object]) -> None:
+    frozen = toy_architectures.freeze(
+        toy_architectures.ARCHITECTURES["Qwen3"].build(rope_parameters=rope), tmp_path / "run"
+    )
+    export_mlx(frozen, tmp_path / "out")
+    result = verify(tmp_path / "out", frozen.run, token_ids=IDS)
+    assert result.ok, result.differences
+    assert result.max_abs_logit_diff is not None and result.max_abs_logit_diff < 1e-4
+
+
+def test_a_window_that_no_layer_has_is_none(tmp_path: Path) -> None:
+    build = toy_architectures.ARCHITECTURES["Qwen2, biases"].build
+    for last, window in ((9, None), (1, 64)):
+        model = build(use_sliding_window=True, sliding_window=64, max_window_layers=last)
+        assert window_of(model.config.to_dict()) == window
+        frozen = toy_architectures.freeze(model, tmp_path / f"run-{last}")
+        export_gguf(frozen, target("gguf:q2_0"), tmp_path / f"{last}.gguf")
+        keys = dict(open_checked(tmp_path / f"{last}.gguf").metadata)
+        assert int(keys["qwen2.context_length"].show(0)) == (window or 128)
+        if window is None:
+            assert mlx_config(frozen)["model_type"] == "qwen2"
+        else:
+            with pytest.raises(ExportError, match="mlx-lm has no sliding windows for qwen2, the model 64"):
+                mlx_config(frozen)
 
 
 def test_gemma_3_is_compared_with_mlx_lm_at_its_scale_of_the_embedding(

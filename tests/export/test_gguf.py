@@ -407,6 +407,8 @@ def test_damaged_files_are_refused_with_the_place(tmp_path: Path) -> None:
             "rope type 'llama3' has no GGUF export for qwen2",
         ),
         ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ("qwen3", {"attention_bias": True}, r"attention_bias; llama.cpp loads no bias of self_attn\.o_proj for qwen3"),
+        ("mistral", {"mlp_bias": True}, r"mlp_bias; llama.cpp loads no bias of mlp\.gate_proj for mistral"),
         ("qwen2", {"head_dim": 32}, "head_dim x heads"),
         ("llama", {"num_hidden_layers": 3}, r"lacks model\.layers\.2"),
         ("llama", {"num_hidden_layers": 1}, r"has model\.layers\.1.* no place"),

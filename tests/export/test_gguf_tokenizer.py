@@ -128,6 +128,13 @@ def test_byte_level_tokens_and_merges(tmp_path: Path) -> None:
     assert "scores" not in found
 
 
+def test_special_tokens_that_only_the_generation_settings_name(tmp_path: Path) -> None:
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 5], "pad_token_id": 0}))
+    found = translate(tmp_path, byte_level(), config={"bos_token_id": 1, "pad_token_id": 3})
+    assert (found["bos_token_id"], found["eos_token_id"], found["padding_token_id"]) == (1, 2, 3)
+    assert "unknown_token_id" not in found
+
+
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"

@@ -149,7 +149,12 @@ def test_a_model_without_a_place_for_them_is_refused_by_name(make: Any, target: 
 
 
 def test_an_engine_without_a_place_for_them_is_refused_by_name() -> None:
-    keep = {"skip": "*.mlp.*", "allow_partial": True}
+    keep: dict[str, Any] = {"skip": "*.mlp.*", "allow_partial": True}
     assert hestia.plan(toy_models.qwen3(), "tequila", "hf", **keep).layers  # type: ignore[arg-type]
     with pytest.raises(PlanError, match=r"llama.cpp loads none for 2 of 8 tensors of qwen3, the first is .*o_proj"):
-        hestia.plan(toy_models.qwen3(), "tequila", "gguf:q4_0", **keep)  # type: ignore[arg-type]
+        hestia.plan(toy_models.qwen3(), "tequila", "gguf:q4_0", **keep)
+    with pytest.raises(PlanError, match=r"mlx-lm loads none for 8 of 8 tensors of qwen3, the first is .*k_proj"):
+        hestia.plan(toy_models.qwen3(), "tequila", ["hf", "mlx"], **keep)
+    keep["skip"] = ["*.mlp.*", "*.o_proj"]  # the option that biases the others gives o_proj one, of zeros
+    with pytest.raises(PlanError, match=r"llama.cpp loads none for 2 of 8 tensors of qwen3, the first is .*o_proj"):
+        hestia.plan(toy_models.qwen3(), "tequila", "gguf:q4_0", **keep)

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ExportError, nearest
-from ..targets import LLAMA_CPP_BIASES
+from ..targets import BIASES
 from .gguf_tokenizer import Value
 
 
@@ -61,12 +61,17 @@ def _weights(*names: str) -> frozenset[str]:
     return frozenset(f"{name}.weight" for name in names)
 
 
-_BIASES = {kind: frozenset(f"{layer}.bias" for layer in layers) for kind, layers in LLAMA_CPP_BIASES.items()}
+_BIASES = {kind: frozenset(f"{layer}.bias" for layer in layers) for kind, layers in BIASES["llama.cpp"].items()}
 _MATRICES = (*(f"self_attn.{x}_proj" for x in "qkvo"), *(f"mlp.{x}_proj" for x in ("gate", "up", "down")))
 _BLOCK = _weights("input_layernorm", "post_attention_layernorm", *_MATRICES)
 _QK_NORMS = _weights("self_attn.q_norm", "self_attn.k_norm")
 _FOUR_NORMS = _BLOCK | _weights("pre_feedforward_layernorm", "post_feedforward_layernorm")
 _GELU = "gelu_pytorch_tanh"
+_BIASED_BY = {
+    "attention_bias": [f"self_attn.{x}_proj" for x in "qkvo"],
+    "mlp_bias": [f"mlp.{x}_proj" for x in ("gate", "up", "down")],
+}
+"""Options of configurations, and the layers that they give a bias."""
 
 FAMILIES = {
     "llama": Family("llama", _BLOCK, _BIASES["llama"], permuted=True),
@@ -131,6 +136,7 @@ def shape_of(where: Path, config: dict[str, Any]) -> Shape:
     family = family_of(where, config)
     arch = family.arch
     check_activation(where, config, family, "llama.cpp")
+    check_biases(where, config, "llama.cpp")
     try:
         hidden, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
         kv_heads, blocks = int(config.get("num_key_value_heads") or heads), int(config["num_hidden_layers"])
@@ -139,9 +145,8 @@ def shape_of(where: Path, config: dict[str, Any]) -> Shape:
             raise ExportError(f"{where}: {config['model_type']} in llama.cpp needs head_dim x heads = hidden_size")
         rope, factors = _rope(where, config, family, head_size)
         context = int(config["max_position_embeddings"])
-        windowed = config.get("use_sliding_window", config["model_type"] == "mistral") and not family.window_period
-        if windowed and config.get("sliding_window"):
-            context = min(context, int(config["sliding_window"]))
+        if not family.window_period:
+            context = min(context, window_of(config) or context)
         metadata = {
             f"{arch}.context_length": Value("u32", context),
             f"{arch}.embedding_length": Value("u32", hidden),
@@ -178,6 +183,42 @@ def check_activation(where: Path, config: dict[str, Any], family: Family, engine
         raise ExportError(
             f"{where}: {config['model_type']} in {engine} uses {family.activation}, the model {activation}"
         )
+
+
+def check_biases(where: Path, config: dict[str, Any], engine: str) -> None:
+    """Check that every bias that the configuration's options bring is one that the engine loads.
+
+    Raises:
+        ExportError: one is not; the option and the layer are named.
+    """
+    allowed = BIASES[engine].get(config["model_type"], frozenset())
+    for option, layers in _BIASED_BY.items():
+        missing = [layer for layer in layers if layer not in allowed]
+        if config.get(option) and missing:
+            raise ExportError(f"{where}: {option}; {engine} loads no bias of {missing[0]} for {config['model_type']}")
+
+
+def window_of(config: dict[str, Any]) -> int | None:
+    """The sliding window, in families without a cycle of windowed layers; None where no layer has one."""
+    layers = config.get("layer_types")
+    windowed = config.get("use_sliding_window", config["model_type"] == "mistral")
+    if not windowed or (layers and "sliding_attention" not in layers):
+        return None
+    return int(config["sliding_window"]) if config.get("sliding_window") else None
+
+
+def rotation_of(where: Path, config: dict[str, Any], engine: str) -> dict[str, Any]:
+    """What the configuration says about the rotation, as transformers 5 writes it.
+
+    Raises:
+        ExportError: only a part of every head is rotated, which no engine does for these families.
+    """
+    rope = config.get("rope_parameters")
+    if rope is None:
+        rope = {**(config.get("rope_scaling") or {}), "rope_theta": config.get("rope_theta", 10000.0)}
+    if (rope.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0) != 1.0:
+        raise ExportError(f"{where}: {engine} rotates whole heads of {config['model_type']}: partial_rotary_factor")
+    return rope
 
 
 def _gemma_keys(
@@ -230,9 +271,7 @@ def _rope(
     where: Path, config: dict[str, Any], family: Family, head_size: int
 ) -> tuple[dict[str, Value], tuple[float, ...]]:
     """The ``rope.*`` keys, and the divisors of the frequencies that Llama 3's scaling needs (none otherwise)."""
-    rope = config.get("rope_parameters")
-    if rope is None:
-        rope = {**(config.get("rope_scaling") or {}), "rope_theta": config.get("rope_theta", 10000.0)}
+    rope = rotation_of(where, config, "llama.cpp")
     keys: dict[str, Value] = {}
     if family.arch == "gemma3":
         windowed = rope.get("sliding_attention") or {"rope_theta": config.get("rope_local_base_freq", 10000.0)}
@@ -242,8 +281,6 @@ def _rope(
         rope = rope.get("full_attention") or rope
     if any(isinstance(value, dict) for value in rope.values()):
         raise ExportError(f"{where}: rope_parameters that differ by layer type have no GGUF export for {family.arch}")
-    if (rope.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0) != 1.0:
-        raise ExportError(f"{where}: partial_rotary_factor has no GGUF export for {family.arch}")
     keys = {"freq_base": Value("f32", float(rope["rope_theta"])), **keys}
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":

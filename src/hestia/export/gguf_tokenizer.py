@@ -65,7 +65,7 @@ def tokenizer_metadata(folder: Path, config: dict[str, Any], rows: int) -> dict[
     """The ``tokenizer.*`` keys of a GGUF file for the tokenizer in ``folder``.
 
     Args:
-        folder: holds tokenizer.json, and perhaps tokenizer_config.json and chat_template.jinja.
+        folder: holds tokenizer.json, and perhaps tokenizer_config.json, generation_config.json and chat_template.jinja.
         config: the model's config.json, for special token ids that the tokenizer does not name.
         rows: rows of the embedding; ids without a token become unused ``[PAD...]`` tokens.
 
@@ -123,11 +123,13 @@ def tokenizer_metadata(folder: Path, config: dict[str, Any], rows: int) -> dict[
 
     before, after = _wrapping(path, tokenizer.get("post_processor"))
     # what the tokenizer itself adds outranks config.json, which nobody reads when text is tokenized
-    hints = {"bos": before or config.get("bos_token_id"), "eos": after or config.get("eos_token_id")}
-    special = {
-        key: _special_id(path, settings.get(f"{key}_token"), hints.get(key, config.get(f"{key}_token_id")), ids)
-        for key in ("bos", "eos", "unk", "pad")
-    }
+    hints: dict[str, Any] = {"bos": before, "eos": after}
+    generation_path = folder / "generation_config.json"
+    generation = read_json(generation_path) if generation_path.is_file() else {}
+    for key in ("bos", "eos", "unk", "pad"):
+        given = (record.get(f"{key}_token_id") for record in (config, generation))
+        hints[key] = hints.get(key) or next((value for value in given if value is not None), None)
+    special = {key: _special_id(path, settings.get(f"{key}_token"), hint, ids) for key, hint in hints.items()}
     for key, added, name in (("bos", before, "front"), ("eos", after, "back")):
         if added not in ([], [special[key]]):
             raise ExportError(

@@ -27,10 +27,11 @@ from ..loading import rope_keys
 from ..quant.grouping import GroupSize
 from ..targets import MLX2, scale_group, span
 from .frozen import FrozenModel
-from .gguf_families import check_activation, family_of
+from .gguf_families import check_activation, check_biases, family_of, rotation_of, window_of
 from .huggingface import Entry, pack_codes, write_folder
 
 BITS = 2
+_ROTATIONS = ("default", "linear", "llama3", "yarn")
 
 
 def export_mlx(frozen: FrozenModel, path: Path) -> dict[str, Any]:
@@ -76,17 +77,32 @@ def check_mlx(where: Path, config: dict[str, Any]) -> dict[str, Any]:
     if kind == "gemma":
         raise ExportError(f"{where}: mlx-lm computes gemma with the exact GELU, the model has its tanh approximation")
     check_activation(where, config, family, "mlx-lm")
-    window = config.get("sliding_window")
-    windowed = config.get("use_sliding_window", config["model_type"] == "mistral") or kind == "gemma2"
-    if windowed and window and window < config["max_position_embeddings"]:
+    check_biases(where, config, "mlx-lm")
+    window = config.get("sliding_window") if kind == "gemma2" else window_of(config)
+    if window and window < config["max_position_embeddings"]:
         raise ExportError(f"{where}: mlx-lm has no sliding windows for {config['model_type']}, the model {window}")
-    rope = config.get("rope_parameters") or {}
-    keys: dict[str, Any] = {}
-    if "rope_theta" not in config and isinstance(rope.get("rope_theta"), int | float):
-        keys |= rope_keys(rope)
+    heads = config["num_attention_heads"]
+    if kind == "qwen2" and (config.get("head_dim") or config["hidden_size"] // heads) * heads != config["hidden_size"]:
+        raise ExportError(f"{where}: qwen2 in mlx-lm needs head_dim x heads = hidden_size")
+    rope = rotation_of(where, config, "mlx-lm")
     if kind == "gemma3":
-        keys |= _gemma3_keys(where, config)
-    return keys
+        return _gemma3_keys(where, config)
+    _check_rotation(where, config, rope)
+    return rope_keys(rope) if "rope_theta" not in config and config.get("rope_parameters") else {}
+
+
+def _check_rotation(where: Path, config: dict[str, Any], rope: dict[str, Any]) -> None:
+    """Refuse scalings of the rotation that mlx-lm lacks, or computes otherwise than transformers."""
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    known = ("default",) if config["model_type"] == "gemma2" else _ROTATIONS
+    if kind not in known:
+        raise ExportError(f"{where}: rope type {kind!r}; checked in mlx-lm for {config['model_type']}: {known}")
+    if kind == "yarn":
+        other = [name for name in ("attention_factor", "mscale", "mscale_all_dim") if rope.get(name) is not None]
+        other += [] if rope.get("truncate", True) else ["truncate"]
+        other += [name for name in ("factor", "original_max_position_embeddings") if not rope.get(name)]
+        if other:
+            raise ExportError(f"{where}: yarn with {other[0]} {rope.get(other[0])}; mlx-lm computes another rotation")
 
 
 def _gemma3_keys(where: Path, config: dict[str, Any]) -> dict[str, Any]:
@@ -100,6 +116,8 @@ def _gemma3_keys(where: Path, config: dict[str, Any]) -> dict[str, Any]:
     if not period or layers != (cycle * len(layers))[: len(layers)]:
         raise ExportError(f"{where}: layer_types {layers}, mlx-lm makes every nth layer full, n at most {len(layers)}")
     rope = config["rope_parameters"]
+    for part in rope.values():
+        _check_rotation(where, config, part)
     windowed = rope_keys(rope["sliding_attention"])
     if "rope_scaling" in windowed:
         raise ExportError(f"{where}: mlx-lm has no scaling in windowed layers, the model {windowed['rope_scaling']}")
