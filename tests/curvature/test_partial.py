@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 import toy_models
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from hestia.curvature import Stopping, calibrate, partial
 from hestia.curvature.estimators import Fisher, GaussNewton
@@ -92,6 +94,20 @@ def test_it_ends_with_the_same_table_wherever_it_was_killed(
     resumed = measured(keep, stopping=stopping)
     assert len(counted) == SEQUENCES - number
     assert equal(resumed, measured(None, stopping=stopping))
+
+
+def test_the_seconds_of_one_that_was_killed_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    keep = tmp_path / "s.partial.safetensors"
+
+    def kept() -> dict[str, str]:
+        with safe_open(keep, framework="pt") as handle:
+            return handle.metadata()
+
+    killed_at(monkeypatch, keep, 4)
+    assert 0.0 < float(kept()["seconds"]) < 1000.0
+    save_file(load_file(keep), keep, {**kept(), "seconds": "1000.0"})
+    killed_at(monkeypatch, keep, 3)
+    assert 1000.0 < float(kept()["seconds"]) < measured(keep).seconds < 2000.0
 
 
 def test_one_that_settles_early_settles_there_after_a_kill_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

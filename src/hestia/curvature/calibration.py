@@ -124,7 +124,7 @@ def calibrate(
             )
             for path, weight in weights.items()
         },
-        seconds=time.perf_counter() - started,
+        seconds=time.perf_counter() - started + (0.0 if partial is None else partial.earlier),
         diagonals={} if problem.diagonals is None else parallel.summed(problem.diagonals).mean(),
     )
 

@@ -3,7 +3,7 @@
     NAME.safetensors   rows          fp64 [K, names]   samples of the first K sequences
                        present       bool [K, names]   which of them there are
                        diagonals/..  running sums of the diagonals
-                       metadata: schema, key, names
+                       metadata: schema, key, names, seconds that they took
 
 The key is a hash of everything that decides a sample, or how many there are: estimator, seed, the whole model, its
 tensors that are measured, sequences and what of them counts, candidates, group size, stopping rule.
@@ -26,7 +26,7 @@ from .estimators import CurvatureEstimator, Diagonals, Row
 from .rows import from_matrices, names_of, to_matrices
 from .stopping import Stopping
 
-SCHEMA = "1"
+SCHEMA = "2"
 
 SECONDS = 20.0
 """Between two writings, at least: what a killed calibration loses, at most, beside the sequence it was at."""
@@ -42,7 +42,9 @@ class Partial:
 
     def __init__(self, path: Path, key: str) -> None:
         self.path, self.key = path, key
-        self._written = time.monotonic()
+        self.earlier = 0.0
+        """Seconds that the rows which ``load`` found took."""
+        self._began = self._written = time.monotonic()
 
     def load(self, diagonals: Diagonals | None) -> list[Row]:
         """The rows in the file, the running sums put back into ``diagonals``; none where it is another's or damaged."""
@@ -59,6 +61,7 @@ class Partial:
                 tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 - not a mapping
             names = [(str(path), str(name)) for path, name in json.loads(metadata["names"])]
             rows = from_matrices(tensors["rows"], tensors["present"], names)
+            self.earlier = float(metadata["seconds"])
         except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
             announce(f"{self.path}: damaged ({error}); the calibration begins anew")
             return []
@@ -77,8 +80,9 @@ class Partial:
         tensors = {"rows": samples, "present": present}
         if diagonals is not None:
             tensors |= {f"diagonals/{name}": value.contiguous() for name, value in diagonals.state().items()}
+        took = {"seconds": str(self.earlier + time.monotonic() - self._began)}
         with replacing(self.path) as temporary:
-            save_file(tensors, temporary, {"schema": SCHEMA, "key": self.key, "names": json.dumps(names)})
+            save_file(tensors, temporary, {"schema": SCHEMA, "key": self.key, "names": json.dumps(names), **took})
         self._written = time.monotonic()
 
 

@@ -129,6 +129,7 @@ def _sensitivity(work: Workspace, plan: Plan) -> curvature.Sensitivity | None:
             "calibrate",
             lambda: calibrate_on(model, paths, candidates, work.training, work.options, identity, kept),
         )
+        work.stopwatch.at_least("calibrate", sensitivity.seconds)
     if processes.first():
         sensitivity.save(path)
         kept.unlink(missing_ok=True)
