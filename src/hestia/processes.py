@@ -68,7 +68,7 @@ def _started() -> int:
 
 
 def leave() -> None:
-    """End the group when the shared work is done: a loader of packed models would wait for processes that left."""
+    """End the group, whoever joined it: a loader of packed models would wait for processes that have left the work."""
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
 
