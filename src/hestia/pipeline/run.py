@@ -41,8 +41,8 @@ def quantize(options: Options, *, resume: bool = False) -> dict[str, Any]:
     """From a pretrained checkpoint to verified low-bit files.
 
     Under torchrun or accelerate every process calls it: they share calibration, training and scoring; the first alone
-    writes, freezes, exports and returns the record, the others an empty one. Before the exports the group of processes is
-    ended, a group that the caller joined too: loaders of packed models would wait for the others.
+    writes, freezes, exports and returns the record, the others an empty one. Before the exports the group is ended, one
+    that the caller joined too: loaders of packed models would wait for the others.
 
     Args:
         options: what to do; see ``Options``.
