@@ -314,7 +314,7 @@ def _check_biases(model: nn.Module, recipe: str, paths: Sequence[str], targets: 
     advice = "Keep them with --skip, or choose a recipe without an output shift."
     options = options_for(model, paths)
     if options is None:
-        held = set[str]().union(*(biased_layers(model, options) or () for options in OPTIONS))
+        held = set[str]().union(*(biased_layers(model, some) or () for some in OPTIONS))
         missing = [path for path in paths if path not in held]
         raise PlanError(
             f"recipe {recipe!r} freezes its shift into biases, and {type(model).__name__} has no bias for "

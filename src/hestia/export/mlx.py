@@ -96,7 +96,8 @@ def _check_rotation(where: Path, config: dict[str, Any], rope: dict[str, Any]) -
     kind = rope.get("rope_type", rope.get("type", "default"))
     known = ("default",) if config["model_type"] == "gemma2" else _ROTATIONS
     if kind not in known:
-        raise ExportError(f"{where}: rope type {kind!r}; checked in mlx-lm for {config['model_type']}: {known}")
+        listed = ", ".join(known)
+        raise ExportError(f"{where}: rope type {kind!r}; checked in mlx-lm for {config['model_type']}: {listed}")
     if kind == "yarn":
         other = [name for name in ("attention_factor", "mscale", "mscale_all_dim") if rope.get(name) is not None]
         other += [] if rope.get("truncate", True) else ["truncate"]
