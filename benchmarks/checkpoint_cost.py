@@ -6,7 +6,7 @@ A run of the main job's training at its default settings (2M tokens: 300 steps o
 every fifth of them) takes ten minutes and more, so a shorter piece of it is trained, with as many checkpoints, and
 every step and every checkpoint is timed: flush to the disk and hashes included. The share is
 
-    checkpoints of a default run x median seconds a checkpoint / (its steps x median seconds a step + the same)
+    checkpoints of a default run x median seconds a checkpoint / (its steps x median seconds per step + the same)
 
 with one thread, and with the step's processor seconds where they are fewer than those on the clock: on a busy machine
 steps look slow, and checkpoints cheap beside them. The piece's own share is given too. Exit status 1 above 2 %.

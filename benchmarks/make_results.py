@@ -63,7 +63,7 @@ def _method(name: str, row: dict[str, Any]) -> str:
 def table(found: dict[str, dict[str, dict[str, Any]]]) -> str:
     """The honest table in Markdown."""
     lines = [
-        "| model, held-out text | arm | nats a token | KL to parent | top-1 | learning rate | tokens |",
+        "| model, held-out text | arm | nats per token | KL to parent | top-1 | learning rate | tokens |",
         "|---|---|--:|--:|--:|--:|--:|",
     ]
     for model, title in MODELS.items():
@@ -169,7 +169,7 @@ def _on_a_gpu() -> list[str]:
         f"{found['versions']['torch']}), random weights in real shapes, micro-batches of the configuration; what "
         "CUDA's allocator gave out and what it took; seconds of three steps.",
         "",
-        "| configuration and stage | predicted | given out | taken | seconds predicted | measured | tokens a second |",
+        "| configuration and stage | predicted | given out | taken | seconds predicted | measured | tokens/s |",
         "|---|--:|--:|--:|--:|--:|--:|",
     ]
     for name, row in found["rows"].items():
@@ -212,7 +212,7 @@ def configurations() -> str:
 
 
 def figure(found: dict[str, dict[str, dict[str, Any]]]) -> str:
-    """Nats a token of every arm, a row a model, as SVG text."""
+    """Nats per token of every arm, a row a model, as SVG text."""
     models = [m for m in MODELS if m in found]
     plt.rcParams.update(
         {"svg.hashsalt": "hestia", "svg.fonttype": "none", "font.size": 10, "font.family": "sans-serif"}
@@ -230,7 +230,7 @@ def figure(found: dict[str, dict[str, dict[str, Any]]]) -> str:
         axis.spines[:].set_visible(False)
         axis.tick_params(length=0, colors="#6b7280")
         axis.set_xticks([])
-    drawing.text(0.995, 0.01, "nats a token, lower is better", ha="right", color="#6b7280", fontsize=9)
+    drawing.text(0.995, 0.01, "nats per token, lower is better", ha="right", color="#6b7280", fontsize=9)
     drawing.tight_layout()
     buffer = io.StringIO()
     drawing.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
@@ -301,7 +301,7 @@ def main() -> int:
             "",
             table(found),
             "",
-            f"![Nats a token of parent, rounded and trained models](../docs/figures/{FIGURE.name})",
+            f"![Nats per token of parent, rounded and trained models](../docs/figures/{FIGURE.name})",
             "",
             "## The controlled comparison",
             "",

@@ -2,9 +2,9 @@
 
     python benchmarks/scale_out.py [--steps 12] [--rounds 3]
 
-The bundled 6M model trains by `HestiaTrainer` on 16 blocks of 256 tokens a step under bf16 autocast: once in one
+The bundled 6M model trains by `HestiaTrainer` on 16 blocks of 256 tokens per step under bf16 autocast: once in one
 process with two threads, once in two processes of one thread each (gloo). The arms take turns, each in fresh processes;
-tokens a second are counted after the first two steps, medians over the rounds. Promised: a ratio of 0.8.
+tokens per second are counted after the first two steps, medians over the rounds. Promised: a ratio of 0.8.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def clock_class() -> type:
 
 
 def arm(world: int, threads: int, steps: int) -> float:
-    """Tokens a second of one arm."""
+    """Tokens per second of one arm."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])

@@ -450,7 +450,7 @@ def test_a_budget_is_held_by_the_file(name: str, dtype: torch.dtype, least: floa
 
 
 def test_a_budget_is_held_whichever_tensor_is_kept() -> None:
-    """Without its rows of 344 the file has two scales a row of 512, not one."""
+    """Without its rows of 344 the file has two scales per row of 512, not one."""
     with torch.device("meta"):
         model = llama(hidden_size=512, intermediate_size=344)
     whole = hestia.plan(model)
@@ -480,7 +480,7 @@ def test_a_mixed_plan_that_cannot_be_made_says_what_to_do() -> None:
         hestia.plan(model, target="gguf:mixed", bits=1.9, sensitivity=measured(hestia.plan(model)))
     with pytest.raises(PlanError, match=r"in groups of row, the plan wants 128: calibrate again with --group-size 128"):
         hestia.plan(model, target="gguf:mixed", bits=5.1, group_size=128, sensitivity=table)
-    with pytest.raises(PlanError, match=r"0\.3 bits a weight cannot be reached: .* ask for --bits \d\.\d+ or more"):
+    with pytest.raises(PlanError, match=r"0\.3 bits per weight cannot be reached: .* ask for --bits \d\.\d+ or more"):
         hestia.plan(model, target="gguf:mixed", bits=0.3, sensitivity=table)
     with pytest.raises(PlanError, match=r"0\.3 bits .* ask for --bits \d\.\d+ or more, or try --target gguf:mixed$"):
         hestia.plan(model, target="gguf:q4_0", bits=0.3, sensitivity=table)

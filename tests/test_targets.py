@@ -39,7 +39,7 @@ def test_stored_bits_are_those_of_the_format(kind: StorageType, bits: float) -> 
 
 
 def test_packed_hf_bytes_are_words_scales_and_a_shape() -> None:
-    """int32 words of 16 codes a row (padded), one bf16 scale a group, and the two int64 of weight_shape."""
+    """int32 words of 16 codes a row (padded), one bf16 scale per group, and the two int64 of weight_shape."""
     assert PACK2.stored_bytes((10, 64), "row") == 10 * 4 * 4 + 10 * 2 + 16
     assert PACK2.stored_bytes((10, 64), 32) == 10 * 4 * 4 + 10 * 2 * 2 + 16
     assert PACK2.stored_bytes((10, 172), "row") == 10 * 11 * 4 + 10 * 2 + 16  # 172 / 16 = 10.75 words

@@ -3,7 +3,7 @@
     python benchmarks/curvature/metrics.py --models DIR --data DIR [--only NAME]
 
 Truth: one tensor is rounded (row scales, rule ``gaussian``), all others stay; KL to the parent on held-out sequences
-(of the test files), in nats a token. Every metric sees other sequences (for books-6m of the valid files, else of the
+(of the test files), in nats per token. Every metric sees other sequences (for books-6m of the valid files, else of the
 training text), and the seconds it needs for all tensors and candidates together are written down, one thread.
 Spearman's correlation over tensors, with a 95 % interval from 2,000 bootstrap draws of tensors (paired over metrics). A
 result that is there already is left alone.

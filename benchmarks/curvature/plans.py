@@ -2,7 +2,7 @@
 
     python benchmarks/curvature/plans.py --models DIR --data DIR [--only NAME]
 
-At equal true bits (packed codes of 1, 1.6, 2, 3 or 4 bits and one 16-bit scale a row; q/k/v and gate/up alike) every
+At equal true bits (packed codes of 1, 1.6, 2, 3 or 4 bits and one 16-bit scale per row; q/k/v and gate/up alike) every
 plan is rounded, rule ``gaussian``, without training, and the whole model's KL to its parent is measured on held-out
 sequences. Scores see calibration text only. A score that does not depend on the width (trace, Q-BERT, LieQ) follows
 the high-rate law: damage = score x weights x 4^-bits. Differences are paired over held-out sequences: mean, and 95 % t
@@ -100,7 +100,7 @@ class Measured:
 
     @torch.no_grad()
     def kl(self, widths: Mapping[str, float]) -> list[float]:
-        """Nats a token, one number a sequence."""
+        """Nats per token, one number a sequence."""
         key = tuple(sorted(widths.items()))
         if key not in self._known:
             kept = {path: weight.data for path, weight in self.bench.weights.items()}

@@ -104,7 +104,7 @@ def section() -> str:
         ]
     for record in load("plans").values():
         parts += [
-            "KL to the parent in nats a token, whole model rounded by the plan, no training, on "
+            "KL to the parent in nats per token, whole model rounded by the plan, no training, on "
             f"{record['held_out_sequences']} held-out sequences. Differences: paired over sequences, 95 % t interval.",
             "",
             plans_table(record),
@@ -139,8 +139,8 @@ def plans_figure() -> str | None:
         axis.plot(*zip(*points, strict=True), "o-", color=EMBER, markersize=5, label=WINNER)
         axis.set_yscale("log")
         axis.set_title(model, loc="left", fontsize=10, color=DARK)
-        axis.set_xlabel("stored bits a weight, scales included")
-        axis.set_ylabel("KL to parent, nats a token")
+        axis.set_xlabel("stored bits per weight, scales included")
+        axis.set_ylabel("KL to parent, nats per token")
         axis.spines[["top", "right"]].set_visible(False)
         axis.legend(frameon=False, fontsize=9)
     drawing.tight_layout()

@@ -68,7 +68,7 @@ def tokens_figure(stage: Stage, folder: Path | None = None) -> str | None:
     for axis in axes.flat[len(panels) :]:
         axis.set_visible(False)
     drawing.supxlabel("training tokens", fontsize=9)
-    drawing.supylabel("nats a token, frozen model", fontsize=9)
+    drawing.supylabel("nats per token, frozen model", fontsize=9)
     handles, names = axes.flat[0].get_legend_handles_labels()
     columns = _columns(stage, shown)
     for place, (title, arms) in enumerate(columns):
@@ -88,7 +88,7 @@ def tokens_figure(stage: Stage, folder: Path | None = None) -> str | None:
 
 
 def bits_figure(stage: Stage, folder: Path | None = None) -> str | None:
-    """NLL against stored bits a weight at the largest budget; None where a stage does not ask what bits are worth.
+    """NLL against stored bits per weight at the largest budget; None where a stage does not ask what bits are worth.
 
     It does where its arms name a format (``target``), whose files say what a weight costs. Plans that mix widths are
     hollow, and squares where curvature has no part in them; the lines across are the parent as it was, dotted, and the
@@ -125,8 +125,8 @@ def bits_figure(stage: Stage, folder: Path | None = None) -> str | None:
         axis.axhline(nll, color=DARK, linestyle=style, linewidth=1)
         axis.annotate(what, (place, nll), xycoords=("axes fraction", "data"), textcoords="offset points",
                       xytext=(0, 4), ha="left" if place < 0.5 else "right", fontsize=8, color=DARK)  # fmt: skip
-    axis.set_xlabel("stored bits a weight, scales included")
-    axis.set_ylabel("nats a token, frozen model")
+    axis.set_xlabel("stored bits per weight, scales included")
+    axis.set_ylabel("nats per token, frozen model")
     drawing.tight_layout()
     return _svg(drawing)
 
@@ -151,7 +151,7 @@ def ranking_figure(stage: Stage, folder: Path | None = None) -> str | None:
     axis.axvline(0.0, color=GREY, linewidth=1)
     axis.set_yticks(range(len(made)), [row.name for row in made])
     axis.invert_yaxis()
-    axis.set_xlabel(f"nats a token minus {stage.baseline}, 95 % over seeds; left is better")
+    axis.set_xlabel(f"nats per token minus {stage.baseline}, 95 % over seeds; left is better")
     drawing.tight_layout()
     return _svg(drawing)
 

@@ -20,7 +20,7 @@ from hestia import tiny
 from hestia.files import read_json
 
 ARM, ROW = "bitnet_ste", "bitnet_ste/final-40k-seed1.json"
-TOLERANCE = 0.02  # nats a token
+TOLERANCE = 0.02  # nats per token
 MUST_EQUAL = ("schema", "name", "config", "parent", "texts", "tokens", "quantized_weights")
 MUST_BE_CLOSE = ("valid_nll", "nll", "kl_to_parent")
 

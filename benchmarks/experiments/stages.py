@@ -47,7 +47,7 @@ class Arm:
         teacher: how the parent teaches, as the training understands it; empty: cross entropy alone.
         rates: learning rates of the tuning runs where they differ from the stage's; as many.
         group_size: weights that share a scale, where it differs from the stage's.
-        bits: width of the grid, or a budget of stored bits a weight.
+        bits: width of the grid, or a budget of stored bits per weight.
         spend: how that budget is spent: empty, by predicted damage; ``first and last``, from both ends of the model
             inwards, which takes no curvature.
         target: the format that must hold the result exactly; it decides what a weight costs.

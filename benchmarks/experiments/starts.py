@@ -5,11 +5,11 @@
 absmean         code and level from mean|w|
 least_squares   the same codes, the level that rebuilds the row best
 twn             threshold 0.75 mean|w|, the level that rebuilds the row best
-rows            threshold and level of a row fitted in turns, the least squared error that one scale a row allows
+rows            threshold and level of a row fitted in turns, the least squared error that one scale per row allows
 channels        the same, and one factor for every input channel, shared by the layers that read the same input: what
                 could be folded into norms and the layers before
 
-No training. Scored: nats a token on the first 16 blocks of each valid file; and the relative squared error of weights.
+Nothing is trained. Scored: nats per token on the first 16 blocks of each valid file; relative squared error of weights.
 """
 
 from __future__ import annotations

@@ -42,11 +42,11 @@ class Row:
         difference: to the baseline, over common seeds; None with fewer than two.
         p: of that difference; None with too few seeds to claim anything, and for baseline and control.
         adjusted_p: Holm's.
-        cost: processor seconds a token, as a multiple of the baseline's.
+        cost: processor seconds per token, as a multiple of the baseline's.
         means: of KL, top-1, zero share and flip rate; None where a run has none.
         pairs: how many of the seeds the baseline has too; of the baseline and the control, its own.
         planned: how many seeds the stage asks for.
-        bits: stored bits a weight, scales included, of an arm that names the format of its files; else None.
+        bits: stored bits per weight, scales included, of an arm that names the format of its files; else None.
     """
 
     name: str
@@ -275,7 +275,7 @@ def _stored_bits(target: str, runs: Sequence[Mapping[str, Any]]) -> float | None
 
 
 def _cost(runs: Mapping[int, Any], baseline: Mapping[int, Any]) -> float | None:
-    """Processor seconds a token over the baseline's, medians of the runs on one machine; None where they share none.
+    """Processor seconds per token over the baseline's, medians of the runs on one machine; None where they share none.
 
     The clock's seconds do not compare on a shared machine.
     """
@@ -347,7 +347,7 @@ def question_table(question: Question, found: Sequence[Answer], budgets: int) ->
         "",
         f"Holm's correction is over {budgets * len(question.differences)}.",
         "",
-        f"| | seeds | nats a token | Holm p | | {' | '.join(files)} | KL to the parent |",
+        f"| | seeds | nats per token | Holm p | | {' | '.join(files)} | KL to the parent |",
         "|---|--:|--:|--:|---|" + "--:|" * (len(files) + 1),
     ]
     for answer in found:
@@ -437,7 +437,7 @@ def section(stage: Stage, folder: Path | None = None) -> str:
     lines = [
         f"# Stage {stage.name.upper() if len(stage.name) == 1 else stage.name}: {stage.title}",
         "",
-        f"Parent `{stage.parent}`, {parent['parent']['nll']:.4f} nats a token; rounded without training "
+        f"Parent `{stage.parent}`, {parent['parent']['nll']:.4f} nats per token; rounded without training "
         f"{parent['round_to_nearest']['nll']:.4f}. Each arm had {tuned} tuning runs of "
         f"{' and '.join(stage.tuning.tokens)} tokens, judged on the valid files. Scored: {blocks}, of "
         f"{stage.training.seq_len} tokens; NLL is the mean over the texts, of the frozen model. Brackets: 95 % t "

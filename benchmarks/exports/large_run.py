@@ -2,7 +2,7 @@
 
     python benchmarks/exports/large_run.py OUT [--hidden 2048 --intermediate 5632 --layers 22 --vocabulary 32000]
 
-What exports read: OUT/model (bf16, several files) and OUT/codes.safetensors, ternary with one scale a row.
+What exports read: OUT/model (bf16, several files) and OUT/codes.safetensors, ternary with one scale per row.
 """
 
 from __future__ import annotations

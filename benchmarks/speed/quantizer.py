@@ -98,7 +98,7 @@ def main() -> None:
 
 
 def fake(estimator: Estimator) -> Fake:
-    """The quantizer of ``QuantLinear``: ternary, one absmean scale a row."""
+    """The quantizer of ``QuantLinear``: ternary, one absmean scale per row."""
     return Quantizer(QuantSpec(estimator=estimator)).fake
 
 

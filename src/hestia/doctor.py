@@ -170,7 +170,7 @@ def _memory() -> Check:
             "memory",
             "note",
             found,
-            "enough for small models: training takes about 16 bytes a parameter and activations",
+            "enough for small models: training takes about 16 bytes per parameter and activations",
         )
     return Check("memory", "ok", found)
 
@@ -179,7 +179,7 @@ def _disk(folder: Path) -> Check:
     here, free = resources.place_of(folder), resources.free_disk(folder)
     found = f"{free / 1e9:.1f} GB free in {here}"
     if free < SMALL_DISK:
-        return Check("disk", "note", found, "a checkpoint takes 12 bytes a parameter; two are kept: --out elsewhere")
+        return Check("disk", "note", found, "a checkpoint takes 12 bytes per parameter; two are kept: --out elsewhere")
     try:
         with tempfile.TemporaryDirectory(dir=here) as scratch:
             files.write_text(Path(scratch) / "probe", "written, flushed, renamed")

@@ -32,7 +32,7 @@ LARGEST_DEFAULT_BATCH = 16
 """Blocks a step where --batch-size is not given, at most."""
 
 DEFAULT_BLOCK = 1024
-"""Tokens a block where --seq-len is not given, at most."""
+"""Tokens per block where --seq-len is not given, at most."""
 
 TUNING_BLOCKS = 32
 """Training blocks set aside for the logged hard loss and the learning-rate pilot; the held-out text is scored once."""
@@ -261,7 +261,7 @@ def batch_and_steps(options: Options, seq_len: int, parts: int) -> tuple[int, in
 
     Args:
         options: of the run.
-        seq_len: tokens a block.
+        seq_len: tokens per block.
         parts: processes that share the training.
 
     Raises:
@@ -339,7 +339,7 @@ def spread(blocks: Blocks, most: int) -> Blocks:
 
 
 def longest_block(config: Any, options: Options, most: int = DEFAULT_BLOCK) -> int:
-    """Tokens a block: ``--seq-len``, or the model's maximum, ``most`` at most.
+    """Tokens per block: ``--seq-len``, or the model's maximum, ``most`` at most.
 
     Raises:
         ConfigError: more than the model has positions for.

@@ -53,7 +53,7 @@ def candidates(recipe: Recipe, group_size: GroupSize, widths: Sequence[float] | 
 
 
 def measured_damage(sensitivity: Sensitivity, specs: Mapping[float, QuantSpec]) -> tuple[Damage, str]:
-    """Damages in nats a token, and where they come from in words: see ``curvature.damage``.
+    """Damages in nats per token, and where they come from in words: see ``curvature.damage``.
 
     A width whose own grid was not measured (Sherry's, with the sensitivity of ``hestia calibrate``) has the damage of
     the plain grid; the words say so.
@@ -180,7 +180,7 @@ def _most_bytes(
     """Module path -> bytes of a tensor in the file, whichever of the others are kept.
 
     Fewer tensors have longer groups in common, so all of them together take the most; but one whose group no usual
-    length divides gives all others one scale a row, and without it they take more.
+    length divides gives all others one scale per row, and without it they take more.
     """
     alike: dict[bool, dict[str, Stored]] = {True: {}, False: {}}
     for path, kind in kinds.items():
@@ -210,7 +210,7 @@ def allocate(
             ``elsewhere``, what else to do.
     """
     if not 0.0 < bits <= 32.0:
-        raise PlanError(f"bits must be a positive number of bits a weight, got {bits:g}")
+        raise PlanError(f"bits must be a positive number of bits per weight, got {bits:g}")
     weights = {path: linear.weight.numel() for path, linear in linears.items()}
     problem = Problem.of(offered.stored, weights, damage)
     if max_kl is not None:
@@ -249,7 +249,7 @@ def layers_of(
 def stored_bits(
     linears: Mapping[str, nn.Linear], layers: Mapping[str, LayerPlan], target: Target, itemsize: int
 ) -> float:
-    """Bits a weight that all ``linears`` take in the file: ``layers`` quantized, the others kept."""
+    """Bits per weight that all ``linears`` take in the file: ``layers`` quantized, the others kept."""
     quantized = sum(stored_bytes(layers, target.name, itemsize).values())
     kept = itemsize * sum(linear.weight.numel() for path, linear in linears.items() if path not in layers)
     weights = sum(linear.weight.numel() for linear in linears.values())
@@ -267,7 +267,7 @@ def spending(
     left_out: Mapping[str, str],
     curve: tuple[tuple[float, float], ...],
 ) -> Spending:
-    """What plan.json records of it; ``stored``: its bits a weight."""
+    """What plan.json records of it; ``stored``: its bits per weight."""
     return Spending(
         target=target,
         asked_bits=None if max_kl is not None else bits,

@@ -73,7 +73,7 @@ class Options:
         default_factory=dict, metadata={"help": "option of the recipe as KEY=VALUE (repeatable)"}
     )
     bits: float = _option(
-        1.58, "bits a weight: a width of the recipe, or a budget such as 1.9 to be spent where the damage falls most"
+        1.58, "bits per weight: a width of the recipe, or a budget such as 1.9 to be spent where the damage falls most"
     )
     widths: tuple[str, ...] = _option((), "widths that such a plan may mix (repeatable); 16 keeps a tensor as it is")
     max_kl: float | None = _option(None, "instead of --bits: the cheapest plan whose predicted KL is at most this")
@@ -86,9 +86,9 @@ class Options:
     plan_sha256: str | None = _option(None, "digest that the file of --plan must have; run.yaml records it")
     tokens: str = _option("2M", "tokens to train on, such as 600k or 2M")
     steps: int | None = _option(None, "optimizer steps, instead of --tokens")
-    seq_len: int | None = _option(None, "tokens a block; default min(1024, the model's maximum)")
-    batch_size: int | None = _option(None, "blocks a step; default such that at least 300 steps fit, 16 at most")
-    accumulation: int = _option(1, "micro-batches a step")
+    seq_len: int | None = _option(None, "tokens per block; default min(1024, the model's maximum)")
+    batch_size: int | None = _option(None, "blocks per step; default such that at least 300 steps fit, 16 at most")
+    accumulation: int = _option(1, "micro-batches per step")
     lr: str = _option(
         "auto", "peak learning rate, or auto: a pilot of short runs at four rates, then longer ones at the best two"
     )
@@ -169,7 +169,7 @@ class Options:
         if not 0.0 < self.bits <= 32.0:
             raise ConfigError(f"--bits must be a positive number, got {self.bits:g}")
         if self.max_kl is not None and not 0.0 < self.max_kl < math.inf:
-            raise ConfigError(f"--max-kl must be a positive number of nats a token, got {self.max_kl}")
+            raise ConfigError(f"--max-kl must be a positive number of nats per token, got {self.max_kl}")
         self.group()
         self.mix()
         self.learning_rate()

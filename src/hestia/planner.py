@@ -53,7 +53,7 @@ def plan(
         bits: one of the recipe's widths for every tensor; any other number, such as 1.9, is a budget of stored bits a
             weight (scales and padding included) that an exact allocation spends where the damage falls most.
         widths: what the allocation may choose from, 16 for keeping a tensor; with it every ``bits`` is a budget.
-        max_kl: instead of a budget, the cheapest plan whose predicted KL is at most this many nats a token.
+        max_kl: instead of a budget, the cheapest plan whose predicted KL is at most this many nats per token.
         damages: module path -> width -> predicted KL, for the allocation; None takes those of the sensitivity.
         interactions: pairwise terms of the damages (``allocation.Interactions``).
         group_size: weights that share a scale: an int, "row" or "tensor".

@@ -26,7 +26,7 @@ class LayerPlan:
         shape: (out_features, in_features).
         temperature_factor: exp(alpha (s_i - c)); multiplies the base temperature.
         stored: storage type of each target, ``{"gguf:tq2_0": "TQ2_0"}``.
-        damage: predicted KL of quantizing this tensor alone, nats a token; None where the plan did not ask.
+        damage: predicted KL of quantizing this tensor alone, nats per token; None where the plan did not ask.
     """
 
     spec: QuantSpec
@@ -55,10 +55,10 @@ class Spending:
 
     Attributes:
         target: the file format whose bytes were counted.
-        asked_bits: the budget in stored bits a weight; None where a bound on the damage was asked for.
+        asked_bits: the budget in stored bits per weight; None where a bound on the damage was asked for.
         asked_kl: that bound; None where a budget was asked for.
-        bits: stored bits a weight of all tensors that could be quantized, kept ones, scales and padding included.
-        predicted_kl: sum of the tensors' damages, nats a token, plus pairwise terms where they were given.
+        bits: stored bits per weight of all tensors that could be quantized, kept ones, scales and padding included.
+        predicted_kl: sum of the tensors' damages, nats per token, plus pairwise terms where they were given.
         source: where the damages come from, in words.
         left_out: width -> why no tensor could have it.
         curve: (bits, predicted KL) of the optimum at other budgets, ascending.
@@ -96,8 +96,8 @@ class Spending:
         """One sentence: what was asked and what came out."""
         wanted = f"a predicted KL of {self.asked_kl:g}" if self.asked_kl is not None else f"{self.asked_bits:g} bits"
         return (
-            f"asked for at most {wanted}: {self.bits:.4f} bits a weight in {self.target}, "
-            f"linear layers it keeps included; predicted KL {self.predicted_kl:.4g} nats a token, from {self.source}"
+            f"asked for at most {wanted}: {self.bits:.4f} bits per weight in {self.target}, "
+            f"linear layers it keeps included; predicted KL {self.predicted_kl:.4g} nats per token, from {self.source}"
         )
 
 
@@ -290,7 +290,7 @@ def stored_bytes(layers: Mapping[str, LayerPlan], target_name: str, itemsize: in
 
 
 def _spent(layer: LayerPlan, stored: int | None) -> str:
-    """Stored bits a weight and predicted damage of one tensor, where bits were allocated."""
+    """Stored bits per weight and predicted damage of one tensor, where bits were allocated."""
     if stored is None:
         return ""
     damage = "-" if layer.damage is None else f"{layer.damage:.3g}"

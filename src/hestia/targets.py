@@ -24,7 +24,7 @@ class StorageType:
     Attributes:
         name: the format's own name, such as ``TQ2_0``.
         block: weights that share a stored scale; 0 where the format takes any group that divides the row.
-        block_bytes: bytes a block; for ``block == 0`` they are counted by ``file_bytes``.
+        block_bytes: bytes per block; for ``block == 0`` they are counted by ``file_bytes``.
         levels: the sets of integer codes it can express, any one of which must hold the whole grid; None where it
             stores dense numbers. More than one where a sign or an offset of the format can be chosen.
         ggml: the tensor type id in a GGUF file; None outside GGUF.
@@ -76,8 +76,8 @@ def scale_group(kind: StorageType, tensors: Iterable[tuple[GroupSize, tuple[int,
     """The one group length in which a file without blocks stores the scales of all ``tensors``, by repetition.
 
     With ``n`` the greatest common divisor of all group lengths (a row counts as its width): the longest of the type's
-    lengths that divides ``n``; else None, one scale a row, if every tensor has one scale a row (or one in all), as in
-    rows of 64 and 172; else ``n`` itself.
+    lengths that divides ``n``; else None, one scale per row, if every tensor has that (or one in all), as in rows of 64
+    and 172; else ``n`` itself.
     """
     lengths = {(span(size, shape), shape[1]) for size, shape in tensors}
     common = math.gcd(*(length for length, _ in lengths))
@@ -125,7 +125,7 @@ Q2_K = StorageType("Q2_K", 256, 84, (range(-1, 3), range(-2, 2), range(-3, 4, 2)
 Q3_K = StorageType("Q3_K", 256, 110, (range(-4, 4), range(-3, 5)), ggml=11)
 Q4_0 = StorageType("Q4_0", 32, 18, (range(-8, 8), range(-7, 9)), ggml=2)
 Q4_K = StorageType("Q4_K", 256, 144, (range(-8, 8), range(-15, 16, 2)), ggml=12)
-_PACK = (256, 128, 64, 32)  # powers of two that GPU kernels have; 256 costs 1/16 bit a weight in bf16
+_PACK = (256, 128, 64, 32)  # powers of two that GPU kernels have; 256 costs 1/16 bit per weight in bf16
 PACK2 = StorageType("pack-quantized 2-bit", 0, 0, (range(-2, 2),), usual=_PACK, extra=16)
 PACK4 = StorageType("pack-quantized 4-bit", 0, 0, (range(-8, 8),), usual=_PACK, bits=4, extra=16)
 MLX2 = StorageType("mlx 2-bit affine", 0, 0, (range(-1, 3), range(-2, 2)), groups=(128, 64, 32), numbers=2)

@@ -383,7 +383,7 @@ def test_compare_report_and_recipes(invoke: Invoke, toy_run: Path, tmp_path: Pat
     status, out, _ = invoke("compare", toy_run, toy_run)
     assert status == 0
     assert out.count("hestia") >= 2
-    assert f"{toy_run} - {toy_run}: +0.0000 [+0.0000, +0.0000] nats a token" in out
+    assert f"{toy_run} - {toy_run}: +0.0000 [+0.0000, +0.0000] nats per token" in out
     assert "no difference can be claimed" in out
     status, out, _ = invoke("compare", toy_run, toy_run, "--json")
     (difference,) = one_object(out)["differences"]  # type: ignore[misc]

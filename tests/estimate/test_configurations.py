@@ -47,12 +47,12 @@ def test_a_configuration_file_fits_its_model_its_targets_and_one_gpu(path: Path)
     assert found.fits_memory and found.fits_disk
     sizes = {file.target: file.bytes for file in found.files}
     assert all(sizes[target] for target in options.target), "every file of the configuration can hold the model"
-    assert found.job.steps > 1000 and found.job.batch * found.job.tokens == 1 << 18, "the paper's tokens a step"
+    assert found.job.steps > 1000 and found.job.batch * found.job.tokens == 1 << 18, "the paper's tokens per step"
 
 
 @pytest.mark.slow  # about ten seconds
 def test_70b_on_eight_processes() -> None:
-    """By hand: 4 + 8 bytes a parameter for weights and moments, an eighth under FSDP2, all under DDP."""
+    """By hand: 4 + 8 bytes per parameter for weights and moments, an eighth under FSDP2, all under DDP."""
     options = Options(
         model=str(CONFIGS / "llama-3.1-70b.json"), seq_len=1024, batch_size=8, gradient_checkpointing=True, steps=100,
         lr="1e-5", calibrate=0, target=("gguf:tq2_0",),

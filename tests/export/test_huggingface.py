@@ -62,7 +62,7 @@ def test_first_input_is_least_significant_and_the_tail_is_zero_bits() -> None:
 CASES = {
     "tied llama, rows": (llama, {}, Scheme("group", 64)),
     "qwen2 with biases, bf16": (qwen2, {"dtype": torch.bfloat16}, Scheme("group", 64)),
-    "fp16, one scale a tensor": (
+    "fp16, one scale per tensor": (
         llama,
         {"dtype": torch.float16, "spec": QuantSpec(group_size="tensor")},
         Scheme("group", 64),

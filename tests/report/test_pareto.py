@@ -17,7 +17,7 @@ def test_the_terminal_curve_keeps_to_its_width_and_shows_the_plan(columns: int) 
     assert max(map(len, lines)) <= max(columns, 58) and text.isascii()
     body = [line.partition("|")[2] for line in lines if "|" in line]
     assert sum(line.count("O") for line in body) == 1
-    assert "O: this plan, 2.0000 bits a weight, predicted KL 0.3" in text
+    assert "O: this plan, 2.0000 bits per weight, predicted KL 0.3" in text
     falling = [
         k for column in range(max(map(len, body))) for k, line in enumerate(body) if line[column : column + 1].strip()
     ]

@@ -68,7 +68,7 @@ def heat_map_of(sensitivity: Sensitivity) -> str | None:
 
     label = reference_label(sensitivity)
     read = damages(sensitivity, label) if label is not None else None
-    title = f"KL of {label} in nats a token, one tensor at a time" if read is not None else sensitivity.primary
+    title = f"KL of {label} in nats per token, one tensor at a time" if read is not None else sensitivity.primary
     values = sensitivity.values if read is None else read[0]
     heat = heat_map([Trace(path=path, trace=value) for path, value in values.items()])
     return None if heat is None else draw(heat, f"{title} ({sensitivity.estimator})")

@@ -55,7 +55,7 @@ def told(folder: Path) -> dict[str, Any] | None:
 
 
 def differences(found: Sequence[Comparison]) -> list[str]:
-    """A line a comparison: the difference in nats a token, its interval, and whether it may be claimed."""
+    """A line a comparison: the difference in nats per token, its interval, and whether it may be claimed."""
     from ..evaluation.comparison import SEEDS_TO_CLAIM
     from ..report.tables import printable
 
@@ -65,7 +65,7 @@ def differences(found: Sequence[Comparison]) -> list[str]:
         pair = f"{comparison.name} - {comparison.reference}"
         if comparison.over == "seeds":
             pair = f"the methods of {pair}"
-        text = f"{pair}: {d.mean:+.4f} [{d.low:+.4f}, {d.high:+.4f}] nats a token"
+        text = f"{pair}: {d.mean:+.4f} [{d.low:+.4f}, {d.high:+.4f}] nats per token"
         over = f"95 % over {d.n} {'stretches of text' if comparison.over == 'blocks' else 'seeds'}"
         if comparison.adjusted_p is not None:
             over += f", Holm p {comparison.adjusted_p:.2g}"

@@ -21,7 +21,7 @@ from .shared import DATA, MACHINE, JobCommand, job_options, json_option, options
     leave_out=("eval_data", "held_out_share", "seed"),
     data="text to score: files, saved data sets or hub ids",
     eval_tokens="most tokens of --data to score, evenly spread",
-    seq_len="tokens a block; default min(1024, the model's maximum), with --protocol hestia 2048",
+    seq_len="tokens per block; default min(1024, the model's maximum), with --protocol hestia 2048",
 )
 @json_option
 def command(

@@ -78,12 +78,12 @@ def summary(path: Path, entry: dict[str, Any]) -> list[str]:
     kept = entry.get("head")
     if kept and not kept["exact"]:
         change = checked.get("head_nll_change")
-        measured = "not measured" if change is None else f"{change:+.2g} nats a token"
+        measured = "not measured" if change is None else f"{change:+.2g} nats per token"
         types = ", ".join(f"{name} {t['type']}" for name, t in kept["tensors"].items())
         lines.append(f"embedding and head are rounded ({types}): NLL {measured}")
     if entry.get("refit"):
         change = entry["refit"]["nll_change"]
-        measured = "not measured, the run keeps no text" if change is None else f"{change:+.3g} nats a token"
+        measured = "not measured, the run keeps no text" if change is None else f"{change:+.3g} nats per token"
         lines.append(
             f"REFITTED: {entry['refit']['tensors']} tensors to groups of {entry['refit']['group_size']}; NLL {measured}"
         )

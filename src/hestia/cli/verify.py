@@ -53,7 +53,7 @@ def command(path: str, run: str | None, target: str | None, samples: bool, no_en
             f"tokenizer: {more['tokenizer']['equal']} of {more['tokenizer']['strings']} hard strings cut alike"
         )
     if "head_nll_change" in more:
-        lines.append(f"rounding embedding and head moves the NLL by {more['head_nll_change']:+.2g} nats a token")
+        lines.append(f"rounding embedding and head moves the NLL by {more['head_nll_change']:+.2g} nats per token")
     lines += [*result.notes, *result.differences[:10]]
     record: dict[str, Any] = {"path": path, "run": str(home), **result.to_json()}
     if samples and result.ok:

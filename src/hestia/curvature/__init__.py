@@ -8,7 +8,7 @@ sensitivity   the artefact, sensitivity.json
 intervals     how far to trust it
 show          the table for people
 scores/       samples -> how much quantizing a tensor hurts, one a file; inputs: what layers are fed, for some of them
-damage        the scores that are nats a token
+damage        the scores that are nats per token
 allocation/   damages -> a width for every tensor
 temperatures  s_i -> temperature factor (Hestia, eq. 15)
 """

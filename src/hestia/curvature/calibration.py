@@ -52,7 +52,7 @@ def calibrate(
         targets: bool [K, T], True where predicting the token counts, as in training (``data.Blocks.loss_mask``); a
             sequence without any is skipped. None: all count.
         estimator: one of ``CurvatureEstimator.names()``, or the object.
-        candidates: label -> quantizer whose damage is measured in the same pass, one byte a weight and candidate.
+        candidates: label -> quantizer whose damage is measured in the same pass, one byte per weight and candidate.
         diagonals: group size of the per-group sums of squared gradients to keep, where the estimator has gradients to
             square (gnb, fisher); None keeps none.
         stopping: stop before all sequences are used; None uses all.

@@ -1,4 +1,4 @@
-"""What a candidate does to a tensor, in nats a token, as a sensitivity says it: what people read and plans spend by."""
+"""What a candidate does to a tensor, in nats per token, by a sensitivity: what people read and plans spend by."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ READINGS: tuple[tuple[Score, str], ...] = ((DirectKL(), "measured KL"), (Quadrat
 
 
 def damages(sensitivity: Sensitivity, label: str) -> tuple[dict[str, float], str] | None:
-    """(module path -> KL in nats a token, where it comes from); None where the candidate ``label`` has neither."""
+    """(module path -> KL in nats per token, where it comes from); None where the candidate ``label`` has neither."""
     for score, words in READINGS:
         if f"{score.name}:{label}" in sensitivity.quantities:
             return score.damage(Evidence(sensitivity=sensitivity), label), words

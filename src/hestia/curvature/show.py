@@ -15,7 +15,7 @@ PARENT_BITS = 16.0
 
 
 def damage_per_megabit(sensitivity: Sensitivity, label: str) -> dict[str, float]:
-    """Module path -> damage over the bits that the candidate ``label`` saves, in nats a token and megabit.
+    """Module path -> damage over the bits that the candidate ``label`` saves, in nats per token and megabit.
 
         D_i / (n_i (16 - bits)) * 10^6
 

@@ -68,7 +68,7 @@ def prepare(
         train_sources: what ``--data`` names (see ``sources.py``).
         eval_sources: what ``--eval-data`` names; without it ``held_out_share`` of the training text is held out.
         tokenizer: a transformers tokenizer.
-        seq_len: T, tokens a block.
+        seq_len: T, tokens per block.
         joiner: what stands between documents; ``auto`` is what the tokenizer does itself.
         separator: the line that cuts a .txt into documents; ``auto`` is any ``<|end...|>``.
         column: what counts of a row; None: ``messages``, else ``text``.

@@ -24,7 +24,7 @@ from .chat import chat_tokens
 from .documents import Document
 from .tokenizer import Joiner, Tokenizer
 
-# Encodings take some 150 bytes a token while they are in flight: of this many characters mostly below 200 MB. A batch
+# Encodings take some 150 bytes per token while they are in flight: of this many characters mostly below 200 MB. A batch
 # ends with the document that fills it, so it may hold as much as a part more.
 _BATCH_CHARACTERS = 2_000_000
 _PART_CHARACTERS = 4_000_000

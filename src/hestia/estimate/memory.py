@@ -9,7 +9,7 @@
     export      4 P + Q: the packed file loaded and unpacked, and the logits of the frozen model, to which its own are
                 compared (measured for hf; what llama.cpp itself takes to run a .gguf file is not counted)
 
-The text, 5 bytes a token (``text_bytes``), lies in the memory of the host, beside a GPU or not, and is not counted.
+The text, 5 bytes per token (``text_bytes``), lies in the memory of the host, beside a GPU or not, and is not counted.
 
 P parameters, P_t trainable ones, Q quantized ones. What a step holds beside weights and moments is pretended
 (``pretend``), and so is exact up to what kernels allocate inside. With micro-batches to a step the gradients of those

@@ -33,7 +33,7 @@ class Job:
 
     Attributes:
         steps: optimizer steps; 0 for recipes that do not train.
-        batch, tokens: blocks a step in all, and tokens a block.
+        batch, tokens: blocks per step in all, and tokens per block.
         micro: blocks of one process and micro-batch.
         processes: that share training, calibration and evaluation.
         pilot: whether the learning rate is searched for.

@@ -23,7 +23,7 @@ from ..errors import ConfigError
 from ..options import BYSTANDERS, count
 from .paired import PairedDifference, holm, over_blocks, paired_difference, paired_p_value
 
-_SAME = 1e-3  # nats a block: one model scored twice in fp32, on any two machines, differs by less
+_SAME = 1e-3  # nats per block: one model scored twice in fp32, on any two machines, differs by less
 
 SEEDS_TO_CLAIM = 3
 """Common seeds that a claim about two methods takes, at least: an interval of two has one degree of freedom."""
@@ -40,7 +40,7 @@ class ScoredRun:
         name: of the run.
         arm: everything that was chosen but the seed, as one string.
         seed: of the run.
-        nll: nats a token of the frozen model, as reported.
+        nll: nats per token of the frozen model, as reported.
         block_nll, parent_block_nll: of every held-out block, the frozen model's and the parent's.
         block_tokens: counted tokens of every block; None: all alike.
     """

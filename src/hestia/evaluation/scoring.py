@@ -2,8 +2,8 @@
 
 For every counted target x_{t+1} with the model's next-token distribution q_t and the parent's p_t:
 
-    nll  = mean of  -log q_t(x_{t+1})                      nats a token; perplexity = exp(nll)
-    kl   = mean of  sum_v p_t(v) (log p_t(v) - log q_t(v))    KL(parent || model), nats a token
+    nll  = mean of  -log q_t(x_{t+1})                      nats per token; perplexity = exp(nll)
+    kl   = mean of  sum_v p_t(v) (log p_t(v) - log q_t(v))    KL(parent || model), nats per token
     top1 = share of positions where argmax p_t == argmax q_t
 
 Any callable from token ids to logits can be scored: a transformers model through ``model_logits``, a GGUF file in
@@ -48,11 +48,11 @@ class Score:
     """A model's score on blocks of text; every mean is over counted targets.
 
     Attributes:
-        nll: nats a token.
+        nll: nats per token.
         tokens: number of counted targets.
         block_nll: ``[B]`` fp64, the mean of each block, NaN where a block has no counted target.
         block_tokens: ``[B]`` int64, counted targets of each block.
-        kl_to_parent: KL(parent || model), nats a token; None without a parent.
+        kl_to_parent: KL(parent || model), nats per token; None without a parent.
         top1_agreement: share of positions, 0 to 1, where parent and model have the same most likely token.
         block_kl: ``[B]`` fp64, as ``block_nll``; None without a parent.
     """

@@ -174,7 +174,7 @@ def _judge(engine: str, token_ids: Tensor, computed: dict[str, Tensor], *, only_
     if only_f32 and not largest <= F32_TOLERANCE + FACTOR * explained:
         differences.append(f"logits: differ by {largest:.3g} in {engine}, allowed {F32_TOLERANCE:g} in an F32 file")
     if not abs(moved) <= bound:
-        differences.append(f"perplexity: {engine} moves the NLL by {moved:.3g} nats a token, allowed {bound:.3g}")
+        differences.append(f"perplexity: {engine} moves the NLL by {moved:.3g} nats per token, allowed {bound:.3g}")
     means = {name: float(values.mean()) for name, values in nll.items()}
     details: dict[str, Any] = {
         "kl_emulated": kl_emulated,

@@ -41,7 +41,7 @@ BLOCKS = {
     27: ("I64", 1, 8), 28: ("F64", 1, 8), 29: ("IQ1_M", 256, 56), 30: ("BF16", 1, 2), 34: ("TQ1_0", 256, 54),
     35: ("TQ2_0", 256, 66), 39: ("MXFP4", 32, 17), 40: ("NVFP4", 64, 36), 41: ("Q1_0", 128, 18), 42: ("Q2_0", 64, 18),
 }  # fmt: skip
-"""Tensor type id -> name, weights a block, bytes a block."""
+"""Tensor type id -> name, weights per block, bytes per block."""
 
 FORMATS = {"u32": "<I", "i32": "<i", "f32": "<f", "bool": "<B"}
 

@@ -1,4 +1,4 @@
-"""The frozen model as a Hugging Face folder: compressed-tensors ``pack-quantized``, two or four bits a weight.
+"""The frozen model as a Hugging Face folder: compressed-tensors ``pack-quantized``, two or four bits per weight.
 
 ``AutoModelForCausalLM.from_pretrained(PATH)`` loads it (with compressed-tensors installed), and so do vLLM and, with
 scales in groups, llama.cpp's converter. For a quantized linear ``X`` of shape ``[O, I]`` the tensor ``X.weight``
@@ -15,8 +15,8 @@ own unpacking is the second opinion in the tests; nothing of it is called here.
 
 The whole model has one config group, because llama.cpp's converter and transformers' ``dequantize=True`` take no
 more. ``choose_scheme`` picks it: ``group`` with the scales repeated wherever a common group length divides every row,
-since that is what most engines load, else ``channel``, one scale a row, which llama.cpp's converter refuses (groups of
-a smaller common factor would be several times as large, and no GPU kernel has them).
+since that is what most engines load, else ``channel``, one scale per row, which llama.cpp's converter refuses (groups
+of a smaller common factor would be several times as large, and no GPU kernel has them).
 
 This file and ``loading`` are the doors to transformers.
 """
@@ -79,7 +79,7 @@ class Scheme:
     bits: int = 2
 
     def columns(self, in_features: int) -> int:
-        """Stored scales a row."""
+        """Stored scales per row."""
         return 1 if self.group_size is None else in_features // self.group_size
 
 
@@ -97,7 +97,7 @@ def export_hf(frozen: FrozenModel, path: Path, *, bits: int = 2, max_shard_bytes
     Returns:
         ``{"target", "path", "bytes", "sha256", "quantized_bytes", "files"}``: bytes of the whole folder and of the
         quantized tensors alone (scales and shapes included), and the SHA-256 of every file; ``sha256`` is that of
-        their listing (``files.sha256_of_listing``). With one scale a row, ``caution`` says which engine does not take
+        their listing (``files.sha256_of_listing``). With one scale per row, ``caution`` says which engine does not take
         that.
 
     Raises:
@@ -229,7 +229,7 @@ def pack_codes(codes_OI: Tensor, bits: int = 2) -> Tensor:
     packed = parts[..., 0].clone()
     for place in range(1, a_byte):
         packed |= parts[..., place] << bits * place
-    return packed.view(torch.int32)  # four bytes a word, the first the least significant
+    return packed.view(torch.int32)  # four bytes per word, the first the least significant
 
 
 @dataclass(frozen=True)

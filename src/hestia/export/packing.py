@@ -12,7 +12,7 @@ small integer factors of both, the same for the whole block here):
     Q3_K    256   110     hmask[32] qs[64] scales[12] d   (q - 4) d   low two bits as TQ2_0, the third in hmask
     Q4_0     32    18     d qs[16]                   (q - 8) d      4 bits, first half of the block in the low nibbles
     Q4_K    256   144     d dmin scales[12] qs[128]  (a q - b) d    4 bits, 32 weights low, the next 32 high
-    Q8_0     32    34     d qs[32]                   q d            a signed byte a weight
+    Q8_0     32    34     d qs[32]                   q d            a signed byte per weight
 
 A tensor's codes decide which of the equivalent spellings is written, so bytes are a function of the tensor: Q2_0, Q3_K
 and Q4_0 blocks with a code that only the mirrored range has store -q with d = -s; the K types take the first (a, b)
@@ -47,7 +47,7 @@ _Q3_K_ONE = bytes([0x11] * 8 + [0xAA] * 4)  # sixteen 6-bit factors 33, of which
 
 
 def pack_q1_0(codes_OI: npt.ArrayLike, scales_OB: npt.ArrayLike) -> Bytes:
-    """Q1_0 rows ``[O, I / 128 * 18]`` of codes -1 and 1 and one scale a block; weight j is bit j % 8 of byte j / 8.
+    """Q1_0 rows ``[O, I / 128 * 18]`` of codes -1 and 1 and one scale per block; weight j is bit j % 8 of byte j / 8.
 
     Raises:
         ExportError: a code or a scale that the type cannot hold, or shapes that do not fit.
@@ -64,7 +64,7 @@ def unpack_q1_0(rows: Bytes) -> tuple[Codes, Scales]:
 
 
 def pack_tq1_0(codes_OI: npt.ArrayLike, scales_OB: npt.ArrayLike) -> Bytes:
-    """TQ1_0 rows ``[O, I / 256 * 54]`` of codes in {-1, 0, 1} and one scale a block.
+    """TQ1_0 rows ``[O, I / 256 * 54]`` of codes in {-1, 0, 1} and one scale per block.
 
     A byte holds the fraction 0.t0 t1 t2 t3 t4 in base 3, rounded up: ``ceil(256 v / 243)``, so that multiplying by 3
     shifts the next digit out. Bytes 0-31 hold weights n*32 + j (n = 0..4), bytes 32-47 weights 160 + n*16 + j, and
@@ -86,7 +86,7 @@ def unpack_tq1_0(rows: Bytes) -> tuple[Codes, Scales]:
 
 
 def pack_tq2_0(codes_OI: npt.ArrayLike, scales_OB: npt.ArrayLike) -> Bytes:
-    """TQ2_0 rows ``[O, I / 256 * 66]`` of codes in {-1, 0, 1} and one scale a block.
+    """TQ2_0 rows ``[O, I / 256 * 66]`` of codes in {-1, 0, 1} and one scale per block.
 
     In each half of 128 weights byte j (0..31) holds weights j, j + 32, j + 64, j + 96 in bits 0-1, 2-3, 4-5, 6-7.
 
@@ -224,7 +224,7 @@ def unpack_q4_k(rows: Bytes) -> tuple[Codes, Scales]:
 
 
 def pack_q8_0(codes_OI: npt.ArrayLike, scales_OB: npt.ArrayLike) -> Bytes:
-    """Q8_0 rows ``[O, I / 32 * 34]`` of codes in -127..127 and one scale a block.
+    """Q8_0 rows ``[O, I / 32 * 34]`` of codes in -127..127 and one scale per block.
 
     Raises:
         ExportError: a code or a scale that the type cannot hold, or shapes that do not fit.

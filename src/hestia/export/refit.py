@@ -44,8 +44,8 @@ class Refit:
         group_size: what they got.
         relative_error: |w' - w| / |w| over those weights.
         codes_changed: share of their codes that moved.
-        expected_loss: nats a token by curvature; None without sensitivity.
-        nll_change: nats a token on the run's held-out text; None where it keeps none.
+        expected_loss: nats per token by curvature; None without sensitivity.
+        nll_change: nats per token on the run's held-out text; None where it keeps none.
     """
 
     folder: Path

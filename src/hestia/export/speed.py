@@ -109,7 +109,7 @@ def bytes_per_token(path: Path) -> int:
 
 
 def read_bandwidth(threads: int) -> float | None:
-    """Bytes a second that ``threads`` threads read from memory, in a process of its own; None where it failed.
+    """Bytes per second that ``threads`` threads read from memory, in a process of its own; None where it failed.
 
     It takes 1 GiB, which a small container may not have.
     """

@@ -107,7 +107,7 @@ class Workspace:
 
     @cached_property
     def seq_len(self) -> int:
-        """Tokens a block."""
+        """Tokens per block."""
         return longest_block(self.config, self.options)
 
     @cached_property

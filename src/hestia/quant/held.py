@@ -1,8 +1,8 @@
 """Scale rules that hold something between steps: the base of ``learned.py`` and ``importance.py``.
 
-A plain rule is a function of the weight. A learned rule also reads a Parameter, one number a group, and a weighted rule
-a detached tensor, one number a weight. The layer owns that tensor (``nn/held.py``), training fills it, ``freeze`` and
-``restore`` drop it. Rules stay frozen values without state.
+A plain rule is a function of the weight. A learned rule also reads a Parameter, one number per group, and a weighted
+rule a detached tensor, one number per weight. The layer owns that tensor (``nn/held.py``), training fills it,
+``freeze`` and ``restore`` drop it. Rules stay frozen values without state.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from .scales import Scales, best_level
 
 @dataclass(frozen=True)
 class WeightedRule(HeldRule, ABC):
-    """A rule whose held tensor is an importance, one number a weight, which training hands over: Adam's second moment.
+    """A rule whose held tensor is an importance, one number per weight, from training: Adam's second moment.
 
     ``every`` is how often, in steps, it hands over a fresh one; ``warmup`` steps go by before the first. Until then,
     and where training has none, all weights count alike.

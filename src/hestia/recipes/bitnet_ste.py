@@ -3,7 +3,7 @@
     s = mean|w| + eps,   w_hat = s clip(round(w / s), -1, 1),   d w_hat / d w := 1        lambda = 1, tau = 0
 
 Source: Ma et al. 2024, arXiv:2402.17764, eq. 1-3.
-Deviations: weights only (the paper also rounds activations to 8 bits per token); one scale a group, a row by default
+Deviations: weights only (the paper also rounds activations to 8 bits per token); one scale per group, a row by default
 (paper: a tensor), because file formats and sharding want it; the scale is detached; from 2 bits on, which the paper
 does not do, the scale rule is ``gaussian``.
 """

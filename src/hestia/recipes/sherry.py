@@ -5,7 +5,7 @@
     r(t) rises from 0 to ``residual`` over the first tenth of the run, then falls as half a cosine to 0 at the end
 
 Source: arXiv:2601.07892 (2026), and the published code.                              lambda = 1, tau = 0
-The grid carries the constraint, so codes hold 1.25 bits a weight; every ternary format stores them.
+The grid carries the constraint, so codes hold 1.25 bits per weight; every ternary format stores them.
 Deviations: groups default to rows (paper: 128); of equal magnitudes the first is dropped, and a kept weight of 0 counts
 as positive. r(1) = 0, and evaluation and export never see the residual. ``arenas`` is the residual alone.
 """

@@ -4,8 +4,8 @@
     d w_hat / d w := 1                                                                     lambda = 1, tau = 0
 
 Source: Li et al. 2016, arXiv:1605.04711, eq. 4-6; factor 0.75 is theirs for a Gaussian, public code often has 0.7.
-Deviations: one scale a group, a row by default (paper: a layer); |w| = delta counts as zero; scale and threshold follow
-the weights at every step and are detached.
+Deviations: one scale per group, a row by default (paper: a layer); |w| = delta counts as zero; scale and threshold
+follow the weights at every step and are detached.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
                       exports.py  sensitivity.py  training_log.py  diagnostics.py   (fields.py: values out of JSON)
     wording.py      numbers and the one-sentence verdict, in the same words everywhere
     tables.py       the headline table, ``hestia compare``
-    pareto.py       predicted KL against bits a weight, in characters
+    pareto.py       predicted KL against bits per weight, in characters
     heatmap.py      sensitivity by layer and projection
     plots.py        curves and histograms as SVG (the one file that imports matplotlib)
     html.py         RUN/report.html

@@ -20,9 +20,9 @@ class Verification:
         differences: what else differs, kept tensors and metadata too; ``notes``: what could not be checked.
         ok: the verdict of ``verify`` itself; None where it gave none.
         kl_emulated: the KL of an emulation of the engine's rounding of activations; ``kl_bound``: what is allowed.
-        nll_frozen, nll_engine: nats a token on ``tokens`` held-out tokens.
+        nll_frozen, nll_engine: nats per token on ``tokens`` held-out tokens.
         strings, strings_equal: strings that were tokenized by both, and alike.
-        head_nll_change: what rounding the embedding and head cost, nats a token; None where they are exact.
+        head_nll_change: what rounding the embedding and head cost, nats per token; None where they are exact.
     """
 
     codes_equal: bool | None
@@ -115,7 +115,7 @@ def _head_sentence(entry: Object, verify: Verification | None) -> str:
         return ""
     types = ", ".join(f"{name} as {mapping(t).get('type')}" for name, t in mapping(head.get("tensors")).items())
     change = verify.head_nll_change if verify is not None else None
-    cost = "its cost was not measured" if change is None else f"this moves the NLL by {change:+.2g} nats a token"
+    cost = "its cost was not measured" if change is None else f"this moves the NLL by {change:+.2g} nats per token"
     if change is not None and verify is not None and verify.tokens:
         cost += f", on {verify.tokens} held-out tokens"
     return text(f"On request {types}, which rounds: {cost}.")
@@ -127,7 +127,7 @@ def _refit_sentence(entry: Object) -> str:
     if not refit:
         return ""
     change, error = number(refit.get("nll_change")), number(refit.get("relative_error"))
-    cost = "its cost was not measured" if change is None else f"this moves the NLL by {change:+.3g} nats a token"
+    cost = "its cost was not measured" if change is None else f"this moves the NLL by {change:+.3g} nats per token"
     moved = "" if error is None else f" (relative error {error:.2g})"
     return text(
         f"This file is not the trained model itself: on request {refit.get('tensors')} tensors got coarser scales, "

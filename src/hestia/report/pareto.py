@@ -1,4 +1,4 @@
-"""Predicted KL against bits a weight, in characters: plain ASCII, as wide as the terminal, no colour needed."""
+"""Predicted KL against bits per weight, in characters: plain ASCII, as wide as the terminal, no colour needed."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ def terminal(curve: Sequence[Sequence[float]], chosen: Sequence[float], columns:
         cells[row][column] = "."
     row, column = place(*points[-1])
     cells[row][column] = "O"
-    lines = ["predicted KL, nats a token (log scale)"]
+    lines = ["predicted KL, nats per token (log scale)"]
     for k, line in enumerate(cells):
         label = f"{10 ** (high - (high - low) * k / (rows - 1)):.2g}" if k in (0, rows // 2, rows - 1) else ""
         lines.append(f"{label:>{_LEFT - 2}} |{''.join(line).rstrip()}")
     lines.append(" " * (_LEFT - 1) + "+" + "-" * width)
     ends = f"{left:.2f}", f"{right:.2f}"
-    lines.append(" " * _LEFT + ends[0] + " bits a weight".center(width - len(ends[0]) - len(ends[1])) + ends[1])
-    lines.append(f"O: this plan, {points[-1][0]:.4f} bits a weight, predicted KL {points[-1][1]:.4g}")
+    lines.append(" " * _LEFT + ends[0] + " bits per weight".center(width - len(ends[0]) - len(ends[1])) + ends[1])
+    lines.append(f"O: this plan, {points[-1][0]:.4f} bits per weight, predicted KL {points[-1][1]:.4g}")
     return "\n".join(lines)

@@ -187,7 +187,7 @@ def weights(histogram: Histogram, thresholds: Sequence[float], *, name: str, wid
 
 
 def pareto(curve: Sequence[Sequence[float]], chosen: Sequence[float], form: str, width: int = 640) -> bytes:
-    """Predicted KL against stored bits a weight with the chosen point: a file of its own, ``svg`` or ``png``.
+    """Predicted KL against stored bits per weight with the chosen point: a file of its own, ``svg`` or ``png``.
 
     Args:
         curve: (bits, predicted KL) of the best plan at other budgets, ascending.
@@ -207,8 +207,8 @@ def pareto(curve: Sequence[Sequence[float]], chosen: Sequence[float], form: str,
             axes.set_yscale("log")
             axes.yaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_major_locator(MaxNLocator(6))
-        axes.set_xlabel("stored bits a weight")
-        axes.set_ylabel("predicted KL, nats a token")
+        axes.set_xlabel("stored bits per weight")
+        axes.set_ylabel("predicted KL, nats per token")
         buffer = io.BytesIO()
         metadata = {"Date": None} if form == "svg" else {"Software": None}
         figure.savefig(buffer, format=form, dpi=2 * _DPI, facecolor="white", metadata=metadata)

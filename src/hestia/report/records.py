@@ -58,7 +58,7 @@ class RunRecord:
 
     Attributes:
         nll_parent, nll_round_to_nearest, nll_quantized: nats per token on the same held-out blocks.
-        bits_quantized, bits_whole: stored bits a weight, counted from the bytes of the file.
+        bits_quantized, bits_whole: stored bits per weight, counted from the bytes of the file.
         nll_intervals: paired differences by name, ``quantized_minus_round_to_nearest``.
         data, versions, machine, options: as recorded; shown, never interpreted.
         teacher: model, divergence, weight and noise; empty where the text alone taught.

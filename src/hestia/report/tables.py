@@ -13,7 +13,7 @@ from .records import RunRecord
 from .wording import UNKNOWN, bits, duration, fixed, percent, perplexity, rate, size, whole
 
 _SAME = 1e-3
-"""Nats a token: one model scored twice on the same blocks in fp32, on any two machines, differs by less."""
+"""Nats per token: one model scored twice on the same blocks in fp32, on any two machines, differs by less."""
 
 _DTYPE_BITS = {"float64": 64, "float32": 32, "bfloat16": 16, "float16": 16, "float8_e4m3fn": 8, "float8_e5m2": 8}
 

@@ -96,7 +96,7 @@ def duration(seconds: float | None) -> str:
 
 
 def bits(value: float | None) -> str:
-    """Bits a weight, to the four decimals that block formats need.
+    """Bits per weight, to the four decimals that block formats need.
 
     >>> bits(2.0625), bits(16.0)
     ('2.0625', '16')
@@ -156,7 +156,7 @@ def levels_of(layer: Any) -> tuple[float, ...]:
 
 
 LOST = 1.0
-"""Nats a token behind the parent from which on a model hardly writes sense: 2.7 times its perplexity."""
+"""Nats per token behind the parent from which on a model hardly writes sense: 2.7 times its perplexity."""
 
 
 @dataclass(frozen=True)

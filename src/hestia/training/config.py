@@ -33,8 +33,8 @@ class TrainConfig:
 
     Attributes:
         steps: optimizer steps.
-        batch_size: blocks a step in all, over processes and accumulation.
-        accumulation: micro-batches a step.
+        batch_size: blocks per step in all, over processes and accumulation.
+        accumulation: micro-batches per step.
         learning_rate: peak rate.
         schedule: warm-up, constant, decay.
         betas, weight_decay, clip: AdamW and gradient clipping (0: none); vectors (norms, biases) are not decayed.

@@ -1,4 +1,4 @@
-"""The progress line of a run: loss, tokens a second, time left, temperature, saturated weights."""
+"""The progress line of a run: loss, tokens per second, time left, temperature, saturated weights."""
 
 from __future__ import annotations
 

@@ -111,7 +111,7 @@ def test_nothing_beats_the_optimum_and_everything_keeps_the_budget(bits: float) 
 def test_a_budget_that_nothing_fits_names_the_smallest_that_does() -> None:
     problem = model_like(2, 0)
     for solve in (optimum, closed_form, uniform, random_widths, positional):
-        with pytest.raises(PlanError, match=r"0.9 bits a weight cannot be reached.* --bits 1\.1250 or more"):
+        with pytest.raises(PlanError, match=r"0.9 bits per weight cannot be reached.* --bits 1\.1250 or more"):
             solve(problem, problem.bytes_for(0.9))
     assert set(optimum(problem, problem.bytes_for(1.125)).widths.values()) == {1.0}
 

@@ -25,7 +25,7 @@ def test_the_cheapest_is_that_of_brute_force(problem: Problem, most: float) -> N
 def test_a_bound_below_every_allocation_names_what_is_reached() -> None:
     problem = Problem.of({"a": {4.0: 450, 2.0: 225}}, {"a": 800}, {"a": {4.0: 0.5, 2.0: 2.0}})
     assert cheapest(problem, 1.0).widths == {"a": 4.0}
-    with pytest.raises(PlanError, match=r"--max-kl 0\.1 cannot be reached.* KL of 0\.5 nats a token at 4\.5 bits"):
+    with pytest.raises(PlanError, match=r"--max-kl 0\.1 cannot be reached.* KL of 0\.5 nats per token at 4\.5 bits"):
         cheapest(problem, 0.1)
     for bad in (0.0, -1.0, math.nan):
         with pytest.raises(PlanError, match="must be a positive number"):

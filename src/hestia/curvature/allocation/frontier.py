@@ -16,7 +16,7 @@ POINTS = 60
 
 @dataclass(frozen=True)
 class Point:
-    """One optimum: stored bits a weight, and its predicted damage."""
+    """One optimum: stored bits per weight, and its predicted damage."""
 
     bits: float
     damage: float
@@ -29,12 +29,12 @@ def cheapest(problem: Problem, most: float, interactions: Interactions | None = 
         PlanError: ``most`` is no positive number, or less than any allocation reaches; what is reached is named.
     """
     if not most > 0.0:
-        raise PlanError(f"--max-kl must be a positive number of nats a token, got {most}")
+        raise PlanError(f"--max-kl must be a positive number of nats per token, got {most}")
     low, best = _bracket(problem, most, interactions)
     if best.damage > most:
         raise PlanError(
             f"--max-kl {most:g} cannot be reached: the best plan that is stored exactly has a predicted KL of "
-            f"{best.damage:.4g} nats a token at {best.bits:.4g} bits a weight"
+            f"{best.damage:.4g} nats per token at {best.bits:.4g} bits per weight"
         )
     unit = math.gcd(*(c.stored - g.choices[0].stored for g in problem.groups for c in g.choices)) or 1
     while best.stored - low > unit:  # the optimum of ``low`` hurts too much, that of ``best.stored`` does not
@@ -50,7 +50,7 @@ def cheapest(problem: Problem, most: float, interactions: Interactions | None = 
 def curve(
     problem: Problem, budgets: Sequence[float] | None = None, interactions: Interactions | None = None
 ) -> list[Point]:
-    """The optimum at every budget in bits a weight, each point once; budgets that nothing fits are left out.
+    """The optimum at every budget in bits per weight, each point once; budgets that nothing fits are left out.
 
     Without budgets: at most ``POINTS`` of those optima that need no search (``supported``), from the smallest
     allocation to the one where no width helps any more; pairwise terms then count at budgets spread as evenly.

@@ -13,7 +13,7 @@ KEPT = 16.0
 """The width of a tensor that is not quantized. Its damage is 0; its bytes are those of the parent's dtype."""
 
 Damage = Mapping[str, Mapping[float, float]]
-"""Module path -> width -> predicted damage, in nats a token where damages are to be added up and bounded."""
+"""Module path -> width -> predicted damage, in nats per token where damages are to be added up and bounded."""
 
 Interactions = Mapping[tuple[str, float, str, float], float]
 """(path, width, other path, its width) -> damage of quantizing both, less the sum of either alone; may be negative."""
@@ -133,7 +133,7 @@ class Problem:
         return sum(choice.stored for choice in best)
 
     def bits(self, stored: int) -> float:
-        """Bytes as bits a weight."""
+        """Bytes as bits per weight."""
         return 8.0 * stored / self.weights
 
     def bytes_for(self, bits: float) -> int:
@@ -144,11 +144,11 @@ class Problem:
         """Refuse a budget that nothing fits.
 
         Raises:
-            PlanError: with the smallest bits a weight that would do.
+            PlanError: with the smallest bits per weight that would do.
         """
         if budget < self.smallest:
             raise PlanError(
-                f"{self.bits(budget):.4g} bits a weight cannot be reached: with scales and padding the smallest plan "
+                f"{self.bits(budget):.4g} bits per weight cannot be reached: with scales and padding the smallest plan "
                 f"that is stored exactly takes {up(self.bits(self.smallest)):.4f}; "
                 f"ask for --bits {up(self.bits(self.smallest)):.4f} or more"
             )
@@ -172,7 +172,7 @@ class Allocation:
         widths: module path -> width, sorted by path; ``KEPT`` where it stays as it is.
         stored: bytes of all tensors in the file, kept ones included.
         weights: of all tensors.
-        damage: predicted; the KL to the parent in nats a token where the damages are.
+        damage: predicted; the KL to the parent in nats per token where the damages are.
     """
 
     widths: Mapping[str, float]
@@ -182,7 +182,7 @@ class Allocation:
 
     @property
     def bits(self) -> float:
-        """Stored bits a weight."""
+        """Stored bits per weight."""
         return 8.0 * self.stored / self.weights
 
 

@@ -1,4 +1,4 @@
-"""What an estimator is: a rule that turns one sequence into one number a tensor and quantity.
+"""What an estimator is: a rule that turns one sequence into one number per tensor and quantity.
 
 A quantity is a name, with the label of a candidate quantizer behind a colon where it depends on one:
 
@@ -7,7 +7,7 @@ A quantity is a name, with the label of a candidate quantizer behind a colon whe
     eigenvalue          the eigenvalue of H_i with the largest magnitude, same unit
     quadratic:LABEL     dW' G dW for that candidate's rounding error, nats; half of it predicts the KL
     delta_loss:LABEL    sum |g dW|, first order
-    kl:LABEL            KL to the parent with this one tensor quantized, nats a token: the ground truth
+    kl:LABEL            KL to the parent with this one tensor quantized, nats per token: the ground truth
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def quantity(name: str, label: str | None = None) -> str:
 class Candidates:
     """What each tensor would become under each candidate quantizer, held as int8 codes and fp32 scales.
 
-    One byte a weight and candidate, plus the scales (``nbytes``); the error ``dW = codes scales - W`` is rebuilt in
+    One byte per weight and candidate, plus the scales (``nbytes``); the error ``dW = codes scales - W`` is rebuilt in
     pieces of ``CHUNK`` weights when it is needed.
 
     Args:

@@ -21,7 +21,7 @@ from .base import CurvatureEstimator, Problem, Row, quantity
 
 @dataclass(frozen=True, kw_only=True)
 class DirectKL(CurvatureEstimator):
-    """KL of the next-token distributions, in nats a token, with one tensor quantized."""
+    """KL of the next-token distributions, in nats per token, with one tensor quantized."""
 
     name: ClassVar[str] = "kl"
     primary: ClassVar[str] = "kl"

@@ -1,4 +1,4 @@
-"""From samples to a number a tensor: how much would quantizing it hurt? One score a file, each with its paper."""
+"""From samples to a number per tensor: how much would quantizing it hurt? One score a file, each with its paper."""
 
 from .baq import BAQ
 from .base import Evidence, Score

@@ -1,4 +1,4 @@
-"""What a score is: evidence and a candidate quantizer in, one damage a tensor out."""
+"""What a score is: evidence and a candidate quantizer in, one damage per tensor out."""
 
 from __future__ import annotations
 

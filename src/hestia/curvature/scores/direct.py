@@ -1,6 +1,6 @@
 """Direct KL: the damage as measured, one tensor quantized at a time.
 
-D_i = KL(p || p_i)                 nats a token, p_i: tensor i alone replaced by its quantized self
+D_i = KL(p || p_i)                 nats per token, p_i: tensor i alone replaced by its quantized self
 
 A mean that fp32 made negative, as files of earlier versions may hold it, is 0.
 """

@@ -1,6 +1,6 @@
 """The quadratic form: the second-order prediction of the KL, along the very error that rounding makes.
 
-    D_i = 1/2 dW_i' G_i dW_i = 1/2 E <g_i, dW_i>^2 / N                 nats a token
+    D_i = 1/2 dW_i' G_i dW_i = 1/2 E <g_i, dW_i>^2 / N                 nats per token
 
 Source: second-order expansion of KL(p || p_i) at the parent, where its gradient vanishes and its Hessian is G; the form
 of NViT's and HAWQ's saliency with the error in place of the weight. It costs one inner product in the pass that
