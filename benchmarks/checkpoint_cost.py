@@ -122,7 +122,7 @@ def train(folder: Path, count_of_steps: int) -> tuple[Timed, Watch, float]:
             steps=count_of_steps, batch_size=BATCH, learning_rate=2e-3, save_every=max(1, count_of_steps // CHECKPOINTS)
         ),
         train=blocks,
-        held_out=blocks[:8],
+        tuning=blocks[:8],
         folder=folder,
         callbacks=[watch],
     )

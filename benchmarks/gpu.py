@@ -154,7 +154,7 @@ def measure(options: Options) -> dict[str, Any]:
             plan=plan,
             config=settings,
             train=blocks,
-            held_out=blocks[:1],
+            tuning=blocks[:1],
             folder=Path(folder),
             teacher=teacher,
             callbacks=[times],

@@ -173,9 +173,7 @@ def run(folder: Path, stage: str, scratch: Path) -> None:
     )
     teacher: Any = hold_in_bf16(loading.load_model(source)) if taught else None
     release()
-    HestiaTrainer(
-        model, plan=plan, config=settings, train=blocks, held_out=blocks, folder=scratch, teacher=teacher
-    ).fit()
+    HestiaTrainer(model, plan=plan, config=settings, train=blocks, tuning=blocks, folder=scratch, teacher=teacher).fit()
     if stage == "train" and not (scratch.parent.parent / f"frozen-{folder.name}").is_dir():
         freeze(model, source, config, scratch.parent.parent / f"frozen-{folder.name}", MODEL_FOLDER)
 

@@ -49,7 +49,7 @@ def child(folder: Path, steps: int, threads: int) -> None:
         clock = clock_class()()
         callbacks: list[TrainerCallback] = [clock]
         HestiaTrainer(
-            model, plan=plan, config=config, train=blocks, held_out=blocks, folder=folder, callbacks=callbacks
+            model, plan=plan, config=config, train=blocks, tuning=blocks, folder=folder, callbacks=callbacks
         ).fit()
     if first:
         tokens = (steps - WARM) * 16 * 256

@@ -80,12 +80,13 @@ def test_whoever_waits_gets_it_when_it_is_free(tmp_path: Path) -> None:
         with locked(tmp_path):
             (tmp_path / "held").touch()
             time.sleep(0.3)
+            (tmp_path / "left").touch()
         os._exit(0)
     while not (tmp_path / "held").exists():
         time.sleep(0.005)
     with locked(tmp_path, wait=20.0):
-        pass
-    os.waitpid(child, 0)
+        assert (tmp_path / "left").exists(), "taken while the other process had it"
+    assert os.waitpid(child, 0)[1] == 0
 
 
 def test_a_text_that_is_none_names_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

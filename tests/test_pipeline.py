@@ -285,8 +285,8 @@ def test_auto_runs_the_pilot_and_takes_its_best_rate(invoke: Invoke, job: Job, t
     assert invoke(*job("--lr", "auto", "--steps", "4", "--recipe", "bitnet_ste"))[0] == 0
     trials = [row["pilot"] for row in rows(tmp_path / "run") if "pilot" in row]
     assert len(trials) == 4, "trials as long as the run need no second round"
-    assert all(trial["held_out_loss"] > 0 and trial["steps"] == 4 for trial in trials)
-    best = min(trials, key=lambda trial: trial["held_out_loss"])
+    assert all(trial["tuning_loss"] > 0 and trial["steps"] == 4 for trial in trials)
+    best = min(trials, key=lambda trial: trial["tuning_loss"])
     report = read(tmp_path / "run" / "report.json")
     assert report["learning_rate"] == best["learning_rate"]
     assert report["seconds"]["pilot"] > 0

@@ -206,7 +206,7 @@ def run_job(
         plan=plan,
         config=config,
         train=texts.train,
-        held_out=texts.train[:1],  # never read: no hard loss is logged
+        tuning=texts.train[:1],  # never read: no hard loss is logged
         folder=work,
         description=job.name,
         callbacks=[times],
@@ -379,7 +379,7 @@ def open_parent(folder: Path) -> Parent:
     """The parent in ``folder``."""
     source = loading.resolve(str(folder))
     config = loading.load_config(source)
-    record = {**loading.fingerprint(source, config), "weights_sha256": _weights_hash(folder)}
+    record = {**loading.describe(source, config), "weights_sha256": _weights_hash(folder)}
     return Parent(source, config, record)
 
 

@@ -50,15 +50,11 @@ def demo(out: Path, *, tokens: str = "120k", threads: int | None = None) -> dict
     announce("1 of 2: bitnet_ste, hard rounding from the first step, taught by the text alone")
     plain = quantize(first)
     announce("2 of 2: hearth, rounding that hardens as it trains, taught by the parent")
-    run = Run(second)
-    run.reference = read_json(out / "bitnet_ste" / SCORES_FILE)
-    run.baselines.append(
-        {
-            "recipe": plain["recipe"],
-            "nll": plain["nll"]["quantized"],
-            "kl_to_parent": plain["kl_to_parent"],
-            "top1_agreement": plain["top1_agreement"],
-            "seconds": plain["seconds"]["train"],
-        }
-    )
-    return run.execute()
+    row = {
+        "recipe": plain["recipe"],
+        "nll": plain["nll"]["quantized"],
+        "kl_to_parent": plain["kl_to_parent"],
+        "top1_agreement": plain["top1_agreement"],
+        "seconds": plain["seconds"]["train"],
+    }
+    return Run(second, baselines=[row], reference=read_json(out / "bitnet_ste" / SCORES_FILE)).execute()

@@ -262,7 +262,7 @@ def _trainer() -> str:
         settings = TrainConfig(steps=8, batch_size=8, learning_rate=1e-2, bf16=False, log_every=0)
         folder = Path(scratch)
         HestiaTrainer(
-            model, plan=plan, config=settings, train=blocks, held_out=blocks, folder=folder, description="self-test"
+            model, plan=plan, config=settings, train=blocks, tuning=blocks, folder=folder, description="self-test"
         ).fit()
     after = score(model_logits(model), blocks, description="").nll
     freeze(model)

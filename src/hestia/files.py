@@ -155,10 +155,10 @@ def save_file(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, 
         write(dict(tensors), path, None if metadata is None else dict(metadata))
     except SafetensorError as error:
         raise as_os_error(error, path) from None
-    readable(path)
+    make_readable(path)
 
 
-def readable(path: Path) -> None:
+def make_readable(path: Path) -> None:
     """Give a file the rights of any other new one: safetensors makes files that only their owner may read."""
     mask = os.umask(0)
     os.umask(mask)

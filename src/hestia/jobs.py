@@ -27,6 +27,7 @@ from .plans import Plan
 from .progress import announce
 from .quant import Gaussian, GroupSize, QuantSpec
 from .quant.grouping import group_shape
+from .recipes import Recipe
 
 LARGEST_DEFAULT_BATCH = 16
 """Blocks a step where --batch-size is not given, at most."""
@@ -57,13 +58,25 @@ def plan_model(options: Options) -> Plan:
 
 def tell_unread_sensitivity(options: Options) -> None:
     """Say so where ``--sensitivity`` is given and nothing reads it."""
-    recipe = recipes.get(options.recipe, **options.options)
-    mixed = is_mixed(recipe, options.bits, options.mix(), options.max_kl)
-    if options.sensitivity is not None and not recipe.uses_curvature and not mixed:
+    if options.sensitivity is not None and not recipe_of(options).uses_curvature and not widths_may_differ(options):
         announce(
             f"--sensitivity {options.sensitivity} changes nothing: recipe {options.recipe} reads no curvature, and all "
             "tensors get one width"
         )
+
+
+def recipe_of(options: Options) -> Recipe:
+    """The recipe that the options name, with the options that they give it.
+
+    Raises:
+        ConfigError: an unknown recipe or option of it.
+    """
+    return recipes.get(options.recipe, **options.options)
+
+
+def widths_may_differ(options: Options) -> bool:
+    """Whether the plan may give tensors different widths, which needs a sensitivity whatever the recipe."""
+    return is_mixed(recipe_of(options), options.bits, options.mix(), options.max_kl)
 
 
 def plan_of(model: PreTrainedModel, options: Options, **instead: Any) -> Plan:
@@ -105,7 +118,7 @@ def calibrate_model(options: Options, keep: Path | None = None) -> curvature.Sen
     model.to(device)
     linears = select(model, options.skip).candidates
     specs = candidate_specs([linear.in_features for linear in linears.values()], options.group())
-    identity = loading.fingerprint(source, config)
+    identity = loading.describe(source, config)
     return calibrate_on(model, list(linears), specs, text.train, options, identity, keep)
 
 

@@ -20,7 +20,7 @@ from .curvature.allocation import (
 )
 from .curvature.damage import damages
 from .errors import ConfigError, PlanError
-from .plans import LayerPlan, Spending, stored_bytes
+from .plans import LayerPlan, stored_bytes
 from .quant import FittedLevel, GroupSize, QuantSpec, ScaleRule
 from .recipes import GRIDS, Recipe
 from .targets import StorageType, Stored, Target, file_bytes, span
@@ -254,30 +254,6 @@ def stored_bits(
     kept = itemsize * sum(linear.weight.numel() for path, linear in linears.items() if path not in layers)
     weights = sum(linear.weight.numel() for linear in linears.values())
     return 8.0 * (quantized + kept) / weights
-
-
-def spending(
-    found: Allocation,
-    stored: float,
-    *,
-    target: str,
-    bits: float,
-    max_kl: float | None,
-    source: str,
-    left_out: Mapping[str, str],
-    curve: tuple[tuple[float, float], ...],
-) -> Spending:
-    """What plan.json records of it; ``stored``: its bits per weight."""
-    return Spending(
-        target=target,
-        asked_bits=None if max_kl is not None else bits,
-        asked_kl=max_kl,
-        bits=stored,
-        predicted_kl=found.damage,
-        source=source,
-        left_out=left_out,
-        curve=curve,
-    )
 
 
 def _as_frozen(scale: ScaleRule) -> ScaleRule:

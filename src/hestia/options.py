@@ -67,7 +67,9 @@ class Options:
     data: tuple[str, ...] = _option((), "training text: files, saved data sets or hub ids")
     eval_data: tuple[str, ...] = _option((), "held-out text; without it a part of --data is held out")
     out: str = _option("", "the run's folder")
-    target: tuple[str, ...] = _option(("hf",), "file format (repeatable); the first is the one the plan is made for")
+    target: tuple[str, ...] = _option(
+        ("hf",), "file format (repeatable): each has to hold the plan exactly; --bits counts in the first"
+    )
     recipe: str = _option("hearth", "how to quantize; see `hestia recipes`")
     options: Mapping[str, Any] = field(
         default_factory=dict, metadata={"help": "option of the recipe as KEY=VALUE (repeatable)"}

@@ -13,7 +13,7 @@ from . import recipes
 from .curvature import Sensitivity
 from .curvature.allocation import KEPT, Damage, Interactions
 from .errors import ConfigError, PlanError
-from .mixed import KEPT_REASON, allocate, is_mixed, layers_of, measured_damage, offer, quantizers, spending, stored_bits
+from .mixed import KEPT_REASON, allocate, is_mixed, layers_of, measured_damage, offer, quantizers, stored_bits
 from .nn.biases import OPTIONS, biased_layers, options_for
 from .nn.select import Selection, select, unwrapped
 from .plans import Kept, LayerPlan, Plan, Spending
@@ -182,12 +182,12 @@ def _mixed(
         linears, offered, damages, bits=bits, max_kl=max_kl, interactions=interactions, elsewhere=elsewhere
     )
     layers = layers_of(linears, specs, offered, damages, found)
-    spent = spending(
-        found,
-        stored_bits(linears, layers, targets[0], itemsize),
+    spent = Spending(
         target=targets[0].name,
-        bits=bits,
-        max_kl=max_kl,
+        asked_bits=None if max_kl is not None else bits,
+        asked_kl=max_kl,
+        bits=stored_bits(linears, layers, targets[0], itemsize),
+        predicted_kl=found.damage,
         source=source,
         left_out=offered.left_out,
         curve=points,

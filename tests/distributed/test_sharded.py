@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 import hestia
 from hestia.nn import quantized_modules
-from hestia.nn.shards import is_shared, shared_as, whole
+from hestia.nn.shards import is_sharded, sharded_as, whole
 
 
 @pytest.fixture(scope="module")
@@ -66,5 +66,5 @@ def test_one_shard_would_give_another_scale() -> None:
 
 def test_plain_tensors_are_left_alone() -> None:
     tensor = torch.ones(3)
-    assert not is_shared(tensor)
-    assert whole(tensor) is tensor and shared_as(tensor, tensor) is tensor
+    assert not is_sharded(tensor)
+    assert whole(tensor) is tensor and sharded_as(tensor, tensor) is tensor

@@ -42,7 +42,7 @@ def main() -> None:
             plan=plan,
             config=config,
             train=toy_training.blocks(48),
-            held_out=toy_training.blocks(7, seed=5),
+            tuning=toy_training.blocks(7, seed=5),
             folder=folder,
             teacher=toy_models.llama() if "teacher" in flags else None,
         )

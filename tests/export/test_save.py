@@ -53,7 +53,7 @@ def test_what_is_not_frozen_or_not_whole_is_not_saved(
     with pytest.raises(ConfigError, match=f"{path}: the model's weight is not its codes times its scales"):
         hestia.save(model, codes, run, parent=parent)
     with monkeypatch.context() as patch:
-        patch.setattr("hestia.export.save.is_shared", lambda tensor: tensor.ndim == 1)
+        patch.setattr("hestia.export.save.is_sharded", lambda tensor: tensor.ndim == 1)
         with pytest.raises(ConfigError, match=r"layernorm\.weight is shared out between processes"):
             hestia.save(model, codes, run, parent=parent)
     hestia.apply(model, plan)

@@ -236,7 +236,7 @@ def test_a_model_is_called_by_its_id_or_its_folder(
     assert name(".") == name("../parent") == "parent"
     source = loading.resolve(str(toy_parent))
     monkeypatch.setattr(loading.sources, "display_name", lambda _: "as it is called")
-    assert loading.fingerprint(source, loading.load_config(source))["name"] == "as it is called"
+    assert loading.describe(source, loading.load_config(source))["name"] == "as it is called"
 
 
 @pytest.mark.parametrize(
@@ -260,7 +260,7 @@ def test_a_card_that_is_not_utf_8_does_no_harm(parent_copy: Path) -> None:
 
 def test_what_a_run_records_of_its_parent(toy_parent: Path) -> None:
     source = loading.resolve(str(toy_parent))
-    record = loading.fingerprint(source, loading.load_config(source))
+    record = loading.describe(source, loading.load_config(source))
     assert record == {
         "name": "parent", "commit": None, "model_type": "llama", "hidden_size": 64, "num_hidden_layers": 2,
         "vocab_size": 320,
@@ -269,11 +269,11 @@ def test_what_a_run_records_of_its_parent(toy_parent: Path) -> None:
 
 def test_content_tells_models_apart_by_what_decides_a_number(parent_copy: Path) -> None:
     source = loading.resolve(str(parent_copy))
-    before = loading.content(source)
+    before = loading.fingerprint(source)
     assert set(before) == {"config.json", "model.safetensors"}
     (parent_copy / "README.md").write_text("hello", encoding="utf-8")
-    assert loading.content(source) == before
+    assert loading.fingerprint(source) == before
     path = parent_copy / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-1] + b"\x01")
-    assert loading.content(source)["model.safetensors"] != before["model.safetensors"]
-    assert loading.content(loading.Source("a/b", "a/b", "c0ffee")) == {"commit": "c0ffee"}
+    assert loading.fingerprint(source)["model.safetensors"] != before["model.safetensors"]
+    assert loading.fingerprint(loading.Source("a/b", "a/b", "c0ffee")) == {"commit": "c0ffee"}

@@ -146,7 +146,7 @@ def log(steps: int = 300) -> list[dict[str, Any]]:
     """log.jsonl: four pilots, a training row every two steps, a hard loss every 50."""
     draw = random.Random(1)
     lines: list[dict[str, Any]] = [
-        {"pilot": {"learning_rate": rate, "steps": 12, "held_out_loss": held_out}}
+        {"pilot": {"learning_rate": rate, "steps": 12, "tuning_loss": held_out}}
         for rate, held_out in ((2e-3, 4.31), (6e-3, 4.18), (1.8e-2, 4.62), (5.4e-2, None))
     ]
     for step in range(0, steps + 1, 2):

@@ -16,7 +16,7 @@ from hestia.report.records import RunRecord
 
 
 def promised() -> list[str]:
-    """Every key that DESIGN.md promises of report.json, dotted."""
+    """Every promised key of report.json, dotted."""
     nested = {
         "nll": ("parent", "round_to_nearest", "quantized"),
         "bits_per_weight": ("quantized_layers", "whole_model"),

@@ -36,7 +36,7 @@ def test_the_best_of_the_second_round_wins_and_every_trial_is_logged(tmp_path: P
     assert pilot.choose(lambda rate, steps: losses[rate, steps], [4e-3, 1e-3, 4e-4, 1e-4], 300, log) == 4e-4
     rows = [json.loads(line)["pilot"] for line in log.read_text(encoding="utf-8").splitlines()]
     expected = [(*trial, None if math.isnan(loss) else loss) for trial, loss in losses.items()]
-    assert [(row["learning_rate"], row["steps"], row["held_out_loss"]) for row in rows] == expected
+    assert [(row["learning_rate"], row["steps"], row["tuning_loss"]) for row in rows] == expected
 
 
 def test_an_interrupted_pilot_repeats_no_trial(tmp_path: Path) -> None:

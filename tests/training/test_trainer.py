@@ -134,7 +134,7 @@ def test_the_first_token_is_no_label() -> None:
 
 
 def test_three_lines_on_a_plain_trainer(tmp_path: Path) -> None:
-    """The use that DESIGN promises: any Trainer, one callback."""
+    """The promised use: any Trainer, one callback."""
     model = toy_models.llama()
     plan = hestia.plan(model, recipe="hestia", target="hf", options={"rho": 0.5})
     hestia.apply(model, plan)
@@ -325,12 +325,12 @@ def test_the_optimizer_sees_gradients_of_the_clipped_norm(tmp_path: Path, clip: 
     assert norms == pytest.approx([clip or told], rel=1e-2)
 
 
-def test_the_hard_loss_is_of_the_first_held_out_blocks(tmp_path: Path) -> None:
+def test_the_hard_loss_is_of_the_first_tuning_blocks(tmp_path: Path) -> None:
     model, plan = converted()
     trainer(tmp_path, model, plan, eval_every=6, eval_blocks=2).fit()
     told = [row["hard_loss"] for row in log_rows(tmp_path) if "hard_loss" in row][-1]
-    held_out = blocks(6, seed=1)
-    two, all_six = (score(model_logits(model.eval()), part).nll for part in (held_out[:2], held_out))
+    tuning = blocks(6, seed=1)
+    two, all_six = (score(model_logits(model.eval()), part).nll for part in (tuning[:2], tuning))
     assert told == pytest.approx(two, rel=1e-6) and two != pytest.approx(all_six, rel=1e-4)
 
 

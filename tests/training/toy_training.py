@@ -53,7 +53,7 @@ def trainer(
         plan=plan,
         config=TrainConfig(**{**defaults, **config}),
         train=blocks() if train is None else train,
-        held_out=blocks(6, seed=1),
+        tuning=blocks(6, seed=1),
         folder=folder,
         callbacks=callbacks,
         teacher=teacher,

@@ -141,17 +141,6 @@ class TensorSensitivity:
             )
         return self.trace
 
-    def mean(self, quantity: str) -> float:
-        """Arithmetic mean of one of the other quantities.
-
-        Raises:
-            CalibrationError: it was not measured; those that were are named.
-        """
-        if quantity not in self.others:
-            measured = ", ".join(self.others) or "none but the primary one"
-            raise CalibrationError(f"{self.path}: {quantity!r} was not measured; there are {measured}")
-        return statistics.fmean(self.others[quantity])
-
 
 @dataclass(frozen=True, kw_only=True)
 class Sensitivity:

@@ -259,7 +259,7 @@ def _halfway(sizes: Sizes, work: Work) -> Stage:
         "activations": work.peak + 8 * min(CHUNK_ELEMENTS, sizes.logits),
         "teacher": sizes.teacher,
     }
-    return _stage("train", parts, "decided by the hard loss on held-out blocks, logged ten times a run")
+    return _stage("train", parts, "decided by the hard loss on tuning blocks, logged ten times a run")
 
 
 def _scoring(sizes: Sizes, work: Work) -> Stage:

@@ -11,11 +11,20 @@ from typing import Any
 
 import torch
 
-from .. import loading, recipes
+from .. import loading
 from ..errors import ConfigError
 from ..evaluation.scoring import blocks_at_once
-from ..jobs import TUNING_BLOCKS, batch_and_steps, choose_device, in_bf16, longest_block, plan_of
-from ..mixed import candidates, is_mixed
+from ..jobs import (
+    TUNING_BLOCKS,
+    batch_and_steps,
+    choose_device,
+    in_bf16,
+    longest_block,
+    plan_of,
+    recipe_of,
+    widths_may_differ,
+)
+from ..mixed import candidates
 from ..nn.select import EMBEDDING, HEAD
 from ..options import Options, count
 from ..pipeline.delivery import probe_shape
@@ -231,7 +240,7 @@ def estimate(
         if stage.name == "train"
     ]
     return Estimate(
-        model={**loading.fingerprint(model.source, model.config), "dtype": str(model.dtype).removeprefix("torch.")},
+        model={**loading.describe(model.source, model.config), "dtype": str(model.dtype).removeprefix("torch.")},
         parameters=model.sizes.parameters,
         quantized=model.sizes.quantized,
         alike=model.alike,
@@ -287,12 +296,9 @@ def _share(there: int | None, device: torch.device, processes: int) -> int | Non
 
 def _alike(options: Options) -> float | None:
     """The recipe's width nearest to a budget of bits that no sensitivity is there for; None for any other plan."""
-    recipe = recipes.get(options.recipe, **options.options)
-    if options.plan is not None or options.sensitivity is not None:
+    if options.plan is not None or options.sensitivity is not None or not widths_may_differ(options):
         return None
-    if not is_mixed(recipe, options.bits, options.mix(), options.max_kl):
-        return None
-    return min(recipe.widths, key=lambda width: abs(width - options.bits))
+    return min(recipe_of(options).widths, key=lambda width: abs(width - options.bits))
 
 
 def _plan(empty: Any, options: Options, alike: float | None) -> Plan:
@@ -335,9 +341,8 @@ def _sizes(empty: Any, plan: Plan, options: Options, vocabulary: int, tokens: in
 
 def _candidates(plan: Plan, options: Options) -> int:
     """How many quantizers calibration looks at in one pass, as the main job gives them to it."""
-    recipe = recipes.get(options.recipe, **options.options)
-    if is_mixed(recipe, options.bits, options.mix(), options.max_kl):
-        return len(candidates(recipe, options.group(), options.mix()))
+    if widths_may_differ(options):
+        return len(candidates(recipe_of(options), options.group(), options.mix()))
     return len({layer.spec.grid.name for layer in plan.layers.values()})
 
 

@@ -14,7 +14,7 @@ from .. import loading
 from ..errors import ConfigError
 from ..files import replacing_folder
 from ..nn import quantized_modules, unwrapped
-from ..nn.shards import is_shared
+from ..nn.shards import is_sharded
 from ..plans import Plan
 from ..quant import QuantizedTensor
 from . import require_free
@@ -105,7 +105,7 @@ def _check_frozen(model: nn.Module, codes: Mapping[str, QuantizedTensor], dtype:
     if converted is not None:
         raise ConfigError(f"{converted} is still quantized for training: codes = hestia.freeze(model) comes first")
     weights = dict(model.named_parameters())
-    shared = next((name for name, weight in weights.items() if is_shared(weight)), None)
+    shared = next((name for name, weight in weights.items() if is_sharded(weight)), None)
     if shared is not None:
         raise ConfigError(f"{shared} is shared out between processes: hand over a whole model, gathered on one of them")
     for path, tensor in codes.items():

@@ -7,7 +7,7 @@ is resolved to a commit first, so that a run records exactly what it started fro
 from .configs import load_config
 from .models import cast_parameters, empty_model, load_model, parent_dtype, require_trainable
 from .saving import COPIED, TERMS, copied, require_own_tokenizer, rope_keys, save, tokenizer_folder
-from .sources import Source, config_source, content, display_name, fingerprint, license_of, resolve
+from .sources import Source, config_source, describe, display_name, fingerprint, license_of, resolve
 from .tokenizers import check_vocabulary, first_other_token, hard_texts, load_tokenizer
 
 __all__ = [
@@ -17,8 +17,8 @@ __all__ = [
     "cast_parameters",
     "check_vocabulary",
     "config_source",
-    "content",
     "copied",
+    "describe",
     "display_name",
     "empty_model",
     "fingerprint",

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from ..errors import ConfigError
-from ..files import as_os_error, read_json, readable, write_json
+from ..files import as_os_error, make_readable, read_json, write_json
 from ..progress import announce
 from .sources import Source
 
@@ -69,7 +69,7 @@ def save(
     finally:
         model.generation_config = settings
     for path in folder.glob("*.safetensors"):
-        readable(path)
+        make_readable(path)
     saved = read_json(folder / "config.json")
     write_json(folder / "config.json", {**saved, **earlier_keys(saved)})
     for path in _matching(parent, copied):

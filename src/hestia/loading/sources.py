@@ -188,14 +188,14 @@ def display_name(source: Source) -> str:
     return name.replace("--", "/") if path.parent.name == "snapshots" and kind == "models" and name else path.name
 
 
-def fingerprint(source: Source, config: Any) -> dict[str, Any]:
+def describe(source: Source, config: Any) -> dict[str, Any]:
     """What a run records of its parent: name, commit, architecture, shape."""
     keys = ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")
     shape = {k: getattr(config, k) for k in keys if hasattr(config, k)}
     return {"name": display_name(source), "commit": source.commit, **shape}
 
 
-def content(source: Source) -> dict[str, Any]:
+def fingerprint(source: Source) -> dict[str, Any]:
     """What pins a model's content: the hub's commit, or the digest of every file that decides a number."""
     if not source.is_local:
         return {"commit": source.commit}

@@ -16,7 +16,7 @@ from .knobs import Knobs
 from .latents import mark, refuse_latents, unmark
 from .linear import QuantLinear
 from .select import is_plain_linear, unwrapped, users_of
-from .shards import is_shared, whole
+from .shards import is_sharded, whole
 
 
 def quantized_modules(model: nn.Module) -> Iterator[tuple[str, QuantLinear]]:
@@ -126,7 +126,7 @@ def freeze(model: nn.Module) -> dict[str, QuantizedTensor]:
             shifted.append(path)
             module.fold_shift()
         dense = tensor.dense(module.parent_dtype)
-        if is_shared(module.weight):
+        if is_sharded(module.weight):
             module.weight = nn.Parameter(dense, requires_grad=module.weight.requires_grad)
         else:
             module.weight.data = dense

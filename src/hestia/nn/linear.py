@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from ..quant import HeldRule, QuantizedTensor, Quantizer, QuantSpec
 from .held import Held, not_narrowed
 from .knobs import Knobs
-from .shards import is_shared, shared_as, whole
+from .shards import is_sharded, sharded_as, whole
 
 
 class QuantLinear(nn.Linear):
@@ -94,7 +94,7 @@ class QuantLinear(nn.Linear):
     def fold_shift(self) -> None:
         """Put ``shifted_bias`` into the bias, which is created if there was none; before the weight is frozen."""
         bias = self.shifted_bias()
-        if self.bias is None or is_shared(self.bias):
+        if self.bias is None or is_sharded(self.bias):
             self.bias = nn.Parameter(bias, requires_grad=self.weight.requires_grad)
         else:
             self.bias.data = bias
@@ -103,7 +103,7 @@ class QuantLinear(nn.Linear):
         """The hard ``level Q(w / step)`` before the level is snapped, which corrections pull to; detached."""
         one = torch.ones((), dtype=torch.float32, device=self.weight.device)
         out = self.quantizer.fake(whole(self.weight.detach()), one, torch.zeros_like(one), self._whole_held()).detach()
-        return shared_as(self.weight, out)
+        return sharded_as(self.weight, out)
 
     def codes(self) -> QuantizedTensor:
         """The integers and snapped scales that this layer freezes to; of a sharded weight, all processes call it."""

@@ -12,20 +12,20 @@ from typing import Any
 from torch import Tensor
 
 
-def is_shared(tensor: Tensor) -> bool:
+def is_sharded(tensor: Tensor) -> bool:
     """Whether this is a ``DTensor``; found out without importing torch.distributed."""
     return hasattr(tensor, "full_tensor")
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor that processes share, on each of them; any other tensor itself."""
+    """All of a sharded tensor, on every process; any other tensor itself."""
     sharded: Any = tensor
-    return sharded.full_tensor() if is_shared(tensor) else tensor
+    return sharded.full_tensor() if is_sharded(tensor) else tensor
 
 
-def shared_as(like: Tensor, tensor: Tensor) -> Tensor:
-    """``tensor``, which is whole on every process, shared out as ``like`` is; itself where ``like`` is not shared."""
-    if not is_shared(like):
+def sharded_as(like: Tensor, tensor: Tensor) -> Tensor:
+    """``tensor``, which is whole on every process, sharded as ``like`` is; itself where ``like`` is not."""
+    if not is_sharded(like):
         return tensor
     from torch.distributed.tensor import distribute_tensor
 

@@ -69,7 +69,7 @@ def deliver(work: Workspace, plan: Plan, name: str, frozen: FrozenModel, before:
         return standing
     probe, o = _verification_text(work), work.options
     fallback = o.fallback or plan.falls_back(name)  # a plan made beforehand was allowed to where it does
-    parent = _parent(loading.fingerprint(work.source, work.config), loading.license_of(work.source))
+    parent = _parent(loading.describe(work.source, work.config), loading.license_of(work.source))
 
     def write() -> dict[str, Any]:
         with (replacing if name.startswith("gguf") else replacing_folder)(path) as beside:

@@ -137,7 +137,7 @@ def _trainer(work: Workspace, model: Any, plan: Plan, config: TrainConfig, descr
         plan=plan,
         config=config,
         train=work.training,
-        held_out=work.tuning,
+        tuning=work.tuning,
         folder=work.folder,
         description=description,
         teacher=_teacher(work),

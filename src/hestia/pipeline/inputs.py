@@ -58,8 +58,8 @@ def keep_inputs(work: Workspace) -> None:
 def _inputs(work: Workspace, data: dict[str, Any], eval_data: dict[str, Any]) -> dict[str, Any]:
     o = work.options
     return {
-        "model": loading.content(work.source),
-        "teacher": None if work.teacher is None else loading.content(work.teacher),
+        "model": loading.fingerprint(work.source),
+        "teacher": None if work.teacher is None else loading.fingerprint(work.teacher),
         "data": data,
         "eval_data": eval_data,
         "sensitivity": None if o.sensitivity is None else sha256(Path(o.sensitivity)),

@@ -11,13 +11,12 @@ from .. import curvature, loading, nn, processes, recipes
 from ..errors import ConfigError
 from ..export.precheck import check_targets
 from ..files import sha256, write_bytes
-from ..jobs import calibrate_on, plan_of, tell_unread_sensitivity
-from ..mixed import candidates, is_mixed
+from ..jobs import calibrate_on, plan_of, recipe_of, tell_unread_sensitivity, widths_may_differ
+from ..mixed import candidates
 from ..options import Options
 from ..planner import require_curvature
 from ..plans import Plan
 from ..quant import QuantSpec
-from ..recipes import Recipe
 from .artefacts import PARTIAL_FILE, PLAN_FILE, SENSITIVITY_FILE
 from .workspace import Workspace
 
@@ -42,7 +41,7 @@ def given_plan(options: Options) -> tuple[Options, Plan | None]:
 
 def needs_curvature(options: Options) -> bool:
     """Whether the plan that ``options`` ask for needs a sensitivity: its recipe reads one, or widths may differ."""
-    return options.plan is None and (_recipe(options).uses_curvature or widths_may_differ(options))
+    return options.plan is None and (recipe_of(options).uses_curvature or widths_may_differ(options))
 
 
 def calibrates(options: Options) -> bool:
@@ -65,7 +64,7 @@ def plan_without_curvature(work: Workspace, given: Plan | None) -> Plan:
 def _first_plan(work: Workspace, given: Plan | None) -> Plan:
     estimator = curvature.CurvatureEstimator.make(work.options.estimator)  # unknown even where nothing is measured
     if calibrates(work.options):
-        require_curvature(_recipe(work.options), estimator.primary, estimator.name)
+        require_curvature(recipe_of(work.options), estimator.primary, estimator.name)
         if widths_may_differ(work.options) and not estimator.measures_damage:
             raise ConfigError(
                 f"--estimator {estimator.name} does not measure what a width costs, which a plan of several widths is "
@@ -123,26 +122,17 @@ def _sensitivity(work: Workspace, plan: Plan) -> curvature.Sensitivity | None:
     else:
         model: Any = work.load_model()
         model.to(work.device)
-        paths, candidates = _to_measure(work, plan)
-        identity = loading.fingerprint(work.source, work.config)
+        paths, specs = _to_measure(work, plan)
+        identity = loading.describe(work.source, work.config)
         sensitivity = work.stopwatch.measure(
             "calibrate",
-            lambda: calibrate_on(model, paths, candidates, work.training, work.options, identity, kept),
+            lambda: calibrate_on(model, paths, specs, work.training, work.options, identity, kept),
         )
         work.stopwatch.at_least("calibrate", sensitivity.seconds)
     if processes.first():
         sensitivity.save(path)
         kept.unlink(missing_ok=True)
     return sensitivity
-
-
-def _recipe(options: Options) -> Recipe:
-    return recipes.get(options.recipe, **options.options)
-
-
-def widths_may_differ(options: Options) -> bool:
-    """Whether the plan may give tensors different widths, which needs a sensitivity whatever the recipe."""
-    return is_mixed(_recipe(options), options.bits, options.mix(), options.max_kl)
 
 
 def _make_plan(work: Workspace, sensitivity: str | curvature.Sensitivity | None, *, alike: bool = False) -> Plan:
@@ -161,5 +151,5 @@ def _to_measure(work: Workspace, plan: Plan) -> tuple[list[str], dict[str, Quant
     if not widths_may_differ(work.options):
         return list(plan.layers), {layer.spec.grid.name: layer.spec for layer in plan.layers.values()}
     o = work.options
-    specs = candidates(_recipe(o), o.group(), o.mix())
+    specs = candidates(recipe_of(o), o.group(), o.mix())
     return list(nn.select(work.empty_model(), o.skip).candidates), specs

@@ -55,7 +55,7 @@ def record_of(work: Workspace, plan: Plan, scores: dict[str, Any], exports: list
         "steps": work.steps if plan.trains else 0,
         "batch_size": work.batch_size,
         "seq_len": work.seq_len,
-        "model": loading.fingerprint(work.source, work.config),
+        "model": loading.describe(work.source, work.config),
         "license": loading.license_of(work.source),
         "parent_dtype": str(loading.parent_dtype(work.source, work.config)).removeprefix("torch."),
         "data": work.text.record,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from ..data import cache as token_cache
 from ..errors import ConfigError, DiskSpaceError, HestiaError, VerifyError
 from ..export.frozen import CODES_FILE, FrozenModel
 from ..files import TEMPORARY, read_json, require_inside, sweep, write_json, write_text
+from ..jobs import widths_may_differ
 from ..lock import LOCK_FILE, locked
 from ..options import BYSTANDERS, Options, count, load_config
 from ..plans import Plan
@@ -31,7 +32,7 @@ from .artefacts import CACHE_FOLDER, EXPORTS_FILE, EXPORTS_FOLDER, OPTIONS_FILE,
 from .delivery import deliver
 from .fitting import check_teacher, train_and_freeze
 from .inputs import check_inputs, keep_inputs
-from .planning import calibrates, given_plan, plan_run, plan_without_curvature, widths_may_differ
+from .planning import calibrates, given_plan, plan_run, plan_without_curvature
 from .record import publish, record_of
 from .scoring import score_run
 from .workspace import Workspace
@@ -83,15 +84,24 @@ class Run:
     Args:
         options: what to do.
         resume: continue where an earlier call stopped.
+        baselines: further rows of the report's table, scored elsewhere on the same blocks.
+        reference: scores.json of another run by the same plan and text, whose parent and rounding need no second
+            scoring.
     """
 
-    def __init__(self, options: Options, *, resume: bool = False) -> None:
+    def __init__(
+        self,
+        options: Options,
+        *,
+        resume: bool = False,
+        baselines: Sequence[dict[str, Any]] = (),
+        reference: dict[str, Any] | None = None,
+    ) -> None:
         options, self.given_plan = given_plan(options)
         self.work = Workspace(options, resume=resume)
+        self.baselines, self.reference = list(baselines), reference
+        self._held = contextlib.ExitStack()
         self._taken = False
-        self.baselines: list[dict[str, Any]] = []
-        self.reference: dict[str, Any] | None = None
-        """scores.json of another run by the same plan and text, whose parent and rounding need no second scoring."""
 
     def execute(self) -> dict[str, Any]:
         """All stages, then the record of report.json; no other process may work on the folder meanwhile.
@@ -100,7 +110,7 @@ class Run:
             BusyError: one does.
         """
         set_seed(self.work.options.seed)
-        with contextlib.ExitStack() as self._held:
+        with self._held:
             self._check_folder()
             if (self.work.folder / OPTIONS_FILE).is_file():
                 self._take_folder()
@@ -118,7 +128,7 @@ class Run:
         open_yet = calibrates(options) and widths_may_differ(options)
         return {
             "schema": 1,
-            "model": loading.fingerprint(work.source, work.config)["name"],
+            "model": loading.describe(work.source, work.config)["name"],
             "recipe": dict(plan.recipe),
             "teacher": None if teacher is None else {"model": teacher, "divergence": options.distill},
             "calibration_sequences": options.calibrate if calibrates(options) else 0,

@@ -1,18 +1,15 @@
-"""The equation, once:
+"""One weight's quantizer, from latent weight to codes:
 
     w_hat = (1 - lambda) w  +  lambda * level * Q_tau(w / step; C)
 
-``Quantizer.fake`` trains with it, ``Quantizer.codes`` freezes it. Everything that training, evaluation, export and
-the report know about a quantized weight comes from this file.
+``Quantizer.fake`` trains with it (its two passes are in ``relax.py``), ``Quantizer.codes`` freezes it. Everything that
+training, evaluation, export and the report know about a quantized weight comes from this file.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..errors import ConfigError
 from .codes import QuantizedTensor
@@ -20,44 +17,9 @@ from .estimators import Estimator
 from .grids import Grid
 from .grouping import GroupSize, to_groups
 from .held import HeldRule
-from .learned import RelaxLearned
-from .scales import ScaleRule, Scales, best_level, snap
+from .relax import Relax, RelaxLearned
+from .scales import ScaleRule, Scales, snap
 from .spec import QuantSpec
-
-
-class _Relax(torch.autograd.Function):
-    """(1 - p) w + p * level * Q(w / step), with the estimator's own gradient.
-
-    Backward recomputes the gain from ``w``, which autograd holds anyway as a parameter: no weight-sized tensor is
-    saved beside it. Step, level, pressure and temperature are constants of the backward pass. Both passes work in
-    place on their own fresh tensors, because without a compiler every full pass over the weights is what costs.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, w: Tensor, pressure: Tensor, temperature: Tensor, spec: QuantSpec, held: Tensor | None
-    ) -> Tensor:
-        if spec.scale.refits:
-            step = spec.scale.step(w, spec.grid)  # a level of the hard codes would be thrown away
-            q = spec.estimator.value(w / step, spec.grid, temperature)
-            level = best_level(w, q, step)
-        else:
-            step, level = spec.scales(w, held)
-            q = spec.estimator.value(w / step, spec.grid, temperature)
-        ctx.save_for_backward(w, step, level, pressure, temperature)
-        ctx.spec = spec
-        return q.mul_(pressure * level).addcmul_(w, 1.0 - pressure)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        w, step, level, pressure, temperature = ctx.saved_tensors
-        estimator = ctx.spec.estimator
-        gain = estimator.gain(w / step, ctx.spec.grid, temperature)
-        if gain is not None:
-            chain = pressure * (level / step) if estimator.differentiates_value else pressure
-            grad = gain.mul_(chain).add_(1.0 - pressure).mul_(grad)
-        return grad, None, None, None, None
 
 
 class Quantizer:
@@ -87,7 +49,7 @@ class Quantizer:
             held: see the class.
         """
         w = to_groups(_exact(w_OI), self.spec.group_size)
-        relax = RelaxLearned if self.spec.learns and held is not None else _Relax
+        relax = RelaxLearned if self.spec.learns and held is not None else Relax
         grouped = None if held is None else self._grouped(held, w)
         out = relax.apply(w, pressure.to(w.dtype), temperature.to(w.dtype), self.spec, grouped)
         assert isinstance(out, Tensor)

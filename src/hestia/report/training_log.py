@@ -77,7 +77,7 @@ def read_log(path: Path) -> TrainingLog:
             rate = number(pilot.get("learning_rate"))
             if rate is not None:
                 steps = number(pilot.get("steps"))
-                pilots.append((rate, None if steps is None else int(steps), number(pilot.get("held_out_loss"))))
+                pilots.append((rate, None if steps is None else int(steps), number(pilot.get("tuning_loss"))))
             continue
         step = number(entry.get("step"))
         if step is None:

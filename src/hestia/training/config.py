@@ -47,7 +47,7 @@ class TrainConfig:
         compile: run the model through torch.compile.
         seed: order of the data and every random draw.
         log_every, eval_every, save_every: steps; 0 means never. A run that is saved is so every half hour, too.
-        eval_blocks: held-out blocks of the logged hard loss.
+        eval_blocks: tuning blocks of the logged hard loss.
         keep: checkpoints that rotation leaves.
         report_to: the Trainer's loggers, such as ("tensorboard",).
         device: "cpu", "cuda", or "auto": CUDA where there is any.

@@ -79,7 +79,7 @@ def _run(trial: Callable[[float, int], float], rate: float, steps: int, log: Pat
     except GuardError:
         loss = math.inf
     known = loss if math.isfinite(loss) else None
-    row = {"pilot": {"learning_rate": rate, "steps": steps, "held_out_loss": known}}
+    row = {"pilot": {"learning_rate": rate, "steps": steps, "tuning_loss": known}}
     if processes.first():
         append_row(log, row)
     return math.inf if known is None else known
@@ -91,7 +91,7 @@ def _logged(log: Path) -> dict[Trial, float]:
     for line in log.read_text(encoding="utf-8").splitlines() if log.is_file() else ():
         try:
             row = json.loads(line)["pilot"]
-            loss = row["held_out_loss"]
+            loss = row["tuning_loss"]
             found[float(row["learning_rate"]), int(row["steps"])] = math.inf if loss is None else float(loss)
         except (json.JSONDecodeError, KeyError, TypeError, ValueError):
             continue

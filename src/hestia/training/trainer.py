@@ -54,7 +54,7 @@ class HestiaTrainer(Trainer):
         plan: its plan.
         config: how to train.
         train: training blocks.
-        held_out: blocks of the logged hard loss.
+        tuning: blocks set apart from training, for the logged hard loss, by which a pilot chooses the rate.
         folder: the run's folder; log.jsonl and checkpoints/ are written into it.
         description: text of the progress bar.
         callbacks: further callbacks.
@@ -72,7 +72,7 @@ class HestiaTrainer(Trainer):
         plan: Plan,
         config: TrainConfig,
         train: Blocks,
-        held_out: Blocks,
+        tuning: Blocks,
         folder: str | Path,
         description: str = "training",
         callbacks: list[TrainerCallback] | None = None,
@@ -80,7 +80,7 @@ class HestiaTrainer(Trainer):
     ) -> None:
         processes.require_joined()
         folder = Path(folder)
-        self.plan, self.config, self.folder, self.held_out = plan, config, folder, held_out
+        self.plan, self.config, self.folder, self.tuning = plan, config, folder, tuning
         self._earlier, self._took, self._began = 0.0, 0.0, time.perf_counter()
         self._spikes, self._step_loss = SpikeWatch(), 0.0
         self._collapsed: dict[str, str] = {}
@@ -322,10 +322,10 @@ class HestiaTrainer(Trainer):
         }
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """The hard loss: NLL of the model as it would be exported now, on the first held-out blocks."""
+        """The hard loss: NLL of the model as it would be exported now, on the first tuning blocks."""
         if self._evaluated is not None and self._evaluated[0] == self.state.global_step:
             return dict(self._evaluated[1])  # the Trainer asks twice after the last step
-        blocks = self.held_out[: self.config.eval_blocks]
+        blocks = self.tuning[: self.config.eval_blocks]
         model = self.accelerator.unwrap_model(self.model)  # type: ignore[arg-type]
         result = shared_score(model_logits(model), blocks, description="")  # a bar would tear the training's in two
         metrics = {"hard_loss": result.nll}
@@ -410,12 +410,12 @@ class _SaveCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Start the clock, and go by today's intervals: those of a checkpoint are its first call's."""
+        """Start timing, and go by today's intervals: those of a checkpoint are its first call's."""
         state.compute_steps(args, state.max_steps)
         self._saved = time.perf_counter()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Start the clock again."""
+        """Start timing anew."""
         self._saved = time.perf_counter()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -436,7 +436,7 @@ class _WatchCallback(TrainerCallback):
         self.trainer = trainer
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Hand the clock's tick on."""
+        """Check the loss of the step that just ended."""
         self.trainer.watch_step()
 
 

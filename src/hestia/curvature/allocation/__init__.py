@@ -2,7 +2,7 @@
 
 problem    what may be chosen (tied tensors, true bytes, damages) and what was chosen
 exact      the optimum, by integer programming; pairwise terms as an option
-baq        the closed form of BAQ, rounded to the widths there are: a fast path
+baq        the closed form of BAQ, rounded to the widths there are: a baseline
 frontier   the cheapest allocation within a bound on the damage, and the curve of both
 controls   uniform, random and positional allocations, to compare with
 

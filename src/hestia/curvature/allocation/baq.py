@@ -6,7 +6,7 @@ c_i is the geometric mean of D_i 4^R / n_i over the widths that were measured. R
 is, and the common offset (R_mean - 1/2 log2 GM(c)) is bisected until the true bytes fit the budget.
 
 Source: Zhang et al. 2025, arXiv:2506.05664, eq. for columns of one matrix; here whole tensors, and the budget holds.
-It spends bits by a law that breaks at low rates: a fast path and a baseline, never better than ``optimum``.
+It spends bits by a law that breaks at low rates: a baseline to hold ``optimum`` against, never better than it.
 """
 
 from __future__ import annotations
