@@ -232,8 +232,9 @@ def _paper_documents(options: Options) -> Iterator[str]:
     for given in options.data:
         is_text = resolve(given).kind == "text"
         for document in read_documents([given], separator=options.separator, column=options.text_column):
-            if document.text is not None:
-                yield from (line for line in document.text.splitlines() if line.strip()) if is_text else [document.text]
+            if document.text is None:
+                raise ConfigError(f"--protocol hestia packs plain text; {given} holds chats")
+            yield from (line for line in document.text.split("\n") if line.strip()) if is_text else [document.text]
 
 
 def choose_device(options: Options) -> torch.device:

@@ -244,6 +244,16 @@ def test_the_list_of_targets_knows_the_run(invoke: Invoke, toy_run: Path) -> Non
     assert rows["gguf:tq2_0"]["fits"].startswith("TQ2_0 stores rows in blocks of 256")
 
 
+def test_the_list_of_targets_asks_whether_the_model_fits_too(invoke: Invoke, toy_run: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(toy_run, tmp_path / "run")
+    config = run / "model" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "hidden_act": "relu"}))
+    status, out, _ = invoke("export", run, "--list", "--json")
+    fits = {row["target"]: row["fits"] for row in one_object(out)["targets"]}
+    assert status == 0
+    assert fits["hf"] is True and "relu" in fits["gguf:q2_0"]
+
+
 @pytest.mark.parametrize("verb", ["run", "verify", "bench", "eval"])
 def test_damaged_files_are_one_line(
     invoke: Invoke, toy_run: Path, toy_held_out: Path, tmp_path: Path, verb: str
@@ -360,6 +370,12 @@ def test_the_papers_documents_are_lines_of_text_and_rows_of_anything_else(
     assert one_object(invoke(*words, text)[1])["documents"] == 3
     assert one_object(invoke(*words, pages)[1])["documents"] == 2
     assert one_object(invoke(*words, pages, text)[1])["documents"] == 5
+    text.write_text("one line\u2028still the same\x0c and so\x85on\nanother line\n", encoding="utf-8")
+    assert one_object(invoke(*words, text)[1])["documents"] == 2
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    pages.write_text(json.dumps({"messages": chat}), encoding="utf-8")
+    status, _, err = invoke(*words, pages)
+    assert status == 2 and "holds chats" in err
 
 
 @pytest.mark.parametrize(

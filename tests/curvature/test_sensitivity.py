@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
@@ -80,6 +81,13 @@ def test_round_trip_is_exact(tmp_path: Path) -> None:
     assert record["schema"] == 2
     assert record["tensors"]["layers.0.q"]["trace"] == written.traces["layers.0.q"]
     assert len(record["tensors"]["layers.0.q"]["samples"]) == 8
+
+
+def test_sums_of_an_earlier_measurement_do_not_stay_beside_a_new_one(tmp_path: Path) -> None:
+    a_sensitivity(diagonals={"layers.0.q": torch.ones(3)}).save(tmp_path / "sensitivity.json")
+    assert (tmp_path / "sensitivity.safetensors").is_file()
+    a_sensitivity().save(tmp_path / "sensitivity.json")
+    assert not (tmp_path / "sensitivity.safetensors").exists()
 
 
 def test_statistics_come_from_the_samples_and_not_from_the_file() -> None:

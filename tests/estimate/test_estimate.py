@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, Gemma2Config, GraniteConfig, Llam
 import hestia
 from hestia import loading
 from hestia.cli.estimate import less_memory
-from hestia.errors import ConfigError
+from hestia.errors import ConfigError, ExportError
 from hestia.estimate import pretend as module
 from hestia.estimate.files import _quantized
 from hestia.estimate.live import LiveBytes
@@ -220,6 +220,29 @@ def test_files_of_a_real_run(toy_run: Path, toy_parent: Path) -> None:
     checkpoint = next(iter(sorted((toy_run / "checkpoints").iterdir())))
     tensors = sum(f.stat().st_size for f in checkpoint.glob("*.safetensors"))
     assert found.folder["checkpoints"] == pytest.approx(3 * tensors, rel=0.1)
+
+
+def test_formats_that_cannot_hold_such_a_model_are_named(parent_copy: Path) -> None:
+    config = json.loads((parent_copy / "config.json").read_text())
+    (parent_copy / "config.json").write_text(json.dumps({**config, "hidden_act": "relu"}))
+    options = Options(model=str(parent_copy), steps=8, batch_size=4, seq_len=32)
+    with pytest.raises(ExportError, match=r"--target gguf:q4_0: .*relu"):
+        estimate(
+            dataclasses.replace(options, target=("gguf:q4_0",)), memory="1G", disk="1G", flops="1T", bandwidth="10G"
+        )
+    found = estimate(options, memory="1G", disk="1G", flops="1T", bandwidth="10G")
+    sizes = {row.target: row for row in found.files}
+    assert sizes["hf"].bytes is not None
+    assert sizes["gguf:q4_0"].bytes is None and "relu" in sizes["gguf:q4_0"].refusal
+
+
+def test_a_dense_fp32_file_holds_its_embedding_in_fp32(parent_copy: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(parent_copy, dtype=torch.bfloat16)
+    model.save_pretrained(parent_copy)
+    options = Options(model=str(parent_copy), steps=8, batch_size=4, seq_len=32)
+    found = estimate(options, memory="1G", disk="1G", flops="1T", bandwidth="10G")
+    size = next(row.bytes for row in found.files if row.target == "gguf:f32")
+    assert size is not None and size >= 4 * sum(p.numel() for p in model.parameters())
 
 
 def test_the_command_prints_and_writes_json(invoke: Invoke, toy_parent: Path) -> None:

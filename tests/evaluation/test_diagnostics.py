@@ -9,9 +9,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 from toy_models import llama
+from toy_runs import make_tokenizer
+from transformers import AutoModelForCausalLM
 
 import hestia
-from hestia.evaluation.diagnostics import greedy, histograms
+from hestia.data import Blocks
+from hestia.evaluation.diagnostics import continuations, greedy, histograms
 
 
 class Counting(nn.Module):
@@ -76,3 +79,24 @@ def test_shares_and_histograms_count_what_became_of_the_weights() -> None:
     counts = histograms(model, parent)["histograms"][path]
     assert sum(counts["before"]) == sum(counts["after"]) == total
     assert counts["after"][-1] >= 1
+
+
+def test_the_outer_levels_of_a_wide_grid_are_in_the_histogram() -> None:
+    """4 bits reach from -8 to 7 steps: no more than a normal weight's share may lie in the last bins."""
+    parent, model = llama(), llama()
+    plan = hestia.plan(model, "bitnet_ste", bits=4, target="gguf:q4_0", group_size=32)
+    hestia.apply(model, plan)
+    for histogram in histograms(model, parent)["histograms"].values():
+        edges, counts = histogram["edges"], histogram["before"]
+        assert edges[0] < -8 and edges[-1] > 8
+        assert (counts[0] + counts[-1]) / sum(counts) < 0.01
+
+
+def test_a_prompt_of_nothing_but_special_tokens_is_left_out() -> None:
+    tokenizer = make_tokenizer()
+    model = AutoModelForCausalLM.from_config(llama(vocab_size=len(tokenizer)).config).eval()
+    ids = torch.zeros(2, 8, dtype=torch.int32)  # <unk>, which is not shown
+    assert tokenizer.unk_token_id == 0
+    ids[1] = torch.tensor(tokenizer("the cat saw a red hat and a ball")["input_ids"][:8])
+    shown = continuations(model, model, tokenizer, Blocks(ids, torch.ones(2, 8, dtype=torch.bool)), new_tokens=2)
+    assert len(shown) == 1 and shown[0]["prompt"].startswith("the cat")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from toy_folders import edit_config
 from toy_runs import make_parent
 from transformers import LlamaForCausalLM
 
+import hestia
 from hestia import loading
 from hestia.errors import ConfigError
 
@@ -37,7 +39,10 @@ def test_the_parents_dtype_without_a_word_in_the_config_is_that_of_its_tensors(
     save_file(tensors, parent_copy / "model.safetensors", metadata={"format": "pt"})
     edit_config(parent_copy, dtype=None, torch_dtype=None)
     source = loading.resolve(str(parent_copy))
-    assert loading.parent_dtype(source, loading.load_config(source)) == dtype
+    config = loading.load_config(source)
+    assert config.dtype == loading.parent_dtype(source, config) == dtype
+    itemsizes = {hestia.plan(loading.empty_model(source, config)).itemsize, dtype.itemsize}
+    assert len(itemsizes) == 1
 
 
 def test_a_model_for_another_task_is_refused(parent_copy: Path) -> None:
@@ -72,6 +77,47 @@ def test_weights_that_do_not_fit_are_named(parent_copy: Path) -> None:
     save_file(tensors, parent_copy / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ConfigError, match=r"model\.layers\.0\.input_layernorm\.weight holds NaN or infinity"):
         loading.load_model(source)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.layers.0.self_attn.q_proj.bias",
+        "model.layers.1.mlp.up_proj.weight_scale_inv",
+        "model.layers.2.mlp.up_proj.weight",
+    ],
+)
+def test_weights_of_the_model_that_its_configuration_has_no_place_for_are_refused(parent_copy: Path, name: str) -> None:
+    """A bias that is switched off, a scale of a low-bit layer, a block more than config.json counts."""
+    tensors = load_file(parent_copy / "model.safetensors")
+    save_file({**tensors, name: torch.ones(64)}, parent_copy / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match=f"holds {re.escape(name)}, which the model of config.json has no place for"):
+        loading.load_model(loading.resolve(str(parent_copy)))
+
+
+def test_weights_beside_the_model_are_named(parent_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr("hestia.loading.models.announce", said.append)
+    tensors = load_file(parent_copy / "model.safetensors")
+    more = {"v_head.weight": torch.ones(4), "v_head.bias": torch.ones(1)}
+    save_file({**tensors, **more}, parent_copy / "model.safetensors", metadata={"format": "pt"})
+    loading.load_model(loading.resolve(str(parent_copy)))
+    assert len(said) == 1 and "v_head.bias and 1 more" in said[0]
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_a_head_of_its_own_is_known_from_the_configuration_on(parent_copy: Path, same: bool) -> None:
+    """transformers ties a stored head only where it equals the embedding; plans and refusals must know which."""
+    tensors = load_file(parent_copy / "model.safetensors")
+    if same:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, parent_copy / "model.safetensors", metadata={"format": "pt"})
+    edit_config(parent_copy, tie_word_embeddings=True)
+    source = loading.resolve(str(parent_copy))
+    config = loading.load_config(source)
+    empty, full = loading.empty_model(source, config), loading.load_model(source)
+    assert config.tie_word_embeddings is same
+    assert [n for n, _ in empty.named_parameters()] == [n for n, _ in full.named_parameters()]
 
 
 @pytest.mark.slow

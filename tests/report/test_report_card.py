@@ -57,6 +57,13 @@ def test_the_body_has_the_table_the_commands_and_the_proof(tmp_path: Path) -> No
     assert len(table) == 6 and {line.count("|") for line in table} == {8}
 
 
+def test_the_card_says_what_llama_cpp_must_know(tmp_path: Path) -> None:
+    exports = report()["exports"]
+    assert "pull request" not in card(tmp_path / "plain")[1]
+    mixed = {**exports[0], "target": "gguf:mixed", "tensors": {"blk.0.attn_q.weight": "Q2_0", "output.weight": "F16"}}
+    assert "a build that knows the type Q2_0 (pull request 24448" in card(tmp_path / "mixed", exports=[mixed])[1]
+
+
 def test_the_card_does_not_publish_the_folders_of_its_author(tmp_path: Path) -> None:
     """Neither in the data, where a sentence may name a document, too, nor in the command."""
     rule = "the last 64 tokens of the longest document (/home/me/my texts/books.txt:1)"

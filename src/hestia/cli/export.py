@@ -94,11 +94,14 @@ def summary(path: Path, entry: dict[str, Any]) -> list[str]:
 
 
 def target_rows(run: str | None, fallback: bool) -> list[dict[str, Any]]:
-    """The rows of ``hestia.targets.matrix``, with the quantized tensors of a run's plan if one is named.
+    """The rows of ``hestia.targets.matrix``, with the quantized tensors and the model of a run if one is named.
 
     Raises:
-        ConfigError: no plan there.
+        ConfigError: no plan there, or a frozen model that cannot be read.
     """
+    from .. import loading
+    from ..export.frozen import MODEL_FOLDER
+    from ..export.precheck import refusals
     from ..plans import Plan
     from ..targets import matrix
 
@@ -108,7 +111,15 @@ def target_rows(run: str | None, fallback: bool) -> list[dict[str, Any]]:
     tensors: list[tuple[str, Any, Any, tuple[int, int]]] = [
         (path, layer.spec.grid, layer.spec.group_size, layer.shape) for path, layer in plan.layers.items()
     ]
-    return matrix(tensors, fallback=fallback, itemsize=plan.itemsize)
+    rows = matrix(tensors, fallback=fallback, itemsize=plan.itemsize)
+    model = Path(run) / MODEL_FOLDER
+    if (model / "config.json").is_file():  # before training ends only the plan can be asked
+        source = loading.config_source(str(model))
+        refused = refusals(loading.load_config(source), model, model if (model / "tokenizer.json").is_file() else None)
+        for row in rows:
+            if row["fits"] is True:
+                row["fits"] = refused.get(row["target"], True)
+    return rows
 
 
 def target_table(rows: list[dict[str, Any]]) -> str:

@@ -215,9 +215,12 @@ class Sensitivity:
     def save(self, path: str | Path) -> None:
         """Write sensitivity.json, and the diagonals beside it as .safetensors; each atomically."""
         path = Path(path)
+        beside = path.with_suffix(".safetensors")
         if self.diagonals:
-            with replacing(path.with_suffix(".safetensors")) as temporary:
+            with replacing(beside) as temporary:
                 save_file({name: tensor.contiguous() for name, tensor in self.diagonals.items()}, temporary)
+        else:
+            beside.unlink(missing_ok=True)  # an earlier measurement's
         write_json(path, self.to_json())
 
     @classmethod

@@ -18,7 +18,7 @@ from .. import loading
 from ..errors import PlanError
 from ..plans import LayerPlan, Plan
 from ..quant.grouping import group_shape
-from ..targets import TARGETS, Stored, Target, file_bytes, head_type
+from ..targets import F32, TARGETS, Stored, Target, file_bytes, head_type
 from ..training import checkpoints
 from .memory import Sizes
 
@@ -57,12 +57,23 @@ class Kept:
 
 
 def file_sizes(
-    plan: Plan, kept: Kept, dtype: torch.dtype, *, vocabulary: int, folder: Path | None, head: str, fallback: bool
+    plan: Plan,
+    kept: Kept,
+    dtype: torch.dtype,
+    *,
+    vocabulary: int,
+    folder: Path | None,
+    head: str,
+    fallback: bool,
+    refused: Mapping[str, str],
 ) -> list[FileSize]:
-    """One row a target, dense formats included."""
+    """One row per target, dense formats included; ``refused`` says which cannot hold such a model, and why."""
     total = plan.quantized_weights + kept.matrices + kept.head + kept.vectors
     rows = []
     for chosen in TARGETS.values():
+        if chosen.name in refused:
+            rows.append(FileSize(chosen.name, None, None, refused[chosen.name].split(";")[0]))
+            continue
         try:
             size = _quantized(chosen, plan.layers, dtype, fallback=fallback)
         except PlanError as error:
@@ -93,7 +104,7 @@ def _groups(layer: LayerPlan) -> int:
 def _kept(target: Target, kept: Kept, dtype: torch.dtype, head: str) -> int:
     if target.container != "gguf":
         return (kept.matrices + kept.head + kept.vectors) * dtype.itemsize
-    chosen = head_type(head)
+    chosen = head_type(head) or (F32 if target.types[0] is F32 else None)
     of_head = kept.head * dtype.itemsize if chosen is None else kept.head // chosen.block * chosen.block_bytes
     return kept.matrices * dtype.itemsize + of_head + 4 * kept.vectors
 

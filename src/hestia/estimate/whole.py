@@ -14,6 +14,7 @@ import torch
 from .. import loading
 from ..errors import ConfigError
 from ..evaluation.scoring import blocks_at_once
+from ..export.precheck import check_targets, refusals
 from ..jobs import (
     TUNING_BLOCKS,
     batch_and_steps,
@@ -140,6 +141,7 @@ class _Model:
         self.empty = loading.empty_model(self.source, self.config, trust_remote_code=remote)
         self.alike = _alike(options)
         self.plan = _plan(self.empty, options, self.alike)
+        check_targets(self.plan.targets, self.config, Path(self.source.location), head=options.head)
         self.tokens = longest_block(self.config, options)
         self.batch, self.steps = batch_and_steps(options, self.tokens, layout.processes)
         self.micro = max(1, self.batch // options.accumulation // layout.processes)
@@ -230,6 +232,7 @@ def estimate(
         folder=model.folder,
         head=options.head,
         fallback=options.fallback or any(map(model.plan.falls_back, model.plan.targets)),
+        refused=refusals(model.config, Path(model.source.location)),
     )
     exported = {row.target: row.bytes for row in files if row.target in model.plan.targets and row.bytes is not None}
     others = [

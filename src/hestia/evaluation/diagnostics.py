@@ -17,7 +17,9 @@ SHOWN_TENSORS = 8
 NEW_TOKENS = 48
 """How far a sample goes on; `hestia verify --samples` has llama.cpp go as far."""
 
-_EDGES = 81
+_BINS = 10
+"""Bins of a histogram in a step of the grid."""
+
 _RANGE = 4.0
 
 
@@ -51,8 +53,9 @@ def histograms(model: nn.Module, parent: nn.Module) -> dict[str, Any]:
 
 def _histogram(quantizer: Quantizer, weight: Tensor, held: Tensor | None = None) -> tuple[list[float], list[int]]:
     w = to_groups(weight.detach().float().cpu(), quantizer.spec.group_size)
-    z = (w / quantizer.scales(w, None if held is None else held.cpu()).step).flatten().clamp(-_RANGE, _RANGE)
-    edges = torch.linspace(-_RANGE, _RANGE, _EDGES)
+    reach = max(_RANGE, 1.0 + max(map(abs, quantizer.spec.grid.levels)))
+    z = (w / quantizer.scales(w, None if held is None else held.cpu()).step).flatten().clamp(-reach, reach)
+    edges = torch.linspace(-reach, reach, 1 + round(2 * reach * _BINS))
     counts = torch.histogram(z, edges).hist
     return [round(float(e), 6) for e in edges], [int(c) for c in counts]
 
@@ -76,6 +79,8 @@ def continuations(
         opening = opening.rsplit(" ", 1)[0].strip() or opening  # the cut may fall inside a word
         prompt = tokenizer(opening, return_tensors="pt")["input_ids"]
         assert isinstance(prompt, Tensor)
+        if not opening.strip() or not prompt.numel():  # nothing but special tokens, which are not shown
+            continue
         texts = [
             tokenizer.decode(greedy(candidate, prompt, new_tokens)[prompt.shape[1] :], skip_special_tokens=True)
             for candidate in (parent, model)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ExportError
-from ..targets import HEAD_TYPES
+from ..targets import HEAD_TYPES, TARGETS
 from .gguf_families import shape_of
 from .gguf_tokenizer import tokenizer_metadata
 from .mlx import check_mlx
@@ -47,3 +47,14 @@ def check_targets(
                 check_mlx(place, record)
         except ExportError as error:
             raise ExportError(f"--target {target}: {error}") from None
+
+
+def refusals(config: Any, where: Path, tokenizer: Path | None = None) -> dict[str, str]:
+    """What ``check_targets`` says of every file format that cannot hold such a model: target -> reason."""
+    found: dict[str, str] = {}
+    for name in TARGETS:
+        try:
+            check_targets([name], config, where, tokenizer)
+        except ExportError as error:
+            found[name] = str(error).removeprefix(f"--target {name}: ")
+    return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ..errors import ConfigError
 from ..nn import refuse_latents
+from ..progress import announce
 from . import reading
-from .configs import read_config
+from .configs import read_config, stored_dtype
 from .sources import Source
 
 SPARE = 1.5
@@ -27,8 +29,8 @@ def load_model(source: Source, *, trust_remote_code: bool = False) -> PreTrained
     """The model in fp32 and eval mode, on the CPU; ``parent_dtype`` tells what it was stored in.
 
     Raises:
-        ConfigError: damaged files, weights that are missing for the configured architecture, of another shape or not
-            finite, remote code needed.
+        ConfigError: damaged files, weights that are missing for the configured architecture, of another shape, not
+            finite or of no place in it, remote code needed.
     """
     if source.is_local and not trust_remote_code:
         _check_described(source, read_config(source, trust_remote_code), trust_remote_code)
@@ -50,6 +52,7 @@ def load_model(source: Source, *, trust_remote_code: bool = False) -> PreTrained
     mismatched = sorted(map(str, info.get("mismatched_keys", ())))
     if mismatched:
         raise ConfigError(f"{source.name}: weights of another shape than in config.json, first {mismatched[0]}")
+    _check_used(source, model, sorted(info.get("unexpected_keys", ())))
     for name, parameter in model.named_parameters():
         if not bool(torch.isfinite(parameter).all()):
             raise ConfigError(f"{source.name}: {name} holds NaN or infinity; the checkpoint is damaged")
@@ -113,25 +116,42 @@ def _check_described(source: Source, config: Any, trust_remote_code: bool) -> No
         )
 
 
+def _check_used(source: Source, model: nn.Module, unused: list[str]) -> None:
+    """Refuse stored weights of the model's own layers, or of further blocks, that config.json has no place for.
+
+    Without them it is another model: a bias or a scale is left out, or the last blocks. What lies elsewhere (a value
+    head, a vision tower) is named.
+    """
+    if not unused or getattr(getattr(model, "config", None), "quantization_config", None):
+        return
+    modules = dict(model.named_modules())
+    for name in unused:
+        owner = modules.get(name.rpartition(".")[0])
+        of_layer = owner is not None and any(True for _ in owner.parameters(recurse=False))
+        if of_layer or _beyond(modules, name):
+            raise ConfigError(
+                f"{source.name}: the checkpoint holds {name}, which the model of config.json has no place for, and is "
+                "another model without it. Mend config.json, or remove the tensor if it means nothing"
+            )
+    more = f" and {len(unused) - 1} more" if len(unused) > 1 else ""
+    announce(f"{source.name}: the checkpoint holds {unused[0]}{more}, which a causal language model does not use")
+
+
+def _beyond(modules: Mapping[str, nn.Module], name: str) -> bool:
+    """Whether a weight belongs to a block behind the last of a list, such as layer 12 of 12."""
+    parts = name.split(".")
+    lists = ((modules.get(".".join(parts[:i])), part) for i, part in enumerate(parts) if part.isdigit())
+    return any(isinstance(blocks, nn.ModuleList) and int(part) >= len(blocks) for blocks, part in lists)
+
+
 def parent_dtype(source: Source, config: Any) -> torch.dtype:
     """The dtype the checkpoint is stored in, to which a frozen model returns."""
     dtype = getattr(config, "dtype", None)
     if isinstance(dtype, str):
         dtype = getattr(torch, dtype, None)
     if dtype is None and source.is_local:
-        dtype = _first_float_dtype(Path(source.location))
+        dtype = stored_dtype(Path(source.location))
     return dtype if dtype in (torch.float32, torch.float16, torch.bfloat16) else torch.float32
-
-
-def _first_float_dtype(folder: Path) -> torch.dtype | None:
-    names = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as handle:
-            for name in handle.keys():  # noqa: SIM118 - not a mapping
-                found = names.get(handle.get_slice(name).get_dtype())
-                if found is not None:
-                    return found
-    return None
 
 
 def cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:

@@ -55,6 +55,7 @@ class Export:
         head: sentences about embeddings and head that were rounded on request; empty where all is exact.
         refit: a sentence about scales that were re-fitted on request; empty where none was.
         outside: written elsewhere than into the run; ``path`` is then its name alone.
+        types: storage types of the tensors of a .gguf.
     """
 
     target: str
@@ -65,6 +66,7 @@ class Export:
     head: str = ""
     refit: str = ""
     outside: bool = False
+    types: frozenset[str] = frozenset()
 
 
 def read_export(entry: Object, run: Path) -> Export:
@@ -105,6 +107,7 @@ def read_export(entry: Object, run: Path) -> Export:
         head=_head_sentence(entry, verify),
         refit=_refit_sentence(entry),
         outside=outside,
+        types=frozenset(texts(list(mapping(entry.raw.get("tensors")).values()))),
     )
 
 

@@ -155,7 +155,7 @@ def _loading(export: Export) -> list[tuple[str, str, str]]:
         return [("mlx-lm", "sh", shlex.join(["mlx_lm.generate", "--model", path, "--prompt", "Once upon a time"]))]
     if export.target.startswith("gguf:"):
         needs = "llama.cpp"
-        if export.target == "gguf:q2_0":
+        if export.target == "gguf:q2_0" or "Q2_0" in export.types:
             needs += ", a build that knows the type Q2_0 (pull request 24448, 2026)"
         llama = shlex.join(["llama-cli", "-m", path, "-p", "Once upon a time", "-n", "64"])
         ours = shlex.join(["hestia", "run", path, "--prompt", "Once upon a time"])
