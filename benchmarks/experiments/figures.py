@@ -27,6 +27,8 @@ GREY, DARK, EMBER, BROWN, SLATE, SAND = "#b8becb", "#6b7280", "#c2410c", "#8f5a3
 OTHERS = (SLATE, "#3b82a0", "#7a8f3c", "#8b6fa8", "#4f7f6a")
 MARKERS = ("s", "^", "D", "v", "P")
 """Of recipes that are neither ours, nor baseline or control, where they are told apart."""
+ABLATION = 3
+"""The tier of arms that only the tables show."""
 APART = 1.025
 """Neighbouring arms stand this factor apart in tokens, so that their intervals do not cover each other."""
 
@@ -34,9 +36,9 @@ APART = 1.025
 def tokens_figure(stage: Stage, folder: Path | None = None) -> str | None:
     """NLL against tokens, of the mean over the texts and of each text; None without two budgets.
 
-    Arms with too few seeds at a budget to claim anything are left out there. The legend has a column for the references
-    (the line across is the parent as it was), one for arms with a teacher and one for those without, hollow and dotted;
-    the lowest at the largest budget stands first, and to the left.
+    Ablations are left out, and arms with too few seeds at a budget to claim anything there. The legend has a column for
+    the references (the line across is the parent as it was), one for arms with a teacher and one for those without,
+    hollow and dotted; the lowest at the largest budget stands first, and to the left.
     """
     everything = _budgets(stage, folder)
     if len(everything) < 2:
@@ -44,7 +46,7 @@ def tokens_figure(stage: Stage, folder: Path | None = None) -> str | None:
     parent = read_json((folder or stage.folder) / "parent.json", schema=SCHEMA)["parent"]
     panels = [None, *stage.texts.test]
     drawing, axes = _drawing(7.2, 6.2, panels=(2, (len(panels) + 1) // 2))
-    shown = [arm for arm in stage.arms if any(_enough(records, arm) for records in everything)]
+    shown = [arm for arm in stage.arms if arm.tier < ABLATION and any(_enough(records, arm) for records in everything)]
     shown.sort(key=lambda arm: _last_mean(everything, arm))
     for axis, file in zip(axes.flat, panels, strict=False):
         axis.axhline(_nll(parent, file), color=GREY, linewidth=1, label="parent")
