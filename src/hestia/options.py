@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 
 from .errors import ConfigError, nearest
@@ -325,6 +326,6 @@ def _coerce(name: str, value: Any, hint: Any) -> Any:
     elif kind is str and isinstance(value, (str, int, float, Path)):
         return str(value)
     elif typing.get_origin(kind) is not None and isinstance(value, Mapping):
-        return {str(key): item for key, item in value.items()}
+        return {str(key): item.item() if isinstance(item, np.generic) else item for key, item in value.items()}
     wanted = getattr(kind, "__name__", str(kind))
     raise ConfigError(f"--{name.replace('_', '-')} wants a {wanted}, got {value!r}")

@@ -63,7 +63,7 @@ def test_a_typed_option_is_not_beaten_by_its_rival_in_the_file(config: Callable[
         ({"bits": 1.9, "max_kl": 0.3}, "--max-kl is instead of --bits"),
         ({"plan": "p.json", "target": ("hf",)}, r"--plan p\.json has decided --target"),
         ({"plan": "p.json", "bits": 1.58, "options": ("rho=1",)}, "has decided --bits, --option"),
-        ({"teacher": "none", "distill_noise": 0.1}, "--teacher none leaves nothing for --distill-noise to say"),
+        ({"teacher": "none", "distill_noise": 0.1}, "no teacher here, so --distill-noise says nothing"),
     ],
     ids=str,
 )

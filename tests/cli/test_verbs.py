@@ -94,6 +94,8 @@ def test_train_follows_its_plan(invoke: Invoke, toy_parent: Path, toy_text: Path
     assert not any("v_proj" in name for name in frozen)
 
     again = ("train", toy_parent, "--plan", plan, "--data", toy_text, "--out", run, *words, "--resume")
+    own = ("train", toy_parent, "--plan", run / "plan.json", "--data", toy_text, "--out", run, *words, "--resume")
+    assert invoke(*own)[0] == 0, "the plan is the same, wherever it lies"
     assert invoke("plan", toy_parent, "--recipe", "bitnet_ste", "--out", plan)[0] == 0
     status, _, err = invoke(*again)
     assert status == 2

@@ -52,6 +52,15 @@ def test_what_is_not_frozen_or_not_whole_is_not_saved(
         model.get_parameter(f"{path}.weight")[0, 0] += 1.0
     with pytest.raises(ConfigError, match=f"{path}: the model's weight is not its codes times its scales"):
         hestia.save(model, codes, run, parent=parent)
+    with torch.no_grad():
+        model.get_parameter(f"{path}.weight")[0, 0] -= 1.0
+        norm = model.get_parameter("model.norm.weight")
+        before, norm[3] = float(norm[3]), torch.nan
+        with pytest.raises(
+            ConfigError, match=r"model\.norm\.weight holds NaN or infinity in the parent's dtype, float32"
+        ):
+            hestia.save(model, codes, run, parent=parent)
+        norm[3] = before
     with monkeypatch.context() as patch:
         patch.setattr("hestia.export.save.is_sharded", lambda tensor: tensor.ndim == 1)
         with pytest.raises(ConfigError, match=r"layernorm\.weight is shared out between processes"):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from toy_models import LINEAR, OTHER, gpt2, llama, mixtral, qwen2, qwen2_moe, tied_llama
+from transformers import MambaConfig, MambaForCausalLM
 
 import hestia
 from hestia.errors import PlanError
@@ -202,3 +203,25 @@ def test_the_head_of_a_model_within_a_module_is_kept_all_the_same() -> None:
         assert whole.kept == {f"model.{name}": kept for name, kept in part.kept.items()} | {
             "value.bias": Kept(reason="bias", weights=4)
         }
+
+
+def test_a_layer_inside_a_router_is_kept() -> None:
+    """As in Gemma 4 (router.proj), JetMoe (router.layer) and HunYuan (gate.wg)."""
+    model = nn.ModuleDict({"router": nn.ModuleDict({"proj": nn.Linear(8, 4)}), "up": nn.Linear(8, 8)})
+    selection = select(model)
+    assert list(selection.candidates) == ["up"] and reason(selection, "router.proj.weight") == {ROUTER}
+
+
+def test_weights_that_a_state_space_model_reads_itself_are_kept() -> None:
+    """Quantized, they would train in full precision and be rounded at the end: the model never asks the layer."""
+    config = MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, state_size=4)
+    torch.manual_seed(0)
+    model = MambaForCausalLM(config)
+    plan = hestia.plan(model, "bitnet_ste", allow_partial=True)
+    assert any(path.endswith("in_proj") for path in plan.layers)
+    assert not [path for path in plan.layers if path.endswith("dt_proj")]
+    hestia.apply(model, plan)
+    ids = torch.arange(12).reshape(2, 6)
+    before = model.eval()(input_ids=ids).logits
+    hestia.freeze(model)
+    torch.testing.assert_close(model(input_ids=ids).logits, before, rtol=1e-5, atol=1e-6)

@@ -16,6 +16,7 @@ from toy_training import blocks, converted
 from transformers import Trainer, TrainingArguments
 
 import hestia
+from hestia import loading
 from hestia.errors import ConfigError, PlanError
 from hestia.nn import knobs_of
 from hestia.training.stream import BlockStream, stack
@@ -136,8 +137,17 @@ def test_weights_that_were_trained_without_the_clock_are_told(recwarn: pytest.Wa
         model(**batch).loss.backward()
         optimizer.step()
     trained = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    hestia.Clock(model, plan, steps=9)  # made, and never asked to step
     with pytest.warns(UserWarning, match="pressure and temperature never moved"):
         hestia.freeze(model)
+    recwarn.clear()
+    model = toy_models.llama()
+    hestia.apply(model, hestia.plan(model, "twn"))  # hard from the first step: nothing has to move
+    with torch.no_grad():
+        next(model.parameters()).add_(1.0)
+        model.get_submodule("model.layers.0.mlp.up_proj").weight.mul_(0.5)
+    hestia.freeze(model)
+    assert not [w for w in recwarn if "pressure" in str(w.message)]
     for prepare in (
         lambda model, plan: None,  # rounded, which nobody need train for
         lambda model, plan: copy.deepcopy(model),
@@ -178,6 +188,8 @@ def test_latent_weights_are_not_taken_for_a_parent(tmp_path: Path) -> None:
     loaded = type(model).from_pretrained(tmp_path)
     with pytest.raises(PlanError, match=r"no parent: load the parent, .*hestia\.load_latents"):
         hestia.apply(loaded, plan)
+    with pytest.raises(PlanError, match="these are latent weights"):  # nor for a model to score or to learn from
+        loading.load_model(loading.resolve(str(tmp_path)))
     for undo in (hestia.restore, hestia.freeze):
         undo(model)
         model.save_pretrained(tmp_path)

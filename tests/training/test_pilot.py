@@ -77,6 +77,15 @@ def test_a_rate_that_a_guard_stopped_loses(tmp_path: Path) -> None:
     assert pilot.choose(trial, [1e-2, 1e-3], 100, tmp_path / "log.jsonl") == 1e-3
 
 
+def test_where_the_longer_trials_diverge_the_next_best_have_theirs(tmp_path: Path) -> None:
+    def trial(rate: float, steps: int) -> float:
+        if steps == 36 and rate > 5e-4:
+            raise GuardError("loss is NaN")
+        return 3.0 - rate
+
+    assert pilot.choose(trial, [4e-3, 1.2e-3, 4e-4, 1e-4], 300, tmp_path / "log.jsonl") == 4e-4
+
+
 def test_when_all_diverge_the_run_stops(tmp_path: Path) -> None:
     with pytest.raises(GuardError, match=r"every pilot diverged \(learning rates 0\.01, 0\.003\); set --lr lower"):
         pilot.choose(lambda rate, steps: math.inf, [1e-2, 3e-3], 100, tmp_path / "log.jsonl")

@@ -359,6 +359,8 @@ def test_saturated_share_counts_weights_with_a_small_gain() -> None:
         assert scale.shape == (weight.shape[0], 1)
     assert share == pytest.approx(stuck / total, abs=1e-3)
     assert 0.3 < share < 1
+    knobs_of(model).set(pressure=0.5, temperature=0.05)
+    assert saturated_share(model) == 0, "half of every gradient passes by the rounding"
 
 
 def test_tensorboard_writes_under_the_runs_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

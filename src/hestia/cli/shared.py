@@ -117,6 +117,9 @@ def options_from(config: str | None, typed: dict[str, Any], leave_out: Iterable[
     options = Options(**values)
     if "head" in typed and options.plan is None and not any(name.startswith("gguf") for name in options.target):
         raise ConfigError(f"--head {options.head} is of .gguf files, and none is asked for; leave it out")
+    vain = [f"--{k.replace('_', '-')}" for k in typed if k.startswith("distill")] if options.teacher is None else []
+    if vain:
+        raise ConfigError(f"there is no teacher here, so {', '.join(vain)} says nothing; add --teacher or leave it out")
     return options
 
 
@@ -132,10 +135,6 @@ def _check_typed(typed: Mapping[str, Any], *, plan: Any) -> None:
     decided = ["--option" if k == "options" else f"--{k.replace('_', '-')}" for k in typed if k in PLANNING]
     if plan is not None and decided:
         raise ConfigError(f"--plan {plan} has decided {', '.join(decided)}; leave it out, or plan again with it")
-    if typed.get("teacher") == "none":
-        ignored = [f"--{k.replace('_', '-')}" for k in typed if k.startswith("distill")]
-        if ignored:
-            raise ConfigError(f"--teacher none leaves nothing for {', '.join(ignored)} to say; leave it out")
 
 
 def recipe_options(pairs: Iterable[str]) -> dict[str, Any]:

@@ -108,6 +108,11 @@ def _check_frozen(model: nn.Module, codes: Mapping[str, QuantizedTensor], dtype:
     shared = next((name for name, weight in weights.items() if is_sharded(weight)), None)
     if shared is not None:
         raise ConfigError(f"{shared} is shared out between processes: hand over a whole model, gathered on one of them")
+    for name, weight in weights.items():
+        if not bool(torch.isfinite(weight.detach().to(dtype)).all()):
+            raise ConfigError(
+                f"{name} holds NaN or infinity in the parent's dtype, {str(dtype).removeprefix('torch.')}"
+            )
     for path, tensor in codes.items():
         weight = weights.get(f"{path}.weight")
         if weight is None or not torch.equal(weight.detach().cpu().to(dtype), tensor.dense(dtype).cpu()):

@@ -29,6 +29,7 @@ def load_model(source: Source, *, trust_remote_code: bool = False) -> PreTrained
     """The model in fp32 and eval mode, on the CPU; ``parent_dtype`` tells what it was stored in.
 
     Raises:
+        PlanError: it holds latent weights, which no one evaluates or learns from.
         ConfigError: damaged files, weights that are missing for the configured architecture, of another shape, not
             finite or of no place in it, remote code needed.
     """
@@ -46,6 +47,7 @@ def load_model(source: Source, *, trust_remote_code: bool = False) -> PreTrained
             trust_remote_code=trust_remote_code,
         )
     model, info = loaded
+    refuse_latents(model)
     missing = sorted(info["missing_keys"])
     if missing:
         raise ConfigError(f"{source.name}: the checkpoint lacks {len(missing)} weights, the first is {missing[0]}")

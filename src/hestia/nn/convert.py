@@ -65,6 +65,7 @@ def apply(model: nn.Module, plan: Plan) -> nn.Module:
             )
     schedule = plan.schedule
     knobs = Knobs(**schedule.at(0.0))
+    knobs.moved = schedule.at(0.0) == schedule.at(1.0)
     knobs.to(next(model.parameters()).device)
     for path, layer in plan.layers.items():
         linear = found[path]

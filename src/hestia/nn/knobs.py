@@ -20,7 +20,7 @@ class Knobs(nn.Module):
     """``pressure`` (lambda, 0 to 1) and ``temperature`` (tau before any tensor's factor) of one model.
 
     ``residual``, the multiple of the latent weight that is added, is there only where the schedule has one. ``moved``
-    says whether anybody ever set them.
+    says whether they are where they should be: a clock has moved them, or the schedule asks for no move.
     """
 
     pressure: Tensor
@@ -40,7 +40,8 @@ class Knobs(nn.Module):
     @torch.no_grad()
     def set(self, *, pressure: float, temperature: float, residual: float = 0.0) -> None:
         """Move the knobs, in place."""
-        self.moved = True
+        self.moved = self.moved or (pressure, temperature) != (self._values["pressure"], self._values["temperature"])
+        self.moved = self.moved or (self.residual is not None and residual != self._values["residual"])
         self._values = {"pressure": pressure, "temperature": temperature}
         self.pressure.fill_(pressure)
         self.temperature.fill_(temperature)

@@ -7,6 +7,7 @@ converted; ``freeze`` and ``restore`` take it away.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -25,7 +26,8 @@ def mark(model: nn.Module, recipe: Mapping[str, Any]) -> None:
     """Say in the model's configuration, if it has one, that it is converted."""
     config: Any = getattr(model, "config", None)
     if config is not None and not isinstance(config, Mapping):
-        setattr(config, KEY, _Converted(recipe))
+        with contextlib.suppress(AttributeError, TypeError):  # one that takes no new key is no config.json either
+            setattr(config, KEY, _Converted(recipe))
 
 
 def unmark(model: nn.Module) -> None:

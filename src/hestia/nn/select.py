@@ -34,6 +34,16 @@ EMBEDDING, HEAD = "embedding", "output head"
 READERS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 """Modules that hand weights of their linear children to a kernel: a ``QuantLinear`` there would not be asked."""
 
+READ_BY_NAME = {
+    "MambaMixer": ("dt_proj",),
+    "FalconMambaMixer": ("dt_proj",),
+    "JambaMambaMixer": ("dt_proj",),
+    "Gemma3nTextAltUp": ("prediction_coefs", "correction_coefs"),
+    "LongcatFlashTopkRouter": ("classifier",),
+    "LSHSelfAttention": ("query_key", "value"),
+}
+"""Classes of transformers -> linear children whose weights they compute with themselves, on every device."""
+
 
 @dataclass(frozen=True)
 class Selection:
@@ -87,7 +97,7 @@ def select(model: nn.Module, skip: str | Sequence[str] = ()) -> Selection:
     linears = {f"{path}.weight": path for path, m in model.named_modules() if is_plain_linear(m)}
     _check_patterns(skip, linears.values())
     users = users_of(model)
-    readers = {id(c): type(m).__name__ for m in model.modules() if isinstance(m, READERS) for c in m.children()}
+    readers = {id(c): type(m).__name__ for m in model.modules() for name, c in m.named_children() if _reads(m, name)}
     for name, parameter in model.named_parameters():
         module = owners[id(parameter)]
         path = linears.get(name)
@@ -103,7 +113,7 @@ def select(model: nn.Module, skip: str | Sequence[str] = ()) -> Selection:
             reason = f"{path.rpartition('.')[2]} of {readers[id(module)]}, which reads the weight itself"
             strange[reason] = strange.get(reason, 0) + parameter.numel()
         elif path is not None and isinstance(module, nn.Linear):
-            if pattern is None and path.rpartition(".")[2] not in ROUTERS:
+            if pattern is None and not set(path.split(".")[-2:]) & set(ROUTERS):
                 candidates[path] = module
                 continue
             reason = f"skipped by {pattern!r}" if pattern is not None else ROUTER
@@ -115,6 +125,11 @@ def select(model: nn.Module, skip: str | Sequence[str] = ()) -> Selection:
         kept[name] = Kept(reason=reason, weights=parameter.numel())
     warnings = tuple(f"{count:,} weights are kept: {reason}" for reason, count in strange.items())
     return Selection(candidates, kept, warnings)
+
+
+def _reads(module: nn.Module, child: str) -> bool:
+    """Whether a module takes the weight of a child past its ``forward``."""
+    return isinstance(module, READERS) or child in READ_BY_NAME.get(type(module).__name__, ())
 
 
 def _heads_and_embeddings(model: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:

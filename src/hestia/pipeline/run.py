@@ -319,11 +319,13 @@ def _made_later(
 
 
 def _meant(options: Options, name: str) -> Any:
-    """An option's value, however it was written: MODEL, MODEL/ or ./MODEL, 2M or 2000000."""
+    """An option's value, however it was written: MODEL, MODEL/ or ./MODEL, 2M or 2000000; a plan: whether there is one."""
     value = getattr(options, name)
     if name in ("data", "eval_data"):
         return [Path(given).resolve() if Path(given).exists() else given for given in value]
-    if name in ("model", "teacher", "sensitivity", "plan") and value and Path(value).exists():
+    if name == "plan":
+        return value is not None  # its SHA-256 is another option, and pins it wherever it lies
+    if name in ("model", "teacher", "sensitivity") and value and Path(value).exists():
         return Path(value).resolve()
     if name in ("tokens", "eval_tokens"):
         return count(value, name)

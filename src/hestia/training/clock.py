@@ -43,7 +43,7 @@ class Clock:
         done: steps that were taken before: of a run that goes on.
 
     Raises:
-        ConfigError: the model was not converted, or by another plan.
+        ConfigError: the model was not converted, or by another plan; steps under 0.
 
     Warns:
         UserWarning: parameters train in bf16 or fp16.
@@ -51,6 +51,8 @@ class Clock:
 
     def __init__(self, model: nn.Module, plan: Plan, steps: int, done: int = 0) -> None:
         _require_same(model, plan)
+        if steps < 0 or done < 0:
+            raise ConfigError(f"a clock of {steps} steps, {done} of them done: neither can be negative")
         self.plan, self.steps, self.done = plan, steps, done
         self._layers = [layer for _, layer in quantized_modules(model)]
         self._knobs = knobs_of(model)

@@ -54,7 +54,7 @@ class TrainConfig:
 
     Raises:
         ConfigError: a device there is not, a number of steps, blocks or micro-batches under 1, a rate that is not
-            positive, or a factor on it that is negative.
+            positive, or a factor on it, a decay or a clip that is negative or infinite, or betas outside of [0, 1).
     """
 
     steps: int
@@ -90,9 +90,11 @@ class TrainConfig:
                 raise ConfigError(f"{name} must be 1 or more, got {getattr(self, name)}")
         if not 0.0 < self.learning_rate < math.inf:
             raise ConfigError(f"learning_rate must be a positive number, got {self.learning_rate}")
-        for name in ("scale_rate", "norm_rate", "embedding_rate"):
+        for name in ("scale_rate", "norm_rate", "embedding_rate", "weight_decay", "clip"):
             if not 0.0 <= getattr(self, name) < math.inf:
                 raise ConfigError(f"{name} must be 0 or a positive number, got {getattr(self, name)}")
+        if not all(0.0 <= beta < 1.0 for beta in self.betas):
+            raise ConfigError(f"betas must lie in [0, 1), got {self.betas}")
 
 
 def that_moves(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -60,17 +60,19 @@ def choose(trial: Callable[[float, int], float], candidates: Sequence[float], st
         GuardError: every candidate diverged.
     """
     done = _logged(log)
-    left = list(candidates)
+    best_first = list(candidates)
     for (most, _, _), length in zip(ROUNDS, trial_steps(steps), strict=True):
-        left = left[:most]
-        for rate in left:
-            if (rate, length) not in done:
-                done[rate, length] = _run(trial, rate, length, log)
-        losses = {rate: done[rate, length] for rate in left}
-        left = sorted((rate for rate in left if math.isfinite(losses[rate])), key=lambda rate: losses[rate])
-        if not left:
+        finite: dict[float, float] = {}
+        while best_first and not finite:  # where all of a round diverge, the next best have their turn
+            tried, best_first = best_first[:most], best_first[most:]
+            for rate in tried:
+                if (rate, length) not in done:
+                    done[rate, length] = _run(trial, rate, length, log)
+            finite = {rate: done[rate, length] for rate in tried if math.isfinite(done[rate, length])}
+        best_first = sorted(finite, key=finite.__getitem__)
+        if not best_first:
             raise GuardError(f"every pilot diverged (learning rates {', '.join(map(str, candidates))}); set --lr lower")
-    return left[0]
+    return best_first[0]
 
 
 def _run(trial: Callable[[float, int], float], rate: float, steps: int, log: Path) -> float:

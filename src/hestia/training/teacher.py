@@ -7,10 +7,12 @@ itself (``plain_head``), not read off its configuration.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+
+_T = TypeVar("_T")
 
 
 class HeadInput:
@@ -97,7 +99,7 @@ class Teacher:
         if self.model.device != input_ids.device:
             self.model.to(input_ids.device)
         if self._plain_head is None:
-            self._plain_head = plain_head(self.model, input_ids[:1, :4]) is not None
+            self._plain_head = self._run(lambda: plain_head(self.model, input_ids[:1, :4])) is not None
         if self._plain_head:
             body = self.model.base_model
             out = self._run(lambda: body(**asked(slice(None))).last_hidden_state)
@@ -121,6 +123,6 @@ class Teacher:
         return whole_sequences
 
     @torch.no_grad()
-    def _run(self, work: Callable[[], Tensor]) -> Tensor:
+    def _run(self, work: Callable[[], _T]) -> _T:
         with torch.autocast(self.model.device.type, dtype=torch.bfloat16, enabled=self.bf16):
             return work()

@@ -69,11 +69,12 @@ def collapsed_layers(model: nn.Module) -> dict[str, str]:
 
 @torch.no_grad()
 def saturated_share(model: nn.Module, below: float = 0.1) -> float:
-    """Share of quantized weights whose surrogate gain is under ``below``: they hardly learn any more."""
+    """Share of quantized weights with (1 - lambda) + lambda gain under ``below``: they hardly learn any more."""
     stuck = total = 0.0
     for _, module in quantized_modules(model):
         total += module.weight.numel()
         gain = module.gain()
         if gain is not None:
-            stuck += float((gain < below).sum())
+            pressure = module.knobs.pressure
+            stuck += float(((1.0 - pressure) + pressure * gain < below).sum())
     return stuck / max(1.0, total)
