@@ -319,7 +319,7 @@ def _made_later(
 
 
 def _meant(options: Options, name: str) -> Any:
-    """An option's value, however it was written: MODEL, MODEL/ or ./MODEL, 2M or 2000000; a plan: whether there is one."""
+    """An option's value, however it was written: MODEL, MODEL/ or ./MODEL, 2M or 2000000; whether there is a plan."""
     value = getattr(options, name)
     if name in ("data", "eval_data"):
         return [Path(given).resolve() if Path(given).exists() else given for given in value]

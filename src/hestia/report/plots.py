@@ -137,7 +137,7 @@ def knobs(log: TrainingLog, *, name: str, width: int = 420) -> str | None:
 
 
 def saturated(log: TrainingLog, *, name: str, width: int = 420) -> str | None:
-    """Share of weights that hardly learn any more (gradient under a tenth), over steps; None where it was not logged."""
+    """Share of weights that hardly learn any more, over steps; None where it was not logged."""
     series = _series((row.step, row.saturated) for row in log.rows)
     return _single(series, name, width, "Share of saturated weights over steps", percent=True)
 
