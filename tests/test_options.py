@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import get_args
 
+import numpy as np
 import pytest
 import yaml
 from hypothesis import given
@@ -223,3 +224,9 @@ def test_one_run_s_paths_are_the_same_however_they_are_written(tmp_path: Path, m
         Path(f"{name}.json").touch()
         ways = [f"{name}.json", f"./{name}.json", str(tmp_path / f"{name}.json")]
         assert len({_meant(Options(model="m", **{name: way}), name) for way in ways}) == 1  # type: ignore[arg-type]
+
+
+def test_a_numpy_number_among_the_recipes_options_is_written_as_a_number() -> None:
+    made = Options(model="m", options={"temperature": np.float64(0.25)})
+    assert type(made.options["temperature"]) is float
+    assert yaml.safe_load(made.to_yaml())["options"] == {"temperature": 0.25}

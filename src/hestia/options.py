@@ -16,7 +16,6 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import yaml
 
 from .errors import ConfigError, nearest
@@ -326,6 +325,11 @@ def _coerce(name: str, value: Any, hint: Any) -> Any:
     elif kind is str and isinstance(value, (str, int, float, Path)):
         return str(value)
     elif typing.get_origin(kind) is not None and isinstance(value, Mapping):
-        return {str(key): item.item() if isinstance(item, np.generic) else item for key, item in value.items()}
+        return {str(key): _as_python(item) for key, item in value.items()}
     wanted = getattr(kind, "__name__", str(kind))
     raise ConfigError(f"--{name.replace('_', '-')} wants a {wanted}, got {value!r}")
+
+
+def _as_python(value: Any) -> Any:
+    """A number of numpy or torch as Python's, which YAML and JSON can write; anything else as it is."""
+    return value.item() if getattr(value, "ndim", None) == 0 else value
