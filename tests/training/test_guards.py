@@ -210,6 +210,7 @@ def test_collapsed_codes_are_reported_by_name_once(tmp_path: Path, monkeypatch: 
 
 def test_every_way_to_collapse() -> None:
     model, _ = converted()
+    knobs_of(model).set(pressure=1.0, temperature=0.0)
     paths = [path for path, _ in quantized_modules(model)][:3]
     with torch.no_grad():
         model.get_submodule(paths[0]).weight.zero_()
