@@ -282,6 +282,7 @@ def test_a_log_that_cannot_be_written_ends_no_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model, plan = converted()
+    monkeypatch.setattr("hestia.progress._enabled", True)
     work = trainer(tmp_path, model, plan)
     (tmp_path / "log.jsonl").mkdir()
     work.fit()
