@@ -90,7 +90,7 @@ def test_the_table_names_every_tensor_and_every_reason_and_adds_up() -> None:
         same = [kept.weights for kept in plan.kept.values() if kept.reason == reason]
         assert (int(found[1]), int(found[2].replace(",", ""))) == (len(same), sum(same))
     assert f"quantized: {plan.quantized_weights:,} of {sum(p.numel() for p in model.parameters()):,} weights" in table
-    assert "gguf:q4_0: 4.5000 bits a quantized weight" in table
+    assert "gguf:q4_0: 4.5000 bits per quantized weight" in table
     assert "WARNING: 49,152 weights are kept: MixtralExperts: not an nn.Linear" in table
 
 

@@ -53,7 +53,7 @@ class Arm:
         target: the format that must hold the result exactly; it decides what a weight costs.
         factors: on the learning rate, of ``scale``, ``norm`` and ``embedding``.
         betas: of AdamW, where they differ from the training's own.
-        tier: lower tiers run first.
+        tier: lower tiers run first; those from 3 on are ablations, which no figure against tokens shows.
         note: what the arm is there to settle, for people.
     """
 

@@ -140,7 +140,7 @@ class Plan:
         return sum(kept.weights for kept in self.kept.values())
 
     def bits_per_weight(self, target_name: str) -> float:
-        """Stored bits a quantized weight in ``target_name``, scales and padding included."""
+        """Stored bits per quantized weight in ``target_name``, scales and padding included."""
         return 8.0 * sum(self.stored_bytes(target_name).values()) / max(1, self.quantized_weights)
 
     def stored_bytes(self, target_name: str) -> dict[str, int]:
@@ -272,7 +272,7 @@ class Plan:
         share = 100.0 * self.quantized_weights / max(1, total)
         lines.append(f"quantized: {self.quantized_weights:,} of {total:,} weights ({share:.1f} %)")
         for name in self.targets:
-            lines.append(f"{name}: {self.bits_per_weight(name):.4f} bits a quantized weight, scales included")
+            lines.append(f"{name}: {self.bits_per_weight(name):.4f} bits per quantized weight, scales included")
         if self.spending is not None:
             lines += [f"{width} bits left out: {why}" for width, why in self.spending.left_out.items()]
             lines.append(self.spending.summary())

@@ -69,7 +69,7 @@ def test_calibrate_writes_what_plan_reads(
     assert "14 x" not in text
     assert "model.layers.0.self_attn.q_proj" in text
     assert "kept: embedding" in text
-    assert "bits a quantized weight" in text
+    assert "bits per quantized weight" in text
     made = json.loads(plan.read_text(encoding="utf-8"))
     assert made["recipe"]["alpha"] == 0.8
     factors = {layer["temperature_factor"] for layer in made["layers"].values()}

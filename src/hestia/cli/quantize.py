@@ -56,7 +56,7 @@ def intent(record: dict[str, Any]) -> str:
         f"{tensors['quantized']} tensors of {weights['quantized']:,} weights become low-bit, {tensors['kept']} of "
         f"{weights['kept']:,} are kept",
         *(
-            f"{name}: {'bits by damage' if bits is None else f'{bits:.2f} bits'} a quantized weight"
+            f"{name}: {'bits by damage' if bits is None else f'{bits:.2f} bits'} per quantized weight"
             for name, bits in record["bits_per_weight"].items()
         ),
     ]

@@ -63,7 +63,7 @@ def command(
         show({"prompt": prompt, "text": text, "tokens_per_second": speed.tokens_per_second, **vars(speed)}, True, "")
         return
     click.echo()
-    click.echo(f"{speed.tokens} tokens at {speed.tokens_per_second:.1f} a second", err=True)
+    click.echo(f"{speed.tokens} tokens at {speed.tokens_per_second:.1f} per second", err=True)
 
 
 def _converse(session: object, tokens: int, sampling: dict[str, float | int]) -> None:

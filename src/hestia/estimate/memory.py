@@ -48,7 +48,7 @@ SCORE_BUFFERS = 26
 """Bytes an element of such a piece, measured: of model and parent, their difference, probability, product, copies."""
 
 UNPACKED_BYTES = 1
-"""Bytes a quantized weight that compressed-tensors holds beside the fp32 weights when a packed folder is loaded: its
+"""Bytes per quantized weight that compressed-tensors holds beside the fp32 weights when a packed folder is loaded: its
 code."""
 
 

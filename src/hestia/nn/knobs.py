@@ -40,14 +40,13 @@ class Knobs(nn.Module):
     @torch.no_grad()
     def set(self, *, pressure: float, temperature: float, residual: float = 0.0) -> None:
         """Move the knobs, in place."""
-        self.moved = self.moved or (pressure, temperature) != (self._values["pressure"], self._values["temperature"])
-        self.moved = self.moved or (self.residual is not None and residual != self._values["residual"])
-        self._values = {"pressure": pressure, "temperature": temperature}
+        before, self._values = self._values, {"pressure": pressure, "temperature": temperature}
         self.pressure.fill_(pressure)
         self.temperature.fill_(temperature)
         if self.residual is not None:
             self._values["residual"] = residual
             self.residual.fill_(residual)
+        self.moved = self.moved or self._values != before
 
     @property
     def values(self) -> dict[str, float]:

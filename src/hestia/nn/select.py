@@ -6,8 +6,8 @@ The rules, in order; the first that applies names the reason:
     2. an embedding                                             -> kept: "embedding"
     3. a linear weight that several layers share                -> kept, loudly
     4. a linear weight that its parent reads by itself, past
-       the layer's forward (``READERS``)                        -> kept, loudly
-    5. a router of experts, by its name                         -> kept: few weights that decide much
+       the layer's forward (``READERS``, ``READ_BY_NAME``)      -> kept, loudly
+    5. a router of experts, by its name or its parent's         -> kept: few weights that decide much
     6. any other weight of an ``nn.Linear``                     -> candidate, unless a skip pattern names it
     7. a bias, a norm (1-d)                                     -> kept
     8. a matrix that is not an ``nn.Linear`` (GPT-2's Conv1D,

@@ -1,4 +1,4 @@
-"""The equation (torch only). Start in ``quantizer.py``; each symbol of it has a file of its own."""
+"""The equation (torch only). Start in ``relax.py`` and ``quantizer.py``; each symbol of it has a file of its own."""
 
 from .codes import QuantizedTensor
 from .corrections import Correction, Pull

@@ -26,7 +26,7 @@ class Row:
         label: ``parent`` or the name of a recipe.
         kind: "parent", "rounding", "baseline" or "ours".
         nll: nats per token on the held-out blocks; ``kl`` likewise, to the parent.
-        bits: stored bits a quantized weight.
+        bits: stored bits per quantized weight.
         bytes: of the file; for the parent, of its parameters in its dtype.
     """
 
@@ -92,7 +92,7 @@ def headline_rows(record: RunRecord) -> list[Row]:
 
 
 def headline(record: RunRecord) -> str:
-    """The headline table of one run for the terminal: NLL and KL in nats per token, bits a quantized weight."""
+    """The headline table of one run for the terminal: NLL and KL in nats per token, bits per quantized weight."""
     header = ["", "NLL", "perplexity", "KL to parent", "top-1 agreement", "bits/weight", "size"]
     return _aligned([header, *(_cells(row) for row in headline_rows(record))])
 
