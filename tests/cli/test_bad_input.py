@@ -323,7 +323,7 @@ def test_a_different_run_and_the_same_run_twice(
     [
         (("--teacher", "parent"), "by hestia, taught by its parent (forward_kl), on cpu in "),
         (("--recipe", "round_to_nearest", "--target", "hf"), "scored on"),
-        (("--bits", "2.8", "--target", "gguf:mixed"), "gguf:mixed: bits by damage per quantized weight\ncurvature from"),
+        (("--bits", "2.8", "--target", "gguf:mixed"), "bits by damage per quantized weight\ncurvature from"),
     ],
 )
 def test_a_dry_run_says_what_would_be_done_and_writes_nothing(
