@@ -2,7 +2,7 @@
 
 from .convert import apply, freeze, quantized_modules, restore
 from .knobs import Knobs, knobs_of
-from .latents import refuse_latents
+from .latents import refuse_latents, refuse_others
 from .linear import QuantLinear
 from .select import Selection, select, unwrapped
 
@@ -15,6 +15,7 @@ __all__ = [
     "knobs_of",
     "quantized_modules",
     "refuse_latents",
+    "refuse_others",
     "restore",
     "select",
     "unwrapped",

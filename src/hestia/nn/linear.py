@@ -34,6 +34,7 @@ class QuantLinear(nn.Linear):
     Attributes:
         parent_dtype: what the rest of the model has, and frozen weights get.
         born: version counter of the weight when it came into the layer; an optimizer's steps raise the weight's.
+        asked: whether training has asked for ``effective_weight``; a compiled graph does not say.
     """
 
     def __init__(self, linear: nn.Linear, spec: QuantSpec, knobs: Knobs, temperature_factor: float = 1.0) -> None:
@@ -47,6 +48,7 @@ class QuantLinear(nn.Linear):
         self.parent_dtype = linear.weight.dtype
         self._hestia = Held(self.quantizer, linear.weight) if isinstance(spec.scale, HeldRule) else None
         self.born = linear.weight._version
+        self.asked = False
         self.train(linear.training)
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name nn.Linear gives it
@@ -63,6 +65,8 @@ class QuantLinear(nn.Linear):
         """The weight that this layer multiplies with, ``[O, I]``: w_hat in training, the frozen one in eval mode."""
         if not self.training:
             return self.quantizer.hard(self.weight, self.held)
+        if not torch.compiler.is_compiling():
+            self.asked = True
         knobs = self.knobs
         w_hat = self.quantizer.fake(self.weight, knobs.pressure, knobs.temperature * self.temperature_factor, self.held)
         return w_hat if knobs.residual is None else w_hat + knobs.residual * self.weight

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError, DiskSpaceError
 from ..files import finite, flush, read_json, save_file, sha256, write_json
-from ..nn import knobs_of, unwrapped
+from ..nn import knobs_of, refuse_others, unwrapped
 from ..progress import announce
 from ..resources import free_disk
 
@@ -142,6 +142,7 @@ def load_latents(model: nn.Module, folder: str | Path) -> None:
     """
     model, folder = unwrapped(model), Path(folder)
     knobs_of(model)
+    refuse_others(model, folder)
     load_model(folder, model)
 
 

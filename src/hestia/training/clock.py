@@ -15,7 +15,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from itertools import zip_longest
 from typing import Any
 
@@ -55,6 +55,7 @@ class Clock:
             raise ConfigError(f"a clock of {steps} steps, {done} of them done: neither can be negative")
         self.plan, self.steps, self.done = plan, steps, done
         self._layers = [layer for _, layer in quantized_modules(model)]
+        self._unseen = dict(quantized_modules(model))
         self._knobs = knobs_of(model)
         self._weighted = any(isinstance(layer.quantizer.spec.scale, WeightedRule) for layer in self._layers)
         narrow = sum(p.numel() for p in model.parameters() if p.requires_grad and p.dtype in _NARROW)
@@ -91,10 +92,12 @@ class Clock:
         """Hand Adam's second moment to the layers that weigh by it, then pull, each where the plan asks for it.
 
         Raises:
-            ConfigError: see ``hand_over_importance`` and ``correct``.
+            ConfigError: a weight trains unrounded (after the first step); see ``hand_over_importance`` and ``correct``.
         """
         if getattr(optimizer, "step_was_skipped", False):  # an fp16 gradient overflowed: nothing moved
             return
+        _require_asked(self._unseen)
+        self._unseen = {}
         optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
         if self._weighted:
             hand_over_importance(self._layers, optimizer, self.done)
@@ -113,6 +116,21 @@ def _require_same(model: nn.Module, plan: Plan) -> None:
             raise ConfigError(f"{path}: the model was converted by another plan than the one given here; give its own")
     if (knobs.residual is not None) != ("residual" in plan.schedule.at(0.0)):
         raise ConfigError("the model was converted by a plan of another schedule than the one given here; give its own")
+
+
+def _require_asked(layers: Mapping[str, QuantLinear]) -> None:
+    """Refuse a weight that got a gradient past its layer: fused kernels take weights and leave the layer out.
+
+    Only where a layer beside it was asked: in a compiled graph none says that it was.
+    """
+    asked = {path.rpartition(".")[0] for path, layer in layers.items() if layer.asked}
+    for path, layer in layers.items():
+        parent, _, name = path.rpartition(".")
+        if layer.weight.grad is not None and not layer.asked and parent in asked:
+            raise ConfigError(
+                f"{path}: the module around it reads its weight past the layer, as fused kernels do, so it would train "
+                f"unrounded and be rounded at the end; plan without it: --skip '*.{name}' (skip='*.{name}' in Python)"
+            )
 
 
 def _alike(layer: QuantLinear, planned: LayerPlan) -> bool:
