@@ -193,13 +193,17 @@ def test_an_impossible_group_size_is_refused(group_size: object) -> None:
         hestia.plan(qwen2(), group_size=group_size)  # type: ignore[arg-type]
 
 
-def test_unknown_names_get_the_nearest() -> None:
+def test_what_is_unknown_or_nothing_is_named() -> None:
     with pytest.raises(ConfigError, match=r"unknown recipe 'hestla': did you mean 'hestia'"):
         hestia.plan(qwen2(), "hestla")
     with pytest.raises(ConfigError, match=r"unknown target 'gguf:tq2': did you mean 'gguf:tq2_0'"):
         hestia.plan(qwen2(), target="gguf:tq2")
     with pytest.raises(ConfigError, match=r"has no option 'alpa': did you mean 'alpha'"):
         hestia.plan(qwen2(), "hestia", options={"alpa": 1.0})
+    with pytest.raises(ConfigError, match="no file format is given; name one"):
+        hestia.plan(qwen2(), target=[])
+    with pytest.raises(ConfigError, match="bits must be a number, got '2'"):
+        hestia.plan(qwen2(), bits="2")  # type: ignore[arg-type]
 
 
 def test_options_beside_a_recipe_object_are_refused() -> None:

@@ -49,19 +49,21 @@ def plan_model(options: Options) -> Plan:
     config = loading.load_config(source, trust_remote_code=options.trust_remote_code)
     empty = loading.empty_model(source, config, trust_remote_code=options.trust_remote_code)
     loading.require_trainable(source, config, empty)
-    tell_unread_sensitivity(options)
+    tell_unread_curvature(options)
     made = plan_of(empty, options)
     tokenizer = loading.tokenizer_folder(source) if (Path(source.location) / "tokenizer.json").is_file() else None
     check_targets(made.targets, config, Path(source.location), tokenizer, head=options.head)
     return made
 
 
-def tell_unread_sensitivity(options: Options) -> None:
-    """Say so where ``--sensitivity`` is given and nothing reads it."""
-    if options.sensitivity is not None and not recipe_of(options).uses_curvature and not widths_may_differ(options):
+def tell_unread_curvature(options: Options) -> None:
+    """Say so where curvature is given, or how to measure it, and nothing reads it."""
+    given = [f"--{k} {getattr(options, k)}" for k in ("sensitivity", "estimator", "calibrate")
+             if getattr(options, k) not in (getattr(Options, k), 0)]  # fmt: skip
+    if given and not recipe_of(options).uses_curvature and not widths_may_differ(options):
         announce(
-            f"--sensitivity {options.sensitivity} changes nothing: recipe {options.recipe} reads no curvature, and all "
-            "tensors get one width"
+            f"recipe {options.recipe} reads no curvature and all tensors get one width, so this has no effect: "
+            f"{', '.join(given)}"
         )
 
 

@@ -63,7 +63,8 @@ def plan(
         options: options of a recipe given by name.
 
     Raises:
-        ConfigError: an unknown recipe, option, target or width, or options beside a recipe that is no name.
+        ConfigError: an unknown recipe, option, target or width, no target, bits that are no number, or options beside a
+            recipe that is no name.
         PlanError: a tensor that group size or target cannot hold, a pattern that matches nothing, a sensitivity of
             another model, or of no curvature where the recipe reads one, too few quantizable weights, or a budget that
             nothing fits (the smallest is named).
@@ -75,6 +76,10 @@ def plan(
     if isinstance(sensitivity, Sensitivity):
         require_curvature(chosen, sensitivity.primary, sensitivity.estimator)
     targets = [find_target(name) for name in ([target] if isinstance(target, str) else target)]
+    if not targets:
+        raise ConfigError("target: no file format is given; name one, such as hf")
+    if isinstance(bits, str):
+        raise ConfigError(f"bits must be a number, got {bits!r}")
     selection = select(model, skip)
     _check_coverage(selection, allow_partial)
     itemsize = _itemsize(model, selection)

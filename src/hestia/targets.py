@@ -256,6 +256,11 @@ TARGETS["gguf:mixed"] = Target(
 )
 
 
+def is_gguf(name: str) -> bool:
+    """Whether the target of this name is one .gguf file; the others are folders."""
+    return name.startswith("gguf:")
+
+
 def target(name: str) -> Target:
     """The target called ``name``.
 

@@ -63,13 +63,28 @@ def test_a_typed_option_is_not_beaten_by_its_rival_in_the_file(config: Callable[
         ({"bits": 1.9, "max_kl": 0.3}, "--max-kl is instead of --bits"),
         ({"plan": "p.json", "target": ("hf",)}, r"--plan p\.json has decided --target"),
         ({"plan": "p.json", "bits": 1.58, "options": ("rho=1",)}, "has decided --bits, --option"),
-        ({"teacher": "none", "distill_noise": 0.1}, "no teacher here, so --distill-noise says nothing"),
+        ({"teacher": "none", "distill_noise": 0.1}, "there is no teacher, so --distill-noise says nothing"),
+        ({"head": "q8_0"}, r"no \.gguf file is asked for, so --head says nothing"),
+        ({"second_factor": 0.1}, "there is no --second-stage, so --second-factor"),
+        ({"embeddings": "freeze", "embedding_rate": 0.5}, "embeddings are frozen, so --embedding-rate"),
+        ({"eval_data": ("e.txt",), "held_out_share": 0.1}, "--eval-data is the held-out text, so --held-out-share"),
+        (
+            {"sensitivity": "s.json", "estimator": "kl"},
+            "--sensitivity is read instead of measured, so --estimator says",
+        ),
     ],
     ids=str,
 )
 def test_what_would_be_typed_in_vain_is_refused(typed: dict[str, Any], says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         options_from(None, {"model": "m", **typed})
+
+
+def test_what_has_an_effect_is_taken(config: Callable[..., str]) -> None:
+    typed = {"head": "q8_0", "second_factor": 0.1, "embedding_rate": 0.5, "held_out_share": 0.1, "estimator": "kl"}
+    options = options_from(config(second_stage=0.5, target=["hf", "gguf:q2_0"]), typed)
+    assert {name: getattr(options, name) for name in typed} == typed
+    assert options_from(None, {"plan": "p.json", "head": "q8_0"}).head == "q8_0"  # the plan names the formats
 
 
 def test_files_that_say_too_little_or_something_odd(config: Callable[..., str]) -> None:
@@ -114,7 +129,7 @@ def test_one_number_is_the_same_however_it_is_written() -> None:
     ("more", "says"),
     [
         (("--bits", "1.9", "--estimator", "hutchinson"), "--estimator hutchinson does not measure what a width costs"),
-        (("--head", "q8_0"), "--head q8_0 is of .gguf files, and none is asked for"),
+        (("--head", "q8_0"), "no .gguf file is asked for, so --head says nothing"),
     ],
     ids=str,
 )
@@ -178,12 +193,16 @@ def test_places_of_results_are_looked_at_first(
     assert status == 2 and "--head f16 is of .gguf files, and hf is a folder" in err
 
 
-def test_a_sensitivity_that_nothing_reads_is_said(
-    invoke: Invoke, toy_run: Path, toy_parent: Path, tmp_path: Path
+def test_curvature_that_nothing_reads_is_said(
+    invoke: Invoke, toy_run: Path, toy_parent: Path, toy_text: Path, tmp_path: Path
 ) -> None:
     words = ("plan", toy_parent, "--sensitivity", toy_run / "sensitivity.json", "--out", tmp_path / "plan.json")
-    assert "changes nothing: recipe hearth reads no curvature" in invoke(*words)[2]
-    assert "changes nothing" not in invoke(*words, "--recipe", "hestia")[2]
+    says = "recipe hearth reads no curvature and all tensors get one width, so this has no effect: --sens"
+    assert says in invoke(*words)[2]
+    assert "no effect" not in invoke(*words, "--recipe", "hestia")[2]
+    words = ("quantize", toy_parent, "--data", toy_text, "--out", tmp_path / "run", *QUICK, "--dry-run")
+    assert "so this has no effect: --estimator kl, --calibrate 2" in invoke(*words, "--estimator", "kl")[2]
+    assert "no effect" not in invoke(*words, *CALIBRATED)[2]
 
 
 # --- what a run began with -------------------------------------------------------------------------------------------

@@ -86,6 +86,12 @@ def test_the_cpu_is_used_where_it_was_asked_for(tmp_path: Path, two_gpus: None) 
         TrainConfig(steps=1, batch_size=4, learning_rate=1e-3, device="gpu")
 
 
+def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match="device is cuda, and this torch sees no CUDA device"):
+        TrainConfig(steps=1, batch_size=4, learning_rate=1e-3, device="cuda")
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [("steps", 0), ("batch_size", 0), ("accumulation", 0), ("learning_rate", -1.0), ("learning_rate", float("nan"))],

@@ -36,7 +36,7 @@ def command(
     as_json: bool,
 ) -> None:
     """Write the frozen model of RUN as TARGET and verify the written file."""
-    from ..targets import head_type
+    from ..targets import head_type, is_gguf
     from ..targets import target as find_target
 
     if listing:
@@ -49,10 +49,10 @@ def command(
     from ..pipeline import export_and_verify, record_export
 
     name, path = find_target(target).name, Path(out)
-    if head_type(head) is not None and not name.startswith("gguf"):
+    if head_type(head) is not None and not is_gguf(name):
         raise ConfigError(f"--head {head} is of .gguf files, and {name} is a folder; leave it out")
-    if name.startswith("gguf") != (path.suffix == ".gguf"):
-        kind = "a file; name it NAME.gguf" if name.startswith("gguf") else "a folder; leave out .gguf"
+    if is_gguf(name) != (path.suffix == ".gguf"):
+        kind = "a file; name it NAME.gguf" if is_gguf(name) else "a folder; leave out .gguf"
         raise ConfigError(f"--out {path}: {name} is {kind}")
     if path.exists():
         raise ConfigError(f"{path} exists already; choose another --out")

@@ -115,11 +115,7 @@ def options_from(config: str | None, typed: dict[str, Any], leave_out: Iterable[
             value = {**there, **recipe_options(value)} if isinstance(there, Mapping) else there  # refused with a reason
         values[key] = value
     options = Options(**values)
-    if "head" in typed and options.plan is None and not any(name.startswith("gguf") for name in options.target):
-        raise ConfigError(f"--head {options.head} is of .gguf files, and none is asked for; leave it out")
-    vain = [f"--{k.replace('_', '-')}" for k in typed if k.startswith("distill")] if options.teacher is None else []
-    if vain:
-        raise ConfigError(f"there is no teacher here, so {', '.join(vain)} says nothing; add --teacher or leave it out")
+    _check_effect(options, typed)
     return options
 
 
@@ -135,6 +131,27 @@ def _check_typed(typed: Mapping[str, Any], *, plan: Any) -> None:
     decided = ["--option" if k == "options" else f"--{k.replace('_', '-')}" for k in typed if k in PLANNING]
     if plan is not None and decided:
         raise ConfigError(f"--plan {plan} has decided {', '.join(decided)}; leave it out, or plan again with it")
+
+
+def _check_effect(options: Options, typed: Iterable[str]) -> None:
+    """Refuse what was typed and nothing reads, as the other options are.
+
+    Raises:
+        ConfigError: there is such an option.
+    """
+    gguf = options.plan is not None or any(name.startswith("gguf:") for name in options.target)
+    unread = (
+        (not gguf, ("head",), "no .gguf file is asked for"),
+        (options.teacher is None, ("distill", "distill_weight", "distill_noise"), "there is no teacher"),
+        (options.second_stage is None, ("second_factor",), "there is no --second-stage"),
+        (options.embeddings == "freeze", ("embedding_rate",), "embeddings are frozen"),
+        (bool(options.eval_data), ("held_out_share",), "--eval-data is the held-out text"),
+        (options.sensitivity is not None, ("estimator",), "--sensitivity is read instead of measured"),
+    )
+    for holds, names, why in unread:
+        vain = [f"--{name.replace('_', '-')}" for name in names if name in typed]
+        if holds and vain:
+            raise ConfigError(f"{why}, so {', '.join(vain)} says nothing; leave it out")
 
 
 def recipe_options(pairs: Iterable[str]) -> dict[str, Any]:

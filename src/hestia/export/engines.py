@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..errors import ExportError, VerifyError
+from ..targets import is_gguf
 from ..targets import target as target_named
 from . import llama_cpp, mlx_engine
 from .activations import FACTOR, NLL_FLOOR, emulating, kl_bound
@@ -67,7 +68,7 @@ def run(path: Path, frozen: FrozenModel, target: str, token_ids: Tensor) -> Ran:
     Raises:
         VerifyError: its engine cannot load it, or computes logits of another shape.
     """
-    if target.startswith("gguf"):
+    if is_gguf(target):
         return _run_gguf(path, frozen, target, token_ids)
     if target == "mlx":
         return _run_mlx(path, frozen, token_ids)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ExportError
-from ..targets import HEAD_TYPES, TARGETS
+from ..targets import HEAD_TYPES, TARGETS, is_gguf
 from .gguf_families import shape_of
 from .gguf_tokenizer import tokenizer_metadata
 from .mlx import check_mlx
@@ -36,7 +36,7 @@ def check_targets(
     place = where / "config.json"
     for target in targets:
         try:
-            if target.startswith("gguf:"):
+            if is_gguf(target):
                 shape_of(place, record)
                 kind = HEAD_TYPES[head]
                 if kind is not None and int(record["hidden_size"]) % kind.block:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ..errors import VerifyError
 from ..files import read_json
+from ..targets import is_gguf
 from ..targets import target as target_named
 from .frozen import CODES_FILE, REFITS_FOLDER, FrozenModel
 
@@ -100,7 +101,7 @@ def verify(
         raise VerifyError(f"{path}: no such file or folder")
     name = target_named(target).name if target else detect_target(path, run)
     frozen = FrozenModel(_home(path, run))
-    if path.is_dir() != (not name.startswith("gguf")):
+    if path.is_dir() != (not is_gguf(name)):
         raise VerifyError(f"{path}: a {'folder' if path.is_dir() else 'single file'} cannot be {name}")
     differences = check(path, frozen, name)
     codes_equal = not differences
@@ -125,7 +126,7 @@ def verify(
         if text is None and used is not None:
             details = {key: value for key, value in details.items() if key not in ("nll", "head_nll_change")}
             notes.append(f"run on pseudo-random tokens, because {run} keeps no {PROBE_FILE}: no perplexity")
-    if name.startswith("gguf") and codes_equal and "head_nll_change" not in details:
+    if is_gguf(name) and codes_equal and "head_nll_change" not in details:
         from .gguf_check import rounded_tensors  # where no engine has told what that costs
 
         notes += rounded_tensors(path, frozen, name)
@@ -159,7 +160,7 @@ def check(path: Path, frozen: FrozenModel, target: str) -> list[str]:
     Raises:
         VerifyError: the file cannot be read.
     """
-    if target.startswith("gguf"):
+    if is_gguf(target):
         from .gguf_check import check_gguf
 
         return check_gguf(path, frozen, target)

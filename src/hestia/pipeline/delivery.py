@@ -30,6 +30,7 @@ from ..lock import locked
 from ..plans import Plan
 from ..progress import announce as say
 from ..report.fields import text as encodable
+from ..targets import is_gguf
 from ..targets import target as find_target
 from .artefacts import EXPORTS_FOLDER, REPORT_FILE, SENSITIVITY_FILE
 from .record import publish
@@ -72,7 +73,7 @@ def deliver(work: Workspace, plan: Plan, name: str, frozen: FrozenModel, before:
     parent = _parent(loading.describe(work.source, work.config), loading.license_of(work.source))
 
     def write() -> dict[str, Any]:
-        with (replacing if name.startswith("gguf") else replacing_folder)(path) as beside:
+        with (replacing if is_gguf(name) else replacing_folder)(path) as beside:
             try:
                 entry = export_and_verify(frozen, name, beside, fallback, probe, head=o.head, parent=parent)
             except (ExportError, PlanError, VerifyError) as error:
@@ -89,7 +90,7 @@ def deliver(work: Workspace, plan: Plan, name: str, frozen: FrozenModel, before:
 def own_place(work: Workspace, name: str) -> Path:
     """Where a run keeps its file of a format: a folder, or in one a .gguf file with the parent's name."""
     folder = work.folder / EXPORTS_FOLDER / name.replace(":", "-")
-    if not name.startswith("gguf"):
+    if not is_gguf(name):
         return folder
     return folder / f"{loading.display_name(work.source).rpartition('/')[2]}-{name.split(':')[1]}.gguf"
 

@@ -11,7 +11,7 @@ from .. import curvature, loading, nn, processes, recipes
 from ..errors import ConfigError
 from ..export.precheck import check_targets
 from ..files import sha256, write_bytes
-from ..jobs import calibrate_on, plan_of, recipe_of, tell_unread_sensitivity, widths_may_differ
+from ..jobs import calibrate_on, plan_of, recipe_of, tell_unread_curvature, widths_may_differ
 from ..mixed import candidates
 from ..options import Options
 from ..planner import require_curvature
@@ -74,7 +74,7 @@ def _first_plan(work: Workspace, given: Plan | None) -> Plan:
         nn.apply(work.empty_model(), given)  # refuses a plan of another model
         return given
     if processes.first():
-        tell_unread_sensitivity(work.options)
+        tell_unread_curvature(work.options)
     if not widths_may_differ(work.options) or work.options.sensitivity is not None:
         return _make_plan(work, work.options.sensitivity)
     if work.options.calibrate == 0:
