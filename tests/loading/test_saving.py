@@ -135,6 +135,7 @@ def test_a_tokenizer_that_is_a_link_to_elsewhere_is_refused_before_training(
         ({"quantization_config": {"quant_method": "fp8"}}, "quantized already; take the checkpoint in bf16"),
         ({"vision_config": {"hidden_size": 8}}, "a model of more than text"),
         ({"audio_config": {"hidden_size": 8}}, "a model of more than text"),
+        ({"rescale_every": 6}, "divide their weights by powers of two, .* set rescale_every to 0"),
     ],
 )
 def test_what_could_not_be_handed_back_is_refused(parent_copy: Path, config: dict[str, Any], says: str) -> None:
