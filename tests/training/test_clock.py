@@ -193,6 +193,18 @@ def test_a_weight_that_is_read_past_its_layer_is_refused_after_one_step(compiled
         train()
 
 
+def test_a_layer_of_a_list_may_rest_where_another_process_used_it() -> None:
+    model = nn.ModuleList([nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False)])
+    plan = hestia.plan(model, "hearth")
+    hestia.apply(model, plan)
+    clock, optimizer = hestia.Clock(model, plan, 1), torch.optim.SGD(model.parameters(), lr=0.1)
+    model.train()
+    model[0](torch.ones(1, 8)).sum().backward()
+    model[1].weight.grad = torch.ones(8, 8)  # as an all-reduce leaves it
+    clock.step(optimizer)
+    assert [layer.asked for layer in model] == [True, False]
+
+
 @pytest.mark.filterwarnings("ignore:.*small updates vanish")
 @pytest.mark.parametrize("recipe", ["hearth", "lsq", "quasar"])
 @pytest.mark.parametrize("pieces", [1, 2])

@@ -139,7 +139,7 @@ def _check_effect(options: Options, typed: Iterable[str]) -> None:
     Raises:
         ConfigError: there is such an option.
     """
-    gguf = options.plan is not None or any(name.startswith("gguf:") for name in options.target)
+    gguf = options.plan is not None or any(name.startswith("gguf:") for name in options.target)  # without torch
     unread = (
         (not gguf, ("head",), "no .gguf file is asked for"),
         (options.teacher is None, ("distill", "distill_weight", "distill_noise"), "there is no teacher"),

@@ -76,7 +76,7 @@ def empty_model(source: Source, config: Any, *, trust_remote_code: bool = False)
 
 
 def require_trainable(source: Source, config: Any, model: nn.Module) -> None:
-    """Refuse a parent that could not be trained or handed back, quantized, latent or with code of its own.
+    """Refuse a parent that could not be trained or handed back; the message says what is wrong with it.
 
     Raises:
         ConfigError, PlanError: it is one, and what to take instead.
@@ -92,7 +92,7 @@ def require_trainable(source: Source, config: Any, model: nn.Module) -> None:
                 f"{source.name}: a model of more than text ({part}); text would train only a part of what becomes "
                 "low-bit. Save its language model as a checkpoint of its own"
             )
-    if getattr(config, "rescale_every", 0) > 0:  # RWKV, against overflow in fp16
+    if getattr(config, "rescale_every", 0):  # RWKV, against overflow in fp16
         raise ConfigError(
             f"{source.name}: in eval mode its layers divide their weights by powers of two, so what is saved is not "
             "what was trained; set rescale_every to 0 in its config.json"

@@ -55,7 +55,7 @@ class Clock:
             raise ConfigError(f"a clock of {steps} steps, {done} of them done: neither can be negative")
         self.plan, self.steps, self.done = plan, steps, done
         self._layers = [layer for _, layer in quantized_modules(model)]
-        self._unseen = dict(quantized_modules(model))
+        self._unseen = dict(quantized_modules(model))  # until the first step has been looked at
         self._knobs = knobs_of(model)
         self._weighted = any(isinstance(layer.quantizer.spec.scale, WeightedRule) for layer in self._layers)
         narrow = sum(p.numel() for p in model.parameters() if p.requires_grad and p.dtype in _NARROW)
@@ -121,12 +121,13 @@ def _require_same(model: nn.Module, plan: Plan) -> None:
 def _require_asked(layers: Mapping[str, QuantLinear]) -> None:
     """Refuse a weight that got a gradient past its layer: fused kernels take weights and leave the layer out.
 
-    Only where a layer beside it was asked: in a compiled graph none says that it was.
+    Only where a layer beside it was asked: in a compiled graph none says that it was. The children of a list may rest,
+    and get the gradient of another process.
     """
     asked = {path.rpartition(".")[0] for path, layer in layers.items() if layer.asked}
     for path, layer in layers.items():
         parent, _, name = path.rpartition(".")
-        if layer.weight.grad is not None and not layer.asked and parent in asked:
+        if layer.weight.grad is not None and not layer.asked and parent in asked and not name.isdecimal():
             raise ConfigError(
                 f"{path}: the module around it reads its weight past the layer, as fused kernels do, so it would train "
                 f"unrounded and be rounded at the end; plan without it: --skip '*.{name}' (skip='*.{name}' in Python)"
