@@ -30,9 +30,9 @@ import hestia
 from hestia import loading
 from hestia.data import Blocks, prepare
 from hestia.files import write_json
-from hestia.jobs import LARGEST_DEFAULT_BATCH
 from hestia.options import Options, count
 from hestia.provenance import machine, versions
+from hestia.settings import LARGEST_DEFAULT_BATCH
 from hestia.tiny import model_path, text_path
 from hestia.training import HestiaTrainer, TrainConfig, checkpoints
 

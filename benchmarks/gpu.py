@@ -27,7 +27,7 @@ import yaml
 from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback
 
 import hestia
-from hestia import jobs, nn
+from hestia import nn
 from hestia.data import Blocks
 from hestia.estimate.machine import probe
 from hestia.estimate.time import SCORED_PASSES
@@ -38,6 +38,7 @@ from hestia.files import read_json, write_json
 from hestia.options import Options
 from hestia.provenance import machine, versions
 from hestia.resources import release
+from hestia.settings import calibrate_on, candidate_specs
 from hestia.training import Distillation, HestiaTrainer, TrainConfig
 from hestia.training.teacher import hold_in_bf16
 
@@ -46,7 +47,7 @@ RESULT = ROOT / "benchmarks" / "results" / "estimate" / "gpu.json"
 NAMES = ("smollm2-360m", "qwen3-0.6b", "qwen3-0.6b+kl", "llama-3.2-1b")
 STEPS, SEQUENCES, SCORES = 3, 4, 4
 WIDTHS = ("1", "1.58", "2", "3", "4")
-"""Bits of the five candidates, those of ``jobs.candidate_specs``."""
+"""Bits of the five candidates, those of ``candidate_specs``."""
 
 
 class Peak:
@@ -129,9 +130,9 @@ def measure(options: Options) -> dict[str, Any]:
     model = parent()
     if options.recipe == "hestia":
         linears = nn.select(model).candidates
-        specs = jobs.candidate_specs([linear.in_features for linear in linears.values()], options.group())
+        specs = candidate_specs([linear.in_features for linear in linears.values()], options.group())
         with Peak() as peak:
-            jobs.calibrate_on(model, list(linears), specs, blocks, options, {})
+            calibrate_on(model, list(linears), specs, blocks, options, {})
         found["calibrate"] = peak.record
     plan = hestia.plan(model, options.recipe, options.target)
     teacher = hold_in_bf16(parent()) if options.teacher == "parent" else None

@@ -122,7 +122,7 @@ def run(folder: Path, stage: str, scratch: Path) -> None:
     import torch
 
     import hestia
-    from hestia import jobs, loading, nn
+    from hestia import loading, nn, settings
     from hestia.data import Blocks
     from hestia.evaluation import model_logits, score
     from hestia.export import export_model
@@ -151,8 +151,8 @@ def run(folder: Path, stage: str, scratch: Path) -> None:
     model: Any = loading.load_model(source)
     if stage == "calibrate":
         linears = nn.select(model).candidates
-        specs = jobs.candidate_specs([linear.in_features for linear in linears.values()], "row")
-        jobs.calibrate_on(model, list(linears), specs, blocks, Options(calibrate=2), {})
+        specs = settings.candidate_specs([linear.in_features for linear in linears.values()], "row")
+        settings.calibrate_on(model, list(linears), specs, blocks, Options(calibrate=2), {})
         return
     plan = hestia.plan(loading.empty_model(source, config), "hestia", "hf")
     if stage == "score":

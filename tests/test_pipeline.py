@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -369,7 +370,7 @@ def test_resume_after_a_crash_ends_where_the_uninterrupted_run_did(
     assert not (run / "report.json").exists()
     torch.manual_seed(5)
     monkeypatch.setattr("hestia.data.blocks.tokenize", _never)  # the text was tokenized once and cached
-    monkeypatch.setattr("hestia.jobs.curvature.calibrate", _never)
+    monkeypatch.setattr("hestia.settings.curvature.calibrate", _never)
     status, _, err = invoke(*job("--save-every", "4", "--resume"))
     assert status == 0, err
     assert same_codes(toy_run, run)
@@ -535,7 +536,7 @@ def test_ctrl_c_while_calibrating(invoke: Invoke, job: Job, tmp_path: Path, monk
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("hestia.jobs.curvature.calibrate", interrupted)
+        patch.setattr("hestia.settings.curvature.calibrate", interrupted)
         words = job()
         status, out, err = invoke("calibrate", *words[1:4], "--seq-len", "32", "--out", tmp_path / "s.json")
         assert (status, out) == (130, "")
@@ -674,6 +675,28 @@ def test_a_teacher_with_other_tokens_of_the_same_number_is_refused(
         (parent_copy / name).unlink()
     status, _, err = invoke(*words, *teacher)
     assert status == 0 and "its tokens are taken for the parent's" in err
+
+
+def test_no_trainer_is_in_memory_while_a_run_is_scored(
+    toy_parent: Path, toy_text: Path, tmp_path: Path, invoke: Invoke, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[weakref.ref[HestiaTrainer]] = []
+    begin, score = HestiaTrainer.__init__, scoring.shared_score
+
+    def remembered(self: HestiaTrainer, *words: Any, **more: Any) -> None:
+        begin(self, *words, **more)
+        made.append(weakref.ref(self))
+
+    def scored(*words: Any, **more: Any) -> Any:
+        alive.append(sum(trainer() is not None for trainer in made))
+        return score(*words, **more)
+
+    alive: list[int] = []
+    monkeypatch.setattr(HestiaTrainer, "__init__", remembered)
+    monkeypatch.setattr(scoring, "shared_score", scored)
+    status, _, err = invoke("quantize", toy_parent, "--data", toy_text, "--out", tmp_path / "run", *QUICK)
+    assert status == 0, err
+    assert made and alive and not any(alive)
 
 
 def test_the_frozen_model_keeps_its_cache_and_can_be_read_by_others(toy_run: Path, toy_parent: Path) -> None:

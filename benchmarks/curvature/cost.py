@@ -45,10 +45,10 @@ from hestia.curvature.estimators.gnb import CHUNK, cotangents
 from hestia.curvature.estimators.hvp import Curvature
 from hestia.data import pack_all
 from hestia.files import read_json, write_json
-from hestia.jobs import candidate_specs, spread
 from hestia.nn import select
 from hestia.progress import announce, enable
 from hestia.provenance import machine, versions
+from hestia.settings import candidate_specs
 
 RESULTS = Path(__file__).parents[1] / "results" / "curvature"
 PARTS = ("gnb", "hutchpp", "exact", "memory")
@@ -76,7 +76,7 @@ def bundled(sequences: int, tokens: int) -> tuple[Any, dict[str, nn.Parameter], 
     source = loading.resolve(str(tiny.model_path()))
     model: Any = loading.load_model(source)
     blocks = pack_all([str(tiny.text_path("train"))], loading.load_tokenizer(source), seq_len=tokens)
-    ids = spread(blocks, sequences).input_ids.long()
+    ids = blocks.spread(sequences).input_ids.long()
     # a fixed shuffle: a part of the sequences shall be as mixed as the whole
     order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(SEED))
     weights = {path: linear.weight for path, linear in select(model).candidates.items()}

@@ -28,7 +28,6 @@ from hestia.curvature import calibrate
 from hestia.curvature.intervals import log_mean_interval, mean_interval
 from hestia.data import pack_all
 from hestia.files import write_json
-from hestia.jobs import spread
 from hestia.nn import select
 from hestia.progress import enable
 from hestia.provenance import machine, versions
@@ -42,7 +41,7 @@ def pool(sequences: int, tokens: int, seed: int) -> dict[str, np.ndarray]:
     source = loading.resolve(str(tiny.model_path()))
     model: Any = loading.load_model(source)
     blocks = pack_all([str(tiny.text_path("train"))], loading.load_tokenizer(source), seq_len=tokens)
-    ids = spread(blocks, sequences).input_ids.long()
+    ids = blocks.spread(sequences).input_ids.long()
     weights = {path: linear.weight for path, linear in select(model).candidates.items()}
     sensitivity = calibrate(model, weights, ids, estimator="gnb", seed=seed)
     return {path: np.array(tensor.samples) for path, tensor in sensitivity.tensors.items()}

@@ -27,10 +27,10 @@ from hestia.curvature.intervals import spearman
 from hestia.curvature.scores import Evidence, Score
 from hestia.data import pack_all
 from hestia.files import write_json
-from hestia.jobs import candidate_specs, spread
 from hestia.nn import select
 from hestia.progress import announce, enable
 from hestia.provenance import machine, versions
+from hestia.settings import candidate_specs
 
 RESULTS = Path(__file__).parents[1] / "results" / "curvature"
 LABELS = ("ternary", "int2", "int3", "int4")
@@ -69,7 +69,7 @@ class Bench:
         self.seed = seed
 
     def _sequences(self, files: list[str], count: int) -> torch.Tensor:
-        return spread(pack_all(files, self.tokenizer, seq_len=SEQ_LEN), count).input_ids.long()
+        return pack_all(files, self.tokenizer, seq_len=SEQ_LEN).spread(count).input_ids.long()
 
     def measure(self, estimator: str, count: int) -> Sensitivity:
         """A sensitivity with all candidates, from the first ``count`` calibration sequences."""

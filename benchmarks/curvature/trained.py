@@ -27,7 +27,6 @@ from hestia.curvature.scores import Evidence, Score
 from hestia.data import Blocks, pack_all
 from hestia.evaluation import model_logits, score
 from hestia.files import read_json, write_json
-from hestia.jobs import spread
 from hestia.progress import announce, enable
 from hestia.provenance import machine, versions
 from hestia.training import HestiaTrainer, TrainConfig
@@ -117,8 +116,8 @@ def main() -> None:
         folder = arguments.models / name
         bench = Bench(folder, calibration, held_out)
         count = STEPS * BATCH
-        train = spread(pack_all(training_files(arguments.data, name), bench.tokenizer, seq_len=SEQ_LEN), count)
-        scored = spread(pack_all(held_out, bench.tokenizer, seq_len=SEQ_LEN), 64)
+        train = pack_all(training_files(arguments.data, name), bench.tokenizer, seq_len=SEQ_LEN).spread(count)
+        scored = pack_all(held_out, bench.tokenizer, seq_len=SEQ_LEN).spread(64)
         record: dict[str, Any] = read_json(path) if path.is_file() else {
             "schema": 1, "name": name, "command": "python benchmarks/curvature/trained.py", "steps": STEPS,
             "batch_size": BATCH, "learning_rate": RATES[name], "held_out_sequences": len(scored),

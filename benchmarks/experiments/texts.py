@@ -26,7 +26,6 @@ from hestia.data import cache as token_cache
 from hestia.data.tokenizer import tokenizer_fingerprint
 from hestia.errors import ConfigError
 from hestia.files import read_json, sha256, write_json
-from hestia.jobs import spread
 from hestia.options import count
 
 SCORED = HERE / "scored.json"
@@ -141,7 +140,7 @@ def _blocks(path: Path, tokenizer: PreTrainedTokenizerBase, length: int, most: i
     else:
         every = found[0]
     places = Blocks(torch.arange(len(every))[:, None], torch.ones(len(every), 1, dtype=torch.bool))
-    rows = spread(places, most or len(every)).input_ids[:, 0]
+    rows = places.spread(most or len(every)).input_ids[:, 0]
     return ChosenBlocks(every.input_ids[rows], every.loss_mask[rows], tuple(rows.tolist()), len(every))
 
 

@@ -34,7 +34,6 @@ from hestia.data import Blocks, epoch_order
 from hestia.errors import ConfigError, GuardError
 from hestia.evaluation import Score, model_logits, score
 from hestia.files import read_json, sha256, write_json
-from hestia.jobs import candidate_specs
 from hestia.mixed import is_mixed
 from hestia.nn import apply, freeze, quantized_modules, select
 from hestia.planner import plan as make_plan
@@ -43,6 +42,7 @@ from hestia.provenance import machine, versions
 from hestia.quant import GroupSize
 from hestia.recipes import Recipe
 from hestia.schedules import LearningRateSchedule
+from hestia.settings import candidate_specs
 from hestia.training import Distillation, HestiaTrainer, Interrupted, QATCallback, TrainConfig, checkpoints
 from hestia.training.trainer import CHECKPOINTS
 

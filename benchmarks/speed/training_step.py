@@ -26,9 +26,9 @@ import hestia
 from hestia import loading
 from hestia.curvature import calibrate
 from hestia.files import write_json
-from hestia.jobs import candidate_specs
 from hestia.nn import knobs_of
 from hestia.provenance import machine, versions
+from hestia.settings import candidate_specs
 from hestia.tiny import model_path
 
 RESULTS = Path(__file__).parents[1] / "results" / "speed"

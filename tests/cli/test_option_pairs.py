@@ -13,7 +13,7 @@ import yaml
 from toy_runs import CALIBRATED, QUICK, Invoke
 from transformers import LlamaConfig
 
-from hestia import jobs, loading
+from hestia import loading, settings
 from hestia.cli.shared import options_from
 from hestia.errors import ConfigError
 from hestia.options import Options, count
@@ -266,7 +266,7 @@ def test_exports_of_a_call_that_ended_between_two_are_not_made_again(
 @pytest.mark.parametrize(("positions", "tokens"), [(4096, 1024), (64, 64)])
 def test_a_block_is_as_long_as_the_model_reads_but_no_longer_than_a_thousand(positions: int, tokens: int) -> None:
     config = LlamaConfig(max_position_embeddings=positions)
-    assert jobs.longest_block(config, Options(model="m")) == tokens
+    assert settings.longest_block(config, Options(model="m")) == tokens
 
 
 # --- a signal in the last step ---------------------------------------------------------------------------------------

@@ -17,9 +17,9 @@ from hestia.curvature import CurvatureEstimator, Sensitivity, calibrate
 from hestia.curvature.estimators import HutchPlusPlus, Problem, Row, draws, gnb
 from hestia.data import Blocks
 from hestia.errors import CalibrationError, ConfigError
-from hestia.jobs import calibrate_on
 from hestia.options import Options
 from hestia.quant import QuantSpec
+from hestia.settings import calibrate_on
 
 torch.set_num_threads(1)
 

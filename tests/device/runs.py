@@ -18,7 +18,7 @@ from second_device import DEVICE, REFUSED, TRAINED_ON, Elsewhere, pretended
 from toy_training import converted, log_rows, trainer
 
 import hestia
-from hestia import jobs, loading, recipes
+from hestia import jobs, loading, recipes, settings
 from hestia.evaluation import model_logits, score
 from hestia.options import Options
 from hestia.training import Distillation
@@ -32,8 +32,9 @@ ALL: dict[str, Mapping[str, Any]] = {
     **{f"recipe {name}": {"recipe": name, "teacher": "none"} for name in recipes.names()},
     **{
         f"estimator {name}": {"recipe": "hestia", "teacher": "none", "calibrate": 2, "estimator": name}
-        for name in ("gnb", "fisher", "kl", "hutchinson", "hutchpp", "xtrace", "eigen")
+        for name in ("gnb", "fisher", "hutchinson", "hutchpp", "xtrace", "eigen")
     },
+    "estimator kl, a budget": {"bits": 2.8, "calibrate": 2, "estimator": "kl"},
     "akl, noise, accumulation": {"distill": "akl", "distill_weight": 0.5, "distill_noise": 0.1, "accumulation": 2},
     "reverse kl, checkpointing": {"distill": "reverse_kl", "gradient_checkpointing": True},
     "frozen embeddings, groups, mlx": {"embeddings": "freeze", "group_size": "32", "target": ("mlx",)},
@@ -87,8 +88,8 @@ def verbs(parent: str, text: str) -> list[Any]:
     """What calibrate and eval say, and the score of a student here against its parent wherever that lies."""
     options = Options(model=parent, data=(text,), seq_len=32, calibrate=4, eval_tokens="1024")
     source = loading.resolve(parent)
-    student, blocks = loading.load_model(source), jobs.all_blocks(options, loading.load_tokenizer(source), 32)
-    elsewhere = loading.load_model(source).to(jobs.choose_device(options))
+    student, blocks = loading.load_model(source), settings.all_blocks(options, loading.load_tokenizer(source), 32)
+    elsewhere = loading.load_model(source).to(settings.choose_device(options))
     crossed = score(model_logits(student), blocks, parent=model_logits(elsewhere))
     return [
         jobs.calibrate_model(options).traces,

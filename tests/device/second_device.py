@@ -185,6 +185,7 @@ def pretended() -> Iterator[None]:
     """``DEVICE`` exists, and the main job, its trainer and the other verbs choose it."""
     import hestia.jobs as jobs
     import hestia.pipeline.workspace as workspace
+    import hestia.settings as settings
     import hestia.training.trainer as trainer
     from hestia.training import TrainConfig
 
@@ -207,7 +208,7 @@ def pretended() -> Iterator[None]:
     PartialState()
     before = PartialState._shared_state["device"]
     trainer.arguments, safetensors.torch._flatten_as_ptr = elsewhere, flattened
-    workspace.choose_device = jobs.choose_device = lambda options: DEVICE
+    workspace.choose_device = jobs.choose_device = settings.choose_device = lambda options: DEVICE
     TrainConfig.__post_init__ = lambda self: None
     trainer.HestiaTrainer.training_step = stepped
     try:
@@ -215,7 +216,7 @@ def pretended() -> Iterator[None]:
             yield
     finally:
         trainer.arguments, safetensors.torch._flatten_as_ptr = arguments, flatten
-        workspace.choose_device = jobs.choose_device = choose
+        workspace.choose_device = jobs.choose_device = settings.choose_device = choose
         TrainConfig.__post_init__ = check
         PartialState._shared_state["device"] = before
         trainer.HestiaTrainer.training_step = step

@@ -79,6 +79,13 @@ class Blocks:
         """Tokens in all rows, B * T."""
         return self.input_ids.numel()
 
+    def spread(self, most: int) -> Blocks:
+        """At most ``most`` of the rows (at least one), evenly spread, so that every source keeps its share."""
+        if len(self) <= most:
+            return self
+        rows = torch.linspace(0, len(self) - 1, max(1, most)).round().long()
+        return Blocks(self.input_ids[rows], self.loss_mask[rows])
+
 
 def tokenize(
     documents: Sequence[Document], tokenizer: Tokenizer, joiner: Joiner, *, enough: int | None = None

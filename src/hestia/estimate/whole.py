@@ -15,7 +15,15 @@ from .. import loading
 from ..errors import ConfigError
 from ..evaluation.scoring import blocks_at_once
 from ..export.precheck import check_targets, refusals
-from ..jobs import (
+from ..mixed import candidates
+from ..nn.select import EMBEDDING, HEAD
+from ..options import Options, count
+from ..pipeline.delivery import probe_shape
+from ..pipeline.planning import calibrates, given_plan
+from ..plans import Plan
+from ..quant import WeightedRule
+from ..resources import free_disk
+from ..settings import (
     TUNING_BLOCKS,
     batch_and_steps,
     choose_device,
@@ -25,14 +33,6 @@ from ..jobs import (
     recipe_of,
     widths_may_differ,
 )
-from ..mixed import candidates
-from ..nn.select import EMBEDDING, HEAD
-from ..options import Options, count
-from ..pipeline.delivery import probe_shape
-from ..pipeline.planning import calibrates, given_plan
-from ..plans import Plan
-from ..quant import WeightedRule
-from ..resources import free_disk
 from ..training.teacher import rounded_anyway
 from .files import FileSize, Kept, file_sizes, run_folder
 from .machine import FP32_SHARE, Machine, memory_of, probe, quantity

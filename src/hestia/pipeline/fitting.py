@@ -12,11 +12,11 @@ from ..evaluation import model_logits, shared_score
 from ..evaluation.diagnostics import histograms
 from ..export.save import write_frozen
 from ..files import write_json
-from ..jobs import TUNING_BLOCKS
 from ..plans import Plan
 from ..progress import announce as say
 from ..provenance import machine, versions
 from ..resources import release
+from ..settings import TUNING_BLOCKS
 from ..training import Distillation, HestiaTrainer, Interrupted, TrainConfig, checkpoints, pilot
 from ..training.logfile import LOG_FILE
 from ..training.teacher import hold_in_bf16

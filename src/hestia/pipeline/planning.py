@@ -11,12 +11,12 @@ from .. import curvature, loading, nn, processes, recipes
 from ..errors import ConfigError
 from ..export.precheck import check_targets
 from ..files import sha256, write_bytes
-from ..jobs import calibrate_on, plan_of, recipe_of, tell_unread_curvature, widths_may_differ
 from ..mixed import candidates
 from ..options import Options
 from ..planner import require_curvature
 from ..plans import Plan
 from ..quant import QuantSpec
+from ..settings import calibrate_on, plan_of, recipe_of, tell_unread_curvature, widths_may_differ
 from .artefacts import PARTIAL_FILE, PLAN_FILE, SENSITIVITY_FILE
 from .workspace import Workspace
 

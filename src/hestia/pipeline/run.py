@@ -21,12 +21,12 @@ from ..data import cache as token_cache
 from ..errors import ConfigError, DiskSpaceError, HestiaError, VerifyError
 from ..export.frozen import CODES_FILE, FrozenModel
 from ..files import TEMPORARY, read_json, require_inside, sweep, write_json, write_text
-from ..jobs import widths_may_differ
 from ..lock import LOCK_FILE, locked
 from ..options import BYSTANDERS, Options, count, load_config
 from ..plans import Plan
 from ..progress import announce as say
 from ..resources import free_disk
+from ..settings import widths_may_differ
 from ..training import Interrupted, checkpoints
 from .artefacts import CACHE_FOLDER, EXPORTS_FILE, EXPORTS_FOLDER, OPTIONS_FILE, PLAN_FILE, REPORT_FILE
 from .delivery import deliver

@@ -13,17 +13,16 @@ from .. import loading, processes
 from ..data import Blocks, TokenizedText
 from ..errors import ConfigError
 from ..files import read_json, require_writable
-from ..jobs import (
+from ..options import Options, count, load_config
+from ..schedules import LearningRateSchedule
+from ..settings import (
     TUNING_BLOCKS,
     batch_and_steps,
     choose_device,
     in_bf16,
     longest_block,
     prepare_text,
-    spread,
 )
-from ..options import Options, count, load_config
-from ..schedules import LearningRateSchedule
 from ..training import check_loggers
 from .artefacts import CACHE_FOLDER, INPUTS_FILE, OPTIONS_FILE, TIMING_FILE, TRAINING_FILE
 from .stopwatch import Stopwatch
@@ -157,7 +156,7 @@ class Workspace:
     @cached_property
     def scored(self) -> Blocks:
         """The held-out blocks that the report scores: all, or ``--eval-tokens`` of them spread evenly."""
-        return spread(self.text.held_out, count(self.options.eval_tokens, "eval_tokens") // self.seq_len)
+        return self.text.held_out.spread(count(self.options.eval_tokens, "eval_tokens") // self.seq_len)
 
     @cached_property
     def settled(self) -> dict[str, Any]:
