@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -226,7 +227,14 @@ def test_what_the_clock_does_after_a_step_is_the_same_under_fully_shard(name: st
 
 def _worker(rank: int, folder: str, case: Case) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    wait = timedelta(seconds=60)  # for the other process: a lost one is an error, not ten minutes of silence
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=wait)
+    save_file(_two_steps(rank, case), f"{folder}/{rank}.safetensors")
+    dist.destroy_process_group()
+
+
+def _two_steps(rank: int, case: Case) -> dict[str, Tensor]:
+    """The model after two steps. DDP ends with this call: outliving its group it can wait for the GIL that it holds."""
     model, plan = case.converted(qwen2, t=0.5)
     wrapped = DistributedDataParallel(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -236,8 +244,7 @@ def _worker(rank: int, folder: str, case: Case) -> None:
         optimizer.zero_grad()
         loss(wrapped, rows[2 * rank : 2 * rank + 2]).backward()
         optimizer.step()
-    save_file(snapshot(model), f"{folder}/{rank}.safetensors")
-    dist.destroy_process_group()
+    return snapshot(model)
 
 
 @pytest.mark.slow
